@@ -1,0 +1,1 @@
+"""UniPic 2.0 in JAX: networks, flow matching, reinforcement, conversion."""
