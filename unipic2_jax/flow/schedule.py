@@ -1,0 +1,116 @@
+"""The noise schedule: which noise levels a sampler visits.
+
+The formulas are those of diffusers' `FlowMatchEulerDiscreteScheduler`, in the precision diffusers uses, so the
+values agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+
+# What diffusers' scheduler can do beyond shift, with the values under which it does not do it.
+_MUST_BE = {
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
+FILE_NAME = "scheduler_config.json"
+
+
+def shift_sigma(sigma: Any, shift: float) -> Any:
+    """Moves noise levels in [0, 1] towards 1: `shift * sigma / (1 + (shift - 1) * sigma)`. Works on numpy and JAX."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatchConfig:
+    """The scheduler of a checkpoint folder (`scheduler/scheduler_config.json`).
+
+    Raises:
+      ValueError: when a field is out of range.
+    """
+
+    num_train_timesteps: int = 1000
+    shift: float = 3.0
+
+    def __post_init__(self):
+        if self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; the schedule needs at least 1.")
+        if not self.shift > 0:
+            raise ValueError(f"The schedule's shift is {self.shift}; it must be above 0 (1 means no shift).")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Reads diffusers' scheduler config.
+
+        Raises:
+          ValueError: when the config asks for a schedule that is not a plain shifted one.
+        """
+        for name, plain in _MUST_BE.items():
+            if (values.get(name) or None) != (plain or None):
+                raise ValueError(
+                    f"The scheduler config sets {name}={values[name]!r}, which is not supported; use {name}={plain!r}."
+                )
+        known = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
+        # diffusers' own default differs from SD3.5's value, so an absent field means diffusers' 1.0.
+        return cls(**{"shift": 1.0, **known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as diffusers writes it."""
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", **dataclasses.asdict(self)}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads `folder/scheduler_config.json`.
+
+        Raises:
+          FileNotFoundError: when the file is missing.
+          ValueError: when it is not JSON, or asks for another kind of schedule.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"The scheduler config {path} is missing; copy it from the original checkpoint.")
+        try:
+            values = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"The scheduler config {path} is not valid JSON ({error}); copy it again.") from error
+        return cls.from_dict(values)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `folder/scheduler_config.json`, creating the folder."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def sigmas(self, num_steps: int) -> jnp.ndarray:
+        """`sigmas(num_steps, shift)` with this config's values."""
+        return sigmas(num_steps, self.shift, self.num_train_timesteps)
+
+
+def sigmas(num_steps: int, shift: float = 3.0, num_train_timesteps: int = 1000) -> jnp.ndarray:
+    """Noise levels of a sampler with `num_steps` steps: float32 [num_steps + 1], from 1 down to 0.
+
+    diffusers shifts twice: the table of training timesteps (whose ends give sigma_max and sigma_min), then the
+    evenly spaced values between those ends. The last step before 0 therefore starts at a shifted sigma_min.
+
+    Raises:
+      ValueError: when `num_steps` is below 1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; a sampler needs at least 1 step.")
+    table = np.linspace(1, num_train_timesteps, num_train_timesteps, dtype=np.float32) / np.float32(num_train_timesteps)
+    ends = shift_sigma(table[[-1, 0]], np.float32(shift))
+    # From here on float64, as in diffusers, rounded once at the end.
+    high, low = (float(end) * num_train_timesteps for end in ends)
+    spaced = np.linspace(high, low, num_steps) / num_train_timesteps
+    return jnp.asarray(np.append(shift_sigma(spaced, shift), 0.0).astype(np.float32))
