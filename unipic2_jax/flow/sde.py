@@ -1,8 +1,10 @@
 """Stochastic sampling with known transition probabilities, which is what makes the sampler a policy.
 
-Both kinds keep the marginals of the flow: `flow_grpo` is the SDE of Flow-GRPO (arXiv 2505.05470, equation 9) and
-its discretisation in the reference code; `cps` is coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952),
-which mixes predicted image, predicted noise and fresh noise so that no noise is left over. All in float32.
+`flow_grpo` is the SDE of Flow-GRPO (arXiv 2505.05470, equation 9) as its code discretises it; in the limit of many
+steps it keeps the marginals of the flow. `cps` is coefficients-preserving sampling (Flow-CPS, arXiv 2509.05952): it
+mixes predicted image, predicted noise and fresh noise so that every step ends with exactly the noise its level says.
+It keeps that sum and the mean, not the marginal: what it trusts is a prediction, so some variance of the images is
+lost at any number of steps. All in float32.
 """
 
 from __future__ import annotations

@@ -1,0 +1,90 @@
+"""The clipped policy objective with a KL penalty, for one timestep of a batch of samples."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from unipic2_jax.flow.path import expand
+from unipic2_jax.flow.sde import diffusion, log_prob, sde_step_mean_std
+from unipic2_jax.rl.config import GRPOConfig
+
+
+def _mean_square(x: jax.Array) -> jax.Array:
+    """Mean of squares over everything but the batch: [B]."""
+    return jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))
+
+
+def grpo_loss(
+    velocity: jax.Array,
+    reference_velocity: jax.Array | None,
+    x: jax.Array,
+    x_next: jax.Array,
+    sigma: jax.Array,
+    sigma_next: jax.Array,
+    sigma_1: jax.Array,
+    old_log_prob: jax.Array,
+    advantage: jax.Array,
+    config: GRPOConfig,
+    old_mean: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`max(-A r, -A clip(r, 1 - eps, 1 + eps)) + beta KL` per sample.
+
+    The KL is `mean (mean - mean_ref)^2 / (2 s^2)`, as in Flow-GRPO's code, which leaves |dt| out of the step's
+    variance; `kl_divide_by_dt` puts it back. With `kl_on='velocity'` it is `mean (v - v_ref)^2`. GRPO-Guard (arXiv
+    2510.22319) removes the ratio's bias `mean (mean - mean_old)^2 / (2 std^2)`, scales its logarithm by the
+    step's std and divides the policy loss by |dt|; its published code averages the bias over the whole batch,
+    here every sample has its own.
+
+    Args:
+      velocity, reference_velocity: [B, ...] at (`x`, `sigma`). No gradient flows to the reference; None when
+        `kl_beta` is 0.
+      x, x_next: [B, ...], two neighbouring latents of the trajectory.
+      sigma, sigma_next, sigma_1: scalars.
+      old_log_prob, advantage: [B].
+      config: the objective's constants.
+      old_mean: [B, ...], the rollout's mean of this step; needed by `guard`.
+
+    Returns:
+      Loss [B] and metrics, each [B].
+
+    Raises:
+      ValueError: when the config needs an input that is None.
+    """
+    if config.kl_beta and reference_velocity is None:
+        raise ValueError(f"kl_beta is {config.kl_beta} but there is no reference velocity; give one or set it to 0.")
+    if config.guard and old_mean is None:
+        raise ValueError("guard needs the rollout's means; roll out with the same config.")
+    levels = (x, sigma, sigma_next, sigma_1, config.sde)
+    mean, std = sde_step_mean_std(velocity, *levels)
+    new_log_prob = log_prob(x_next, mean, std, config.sde)
+    log_ratio = new_log_prob - old_log_prob
+    advantage = jnp.clip(advantage, -config.adv_clip_max, config.adv_clip_max)
+    metrics = {"log_prob_difference": jnp.abs(log_ratio), "approx_kl": 0.5 * jnp.square(log_ratio)}
+
+    if config.guard:
+        step_std = jnp.reshape(std, ())
+        log_ratio = (log_ratio + _mean_square(mean - old_mean) / (2.0 * step_std**2)) * step_std
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1.0 - config.clip_range, 1.0 + config.clip_range)
+    policy_loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
+    if config.guard:
+        policy_loss = policy_loss / (sigma - sigma_next)
+    loss = policy_loss
+    metrics |= {
+        "policy_loss": policy_loss,
+        "ratio": ratio,
+        "clip_fraction": (jnp.abs(ratio - 1.0) > config.clip_range).astype(jnp.float32),
+    }
+
+    if config.kl_beta:
+        reference_velocity = jax.lax.stop_gradient(reference_velocity)
+        if config.kl_on == "velocity":
+            kl = _mean_square(velocity.astype(jnp.float32) - reference_velocity.astype(jnp.float32))
+        else:
+            reference_mean, _ = sde_step_mean_std(reference_velocity, *levels)
+            s = std if config.kl_divide_by_dt else expand(diffusion(sigma, sigma_next, sigma_1, config.sde), x)
+            kl = _mean_square((mean - reference_mean) / s) / 2.0
+        loss = loss + config.kl_beta * kl
+        metrics["kl"] = kl
+    return loss, metrics | {"loss": loss}

@@ -1,0 +1,132 @@
+"""Sampling trajectories from the policy, with the probability of every stochastic step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from unipic2_jax.flow import guidance
+from unipic2_jax.flow.guidance import VelocityFn
+from unipic2_jax.flow.ode import euler_step
+from unipic2_jax.flow.sde import sde_step
+from unipic2_jax.rl.config import GRPOConfig
+
+# (params, lora or None, latents [B, ...], sigma scalar or [B], inputs with leading axis B) -> velocity [B, ...].
+# `params` are the frozen weights: an argument, because a jitted function would bake closed-over weights into itself.
+PolicyFn = Callable[[Any, Any, jax.Array, jax.Array, Any], jax.Array]
+
+
+class Trajectory(NamedTuple):
+    """What a rollout leaves for training."""
+
+    latents: jax.Array  # [T + 1, B, ...] float32, from noise to image
+    log_probs: jax.Array  # [T, B] float32; 0 at deterministic steps
+    means: jax.Array | None  # [T, B, ...] means of the steps, kept for GRPO-Guard only
+    sigmas: jax.Array  # [T + 1] float32
+    steps: jax.Array  # [K] int32, the steps that are trained
+
+
+def guided_policies(
+    network_fn: PolicyFn, config: GRPOConfig, batch_branches: bool = False
+) -> tuple[PolicyFn, PolicyFn]:
+    """The policy of stochastic steps and the one of deterministic steps, which differ with `cfg_in_window=False`.
+
+    Args:
+      network_fn: one network evaluation; its `inputs` are one branch's conditioning.
+      config: says how strong guidance is, where it applies and whether its unconditional branch is differentiated.
+      batch_branches: evaluate both branches in one call of twice the batch (half the program to compile, twice the
+        activations, and no saving from `stop_gradient_uncond`).
+
+    Returns:
+      (policy_fn, outside_fn). Both take `inputs = {'cond': tree, 'uncond': tree}` with equal leaf shapes; 'uncond'
+      may be absent when no guidance is used.
+    """
+
+    def cond_only(params, lora, latents, sigma, inputs):
+        return network_fn(params, lora, latents, sigma, inputs["cond"]).astype(jnp.float32)
+
+    def guided(params, lora, latents, sigma, inputs):
+        if not batch_branches:
+            branches = [network_fn(params, lora, latents, sigma, inputs[name]) for name in ("uncond", "cond")]
+        else:
+            # Interleaved rather than concatenated: a batch split over devices then stays where it is.
+            def pair(uncond, cond):
+                return jnp.stack([uncond, cond], axis=1).reshape((-1,) + cond.shape[1:])
+
+            sigmas = jnp.broadcast_to(sigma, latents.shape[:1])
+            both = jax.tree.map(pair, inputs["uncond"], inputs["cond"])
+            velocity = network_fn(params, lora, pair(latents, latents), pair(sigmas, sigmas), both)
+            velocity = velocity.reshape((-1, 2) + velocity.shape[1:])
+            branches = [velocity[:, 0], velocity[:, 1]]
+        return guidance.combine(*branches, config.guidance_scale, config.stop_gradient_uncond)
+
+    outside = guided if guidance.needs_uncond(config.guidance_scale) else cond_only
+    return (outside if config.cfg_in_window else cond_only), outside
+
+
+def draw_window(key: jax.Array, config: GRPOConfig) -> jax.Array:
+    """The first step of a rollout's window, int32 scalar, uniform over the places where it fits; 0 without one."""
+    if config.window is None:
+        return jnp.zeros((), jnp.int32)
+    size, (low, high) = config.window
+    return jax.random.randint(key, (), low, high - size + 1, jnp.int32)
+
+
+def rollout(
+    velocity_fn: VelocityFn,
+    initial_noise: jax.Array,
+    key: jax.Array,
+    sigmas: jax.Array,
+    config: GRPOConfig,
+    window_start: jax.Array | int = 0,
+    outside_fn: VelocityFn | None = None,
+) -> Trajectory:
+    """Samples a batch, one step after the other in a scan.
+
+    Args:
+      velocity_fn: the policy, (latents float32 [B, ...], sigma scalar) -> velocity.
+      initial_noise: [B, ...].
+      key: random key of the steps' noise.
+      sigmas: [T + 1] noise levels, as from `flow.schedule.sigmas`.
+      config: with a window, steps outside it are deterministic.
+      window_start: from `draw_window`; may be traced. Not used without a window.
+      outside_fn: velocity of the steps outside the window; `velocity_fn` by default.
+
+    Returns:
+      A `Trajectory`; the samples are `latents[-1]`.
+
+    Raises:
+      ValueError: when `sigmas` does not have `num_steps + 1` values.
+    """
+    total = config.num_steps
+    sigmas = jnp.asarray(sigmas, jnp.float32)
+    if sigmas.shape != (total + 1,):
+        raise ValueError(f"The rollout has {total} steps but sigmas of shape {sigmas.shape}; give {total + 1} values.")
+    start = jnp.asarray(window_start if config.window is not None else 0, jnp.int32)
+    outside_fn = velocity_fn if outside_fn is None else outside_fn
+
+    def stochastic(x, key, sigma, sigma_next):
+        x_next, mean, _, log_prob = sde_step(key, velocity_fn(x, sigma), x, sigma, sigma_next, sigmas[1], config.sde)
+        return x_next, log_prob, mean
+
+    def deterministic(x, key, sigma, sigma_next):
+        x_next = euler_step(outside_fn(x, sigma), x, sigma, sigma_next)
+        return x_next, jnp.zeros(x.shape[:1], jnp.float32), x_next
+
+    def step(x, scanned):
+        index, key, sigma, sigma_next = scanned
+        if config.window is None:
+            x_next, log_prob, mean = stochastic(x, key, sigma, sigma_next)
+        else:
+            inside = (index >= start) & (index < start + config.trained_steps)
+            x_next, log_prob, mean = jax.lax.cond(inside, stochastic, deterministic, x, key, sigma, sigma_next)
+        return x_next, (x_next, log_prob, mean if config.guard else None)
+
+    x = initial_noise.astype(jnp.float32)
+    scanned = (jnp.arange(total), jax.random.split(key, total), sigmas[:-1], sigmas[1:])
+    _, (latents, log_probs, means) = jax.lax.scan(step, x, scanned)
+    steps = start + jnp.arange(config.trained_steps, dtype=jnp.int32)
+    return Trajectory(jnp.concatenate([x[None], latents]), log_probs, means, sigmas, steps)

@@ -1,0 +1,228 @@
+"""Policy updates: gradients over timesteps and micro-batches in one scan, optimizer steps, moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unipic2_jax.rl.config import GRPOConfig
+from unipic2_jax.rl.ema import ema_update
+from unipic2_jax.rl.objective import grpo_loss
+from unipic2_jax.rl.rollout import PolicyFn, Trajectory, draw_window, rollout
+
+# (lora, batch) -> (scalar loss, metrics [B] each)
+LossFn = Callable[[Any, dict[str, Any]], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class PolicyState(NamedTuple):
+    """What changes during a stage; a plain pytree, so it can be saved whole."""
+
+    lora: Any
+    opt_state: Any
+    ema: Any  # like lora, float32
+    step: jax.Array  # optimizer steps so far, int32
+
+
+def init_state(lora: Any, optimizer: optax.GradientTransformation) -> PolicyState:
+    """The state before the first update; the moving average starts at the parameters (in its own buffers)."""
+    ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), lora)
+    return PolicyState(lora, optimizer.init(lora), ema, jnp.zeros((), jnp.int32))
+
+
+def _part(x: jax.Array, index: jax.Array, parts: int, axis: int = 0) -> jax.Array:
+    """Every `parts`-th entry along `axis`, beginning at `index`.
+
+    Strided, because the batch is split over devices in contiguous blocks: each device then holds an equal share of
+    every part, and no sample moves.
+    """
+    shape = x.shape[:axis] + (x.shape[axis] // parts, parts) + x.shape[axis + 1 :]
+    return jax.lax.dynamic_index_in_dim(x.reshape(shape), index, axis + 1, keepdims=False)
+
+
+def _parts(tree: Any, index: jax.Array, parts: int, axis: int = 0) -> Any:
+    return tree if parts == 1 else jax.tree.map(lambda x: _part(x, index, parts, axis), tree)
+
+
+def make_loss(policy_fn: PolicyFn, params: Any, reference_lora: Any, sigma_1: jax.Array, config: GRPOConfig) -> LossFn:
+    """The loss of a micro-batch at one timestep, as `accumulate_gradients` wants it."""
+
+    def loss_fn(lora, batch):
+        x, sigma, inputs = batch["x"], batch["sigma"], batch["inputs"]
+        reference = policy_fn(params, reference_lora, x, sigma, inputs) if config.kl_beta else None
+        velocity = policy_fn(params, lora, x, sigma, inputs)
+        loss, metrics = grpo_loss(
+            velocity,
+            reference,
+            x,
+            batch["x_next"],
+            sigma,
+            batch["sigma_next"],
+            sigma_1,
+            batch["old_log_prob"],
+            batch["advantage"],
+            config,
+            batch["old_mean"],
+        )
+        return jnp.mean(loss), metrics
+
+    return loss_fn
+
+
+def accumulate_gradients(
+    loss_fn: LossFn,
+    lora: Any,
+    trajectory: Trajectory,
+    advantages: jax.Array,
+    inputs: Any,
+    micro_batch: int | None = None,
+) -> tuple[Any, dict[str, jax.Array]]:
+    """The gradient of the mean loss over the trained timesteps and all samples, in the memory of one micro-batch.
+
+    Args:
+      loss_fn: from `make_loss`.
+      lora: the parameters to differentiate.
+      trajectory: latents [T + 1, B, ...] and the rest.
+      advantages: [B].
+      inputs: pytree with leading axis B.
+      micro_batch: samples per pass; must divide B.
+
+    Returns:
+      Gradients (float32, shaped like `lora`) and metrics [K, B], of the samples in the order they were visited.
+
+    Raises:
+      ValueError: when `micro_batch` does not divide B.
+    """
+    batch = advantages.shape[0]
+    size = batch if micro_batch is None else micro_batch
+    if batch % size:
+        raise ValueError(f"micro_batch {size} does not divide the {batch} samples of an update; choose a divisor.")
+    parts, trained = batch // size, trajectory.steps.shape[0]
+
+    def visit(gradients, index):
+        step, part = trajectory.steps[index // parts], index % parts
+
+        def at(values, offset=0):
+            return _parts(jax.lax.dynamic_index_in_dim(values, step + offset, keepdims=False), part, parts)
+
+        data = {
+            "x": at(trajectory.latents),
+            "x_next": at(trajectory.latents, 1),
+            "old_log_prob": at(trajectory.log_probs),
+            "old_mean": None if trajectory.means is None else at(trajectory.means),
+            "advantage": _parts(advantages, part, parts),
+            "inputs": _parts(inputs, part, parts),
+            "sigma": trajectory.sigmas[step],
+            "sigma_next": trajectory.sigmas[step + 1],
+        }
+        (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(lora, data)
+        weight = 1.0 / (parts * trained)
+        return jax.tree.map(lambda g, n: g + weight * n.astype(jnp.float32), gradients, new), metrics
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), lora)
+    gradients, metrics = jax.lax.scan(visit, zeros, jnp.arange(parts * trained))
+    return gradients, jax.tree.map(lambda m: m.reshape(trained, batch), metrics)
+
+
+def _summarize(metrics: dict[str, jax.Array], gradient_norm: jax.Array) -> dict[str, jax.Array]:
+    """Scalars of one update from per-sample metrics [K, B]."""
+    ratio = metrics.pop("ratio")
+    difference = metrics.pop("log_prob_difference")
+    finite = jnp.isfinite(metrics["loss"]).all() & jnp.isfinite(gradient_norm)
+    return {
+        **{name: jnp.mean(values) for name, values in metrics.items()},
+        "ratio_mean": ratio.mean(),
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
+        "log_prob_difference": difference.mean(),
+        "log_prob_difference_max": difference.max(),
+        "gradient_norm": gradient_norm,
+        "non_finite": 1.0 - finite.astype(jnp.float32),
+    }
+
+
+def _combine(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Scalars of a rollout's updates, each metric [U]."""
+    reduce = {"ratio_min": jnp.min, "ratio_max": jnp.max, "non_finite": jnp.max}
+    # Only before the first optimizer step do sampler and trainer have the same policy, and must agree.
+    reduce |= {name: lambda values: values[0] for name in ("log_prob_difference", "log_prob_difference_max")}
+    return {name: reduce.get(name, jnp.mean)(values) for name, values in metrics.items()}
+
+
+def make_rollout(
+    policy_fn: PolicyFn, config: GRPOConfig, outside_fn: PolicyFn | None = None, **jit_options: Any
+) -> Callable[..., Trajectory]:
+    """A jitted `(params, lora, inputs, initial_noise [B, ...], key, sigmas [T + 1]) -> Trajectory`.
+
+    The key gives the window and the noise. `outside_fn` is the policy of deterministic steps (`guided_policies`).
+    """
+
+    def run(params, lora, inputs, initial_noise, key, sigmas):
+        window_key, noise_key = jax.random.split(key)
+        velocity, outside = (
+            None if fn is None else lambda x, sigma, fn=fn: fn(params, lora, x, sigma, inputs)
+            for fn in (policy_fn, outside_fn)
+        )
+        start = draw_window(window_key, config)
+        return rollout(velocity, initial_noise, noise_key, sigmas, config, start, outside)
+
+    return jax.jit(run, **jit_options)
+
+
+def make_update(
+    policy_fn: PolicyFn,
+    optimizer: optax.GradientTransformation,
+    config: GRPOConfig,
+    **jit_options: Any,
+) -> Callable[..., tuple[PolicyState, dict[str, jax.Array]]]:
+    """A jitted `(params, state, reference_lora, trajectory, advantages [B], inputs) -> (state, metrics)`.
+
+    The reference policy is `policy_fn` with `reference_lora`, None for the bare weights. The samples are split
+    into `updates_per_rollout` strided parts, each used for one optimizer step over all trained timesteps. Gradient
+    clipping and the learning rate are the optimizer's.
+
+    Metrics are float32 scalars. When a loss or gradient is not finite, `non_finite` is 1 and that optimizer step
+    is left out, so the returned state is still the last good one; stopping is the caller's decision.
+
+    Raises:
+      ValueError: at the first call, when the batch cannot be split as configured.
+    """
+    updates = config.updates_per_rollout
+
+    def run(params, state, reference_lora, trajectory, advantages, inputs):
+        if advantages.shape[0] % updates:
+            raise ValueError(
+                f"{advantages.shape[0]} samples cannot be split into updates_per_rollout={updates} equal parts."
+            )
+        loss_fn = make_loss(policy_fn, params, reference_lora, trajectory.sigmas[1], config)
+
+        def update(state, index):
+            part = trajectory._replace(
+                latents=_parts(trajectory.latents, index, updates, axis=1),
+                log_probs=_parts(trajectory.log_probs, index, updates, axis=1),
+                means=_parts(trajectory.means, index, updates, axis=1),
+            )
+            gradients, metrics = accumulate_gradients(
+                loss_fn,
+                state.lora,
+                part,
+                _parts(advantages, index, updates),
+                _parts(inputs, index, updates),
+                config.micro_batch,
+            )
+            summary = _summarize(metrics, optax.global_norm(gradients))
+            gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.lora)
+            changes, opt_state = optimizer.update(gradients, state.opt_state, state.lora)
+            lora = optax.apply_updates(state.lora, changes)
+            ema = ema_update(state.ema, lora, state.step, config.ema_decay, config.ema_interval)
+            new = PolicyState(lora, opt_state, ema, state.step + 1)
+            good = summary["non_finite"] == 0
+            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state), summary
+
+        state, metrics = jax.lax.scan(update, state, jnp.arange(updates))
+        return state, _combine(metrics)
+
+    return jax.jit(run, **jit_options)
