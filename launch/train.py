@@ -1,0 +1,65 @@
+"""Trains: `python -m launch.train --config=configs/pdtr.py:tiny --workdir=runs/pdtr`. The same command continues a run.
+
+Any field can be overridden: `--config.stages.edit.steps=10 --config.schedule="('t2i','edit')"`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from unipic2_jax.training.config import ConfigError, unknown_override
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: a file of configs/, with ':variant' after its name.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is continued when it holds one.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parsing, with one sentence for each way in which it can fail."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        sys.exit(_sentence(argv, error))
+
+
+def _sentence(argv: list[str], error: Exception) -> str:
+    """What is wrong with the command line or the recipe."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    recipe = next((a.split("=", 1)[1] for a in argv if re.match(r"--?config=", a)), None)
+    if recipe:
+        try:
+            config = config_flags.config_flags.ConfigFileFlagParser("config").parse(recipe)
+            for argument in argv:
+                found = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+                sentence = found and unknown_override(config, found[1])
+                if sentence:
+                    return sentence
+        except Exception as failure:
+            return f"The recipe {recipe} cannot be read: {_last_line(failure)}"
+    return _last_line(error)
+
+
+def _last_line(error: Exception) -> str:
+    """The last line of an error, where ml_collections puts the cause."""
+    return str(error).strip().split("\n")[-1]
+
+
+def main(argv: list[str]) -> None:
+    """Runs the recipe."""
+    if len(argv) > 1:
+        sys.exit(f"The argument {argv[1]} is not a flag; write --config.field=value.")
+    from unipic2_jax.training import loop
+
+    try:
+        loop.run(_CONFIG.value, _WORKDIR.value)
+    except (ConfigError, loop.TrainingError, FileNotFoundError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,115 @@
+"""A stage small enough to be killed often: least squares with Adam, and two parameter groups."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+
+from unipic2_jax.training import loop
+from unipic2_jax.training.config import make_config, stage_fields
+from unipic2_jax.training.optimizer import make_optimizer, merge_params, split_params
+from unipic2_jax.training.stage import STAGES, Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyBundle:
+    params: dict
+
+
+class ToyStage(Stage):
+    @classmethod
+    def default_config(cls):
+        config = stage_fields()
+        config.nan_at = -1
+        config.weights = {}
+        return config
+
+    def init(self):
+        self.optimizer = make_optimizer(self.config.optimizer, self.config.steps)
+        trained, _ = split_params(self.bundle.params["transformer"], self.config.optimizer.trainable)
+        return {"trained": trained, "opt": self.optimizer.init(trained), "seen": jnp.zeros((), jnp.int32)}
+
+    @functools.cached_property
+    def _update(self):
+        @jax.jit
+        def update(state, key):
+            x = jax.random.normal(key, (8, 4))
+
+            def loss(trained):
+                y = x @ trained["dense"]["kernel"] + trained["dense"]["bias"]
+                return jnp.mean((y - jnp.sin(x) * (1 + self.context.index)) ** 2)
+
+            value, grads = jax.value_and_grad(loss)(state["trained"])
+            updates, opt = self.optimizer.update(grads, state["opt"], state["trained"])
+            trained = optax.apply_updates(state["trained"], updates)
+            return {"trained": trained, "opt": opt, "seen": state["seen"] + 8}, value
+
+        return update
+
+    def step(self, state, step):
+        if step == TROUBLE.get("kill_at"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == TROUBLE.get("term_at"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        state, loss = self._update(state, self.context.key(step))
+        loss = float("nan") if step == self.config.nan_at else loss
+        return state, {"loss": loss, "seen": state["seen"]}
+
+    def evaluate(self, state, step):
+        score = np.asarray(state["trained"]["dense"]["kernel"]).sum(axis=1)
+        image = Image.fromarray(np.full((8, 8, 3), step % 256, np.uint8))
+        return {"metrics": {"score": score.mean()}, "scores": {"kernel": score}, "images": {"grid": image}}
+
+    def finish(self, state):
+        _, frozen = split_params(self.bundle.params["transformer"], self.config.optimizer.trainable)
+        params = {**self.bundle.params, "transformer": merge_params(state["trained"], frozen)}
+        return dataclasses.replace(self.bundle, params=params)
+
+    def export(self, state, folder):
+        (folder / "toy.json").write_text(json.dumps({"seen": int(state["seen"])}))
+
+
+STAGES["toy"] = ToyStage
+# What the process does to itself; no part of the configuration, which must be the same when the run continues.
+TROUBLE = {}
+
+
+def toy_config(seed=0, **fields):
+    """Two stages; `fields` go to both."""
+    optimizer = {"lr": 0.05, "trainable": "dense"}
+    stage = {"kind": "toy", "steps": 12, "save_every": 3, "eval_every": 5, "optimizer": optimizer, **fields}
+    second = {**stage, "steps": 7, "optimizer": {**optimizer, "schedule": "cosine"}}
+    return make_config({"seed": seed, "schedule": ("first", "second"), "stages": {"first": stage, "second": second}})
+
+
+def load(config, mesh):
+    del mesh
+    key = jax.random.key(config.seed)
+    dense = {"kernel": jax.random.normal(key, (4, 4)), "bias": jnp.zeros(4)}
+    return ToyBundle(
+        {"transformer": {"dense": dense, "pos_embed": {"pos_embed": jnp.ones(3)}}, "vae": {"w": jnp.ones(2)}}
+    )
+
+
+def save(bundle, folder):
+    folder.mkdir(parents=True)
+    flat = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(bundle.params)}
+    np.savez(folder / "params.npz", **flat)
+
+
+def run(workdir, **fields):
+    return loop.run(toy_config(**fields), workdir, load=load, save=save)
+
+
+def child(workdir, fields, trouble):
+    """The same in a process of its own."""
+    TROUBLE.update(trouble)
+    run(Path(workdir), **fields)

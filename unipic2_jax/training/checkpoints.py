@@ -1,0 +1,178 @@
+"""Saving and restoring everything that a run needs to continue as if it had never stopped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from unipic2_jax.training.config import ConfigError
+
+
+class Checkpoints:
+    """The numbered checkpoints of a run's states, and the parameters each stage starts from.
+
+    A checkpoint is a directory that appears whole or not at all (Orbax writes beside it and commits at the end), so a
+    process may die at any moment. It holds the state, a JSON record, and a checksum per leaf, because storage damage
+    in array data is otherwise read back in silence.
+    """
+
+    def __init__(self, folder: Path, keep: int, log: Callable[[str], None] = print):
+        # Orbax logs each phase of each save; the loop says itself what was saved.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.folder, self.log = Path(folder).absolute(), log
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            # On CPU the copy that an asynchronous save reads could share memory with a donated buffer.
+            enable_async_checkpointing=jax.default_backend() != "cpu",
+            cleanup_tmp_directories=True,
+        )
+        self.manager = ocp.CheckpointManager(self.folder / "states", options=options)
+
+    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+        """Saves `state` (a pytree of arrays) and `record` (JSON) as number `step`, replacing what that number had."""
+        if step in self.manager.all_steps():
+            self.manager.delete(step)
+        args = {
+            "state": ocp.args.StandardSave(state),
+            "record": ocp.args.JsonSave({**record, "checksums": checksums(state)}),
+        }
+        self.manager.save(step, args=ocp.args.Composite(**args), force=True)
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk."""
+        self.manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """The numbers of the complete checkpoints, ascending."""
+        return sorted(self.manager.all_steps())
+
+    def path(self, step: int) -> Path:
+        """Where checkpoint `step` lies."""
+        return self.folder / "states" / str(step)
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The JSON record of checkpoint `step`."""
+        return self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state of checkpoint `step` with the structure, dtypes and shardings of `like`.
+
+        Raises:
+          ValueError: when a leaf is not what was saved.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = {"state": ocp.args.StandardRestore(abstract), "record": ocp.args.JsonRestore()}
+        restored = self.manager.restore(step, args=ocp.args.Composite(**args))
+        wrong = [
+            name for name, value in checksums(restored.state).items() if value != restored.record["checksums"].get(name)
+        ]
+        if wrong:
+            raise ValueError(f"{self.path(step)} is damaged: {wrong[0]} has another checksum than when it was saved.")
+        return restored.state
+
+    def restore_newest(self, like_of: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], Any] | None:
+        """The record and state of the newest checkpoint that can be read, or None when there is no checkpoint.
+
+        Damaged checkpoints are named in the log, passed over, and removed once an older one has been read.
+
+        Args:
+          like_of: from a checkpoint's record to a state of the structure to restore.
+
+        Raises:
+          ConfigError: when there are checkpoints and none can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                record = self.record(step)
+            except Exception as error:  # whatever a damaged file makes the reader raise
+                self._skip(step, error)
+                continue
+            like = like_of(record)
+            try:
+                state = self.restore(step, like)
+            except Exception as error:
+                self._skip(step, error)
+                continue
+            for damaged in self.steps():
+                if damaged > step:
+                    self.manager.delete(damaged)
+            return record, state
+        if steps:
+            raise ConfigError(
+                f"None of the checkpoints in {self.folder} can be read; delete the folder to start from the beginning."
+            )
+        return None
+
+    def _skip(self, step: int, error: Exception) -> None:
+        reason = str(error).strip().split("\n")[0][:200]
+        self.log(f"Checkpoint {self.path(step)} cannot be read ({reason}); the one before it is used.")
+
+    def save_params(self, index: int, params: dict[str, Any]) -> None:
+        """Saves the groups of parameters with which stage `index` starts and the run did not; once."""
+        path = self.folder / "params" / str(index)
+        if path.exists() or not params:
+            return
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(path, {"params": params, "checksums": _device_checksums(params)})
+
+    def load_params(self, index: int, like: dict[str, Any]) -> dict[str, Any]:
+        """`like` with the groups that `save_params` saved for stage `index`.
+
+        Raises:
+          ConfigError: when the folder is damaged.
+        """
+        path = self.folder / "params" / str(index)
+        if not path.exists():
+            return like
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                names = reader.metadata(path).item_metadata["params"].keys()
+                groups = {name: like[name] for name in names}
+                target = {"params": groups, "checksums": _device_checksums(groups)}
+                saved = reader.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, target))
+            found = checksums(saved["params"])
+            if found != checksums_to_dict(saved["checksums"]):
+                raise ValueError("a checksum differs")
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise ConfigError(
+                f"The parameters at the start of stage {index} in {path} cannot be read ({reason}); "
+                "delete the run's folder to start from the beginning."
+            ) from error
+        return {**like, **saved["params"]}
+
+    def close(self) -> None:
+        """Finishes pending saves and stops the writer's threads."""
+        self.manager.close()
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A checksum for every leaf by its path: the wrapped sum of its bits, exact in any order and on any sharding."""
+    return checksums_to_dict(_device_checksums(tree))
+
+
+def checksums_to_dict(sums: Any) -> dict[str, int]:
+    """A tree of scalar checksums as {path: int}."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(sums))
+    return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
+
+
+@jax.jit
+def _device_checksums(tree: Any) -> Any:
+    return jax.tree.map(_checksum, tree)
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize])
+    return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)

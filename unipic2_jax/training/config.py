@@ -1,0 +1,218 @@
+"""What a run's configuration holds, and one-sentence answers to what it must not hold."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+
+class ConfigError(ValueError):
+    """Something in the configuration that its author has to change; the message is one sentence."""
+
+
+def base_config() -> ConfigDict:
+    """The fields of every run. `schedule` is the order in which the named `stages` run."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            # Folder of a model in diffusers layout, or None for random weights of the size called `model`.
+            "init": config_dict.placeholder(str),
+            "model": "tiny",
+            "schedule": (),
+            "stages": {},
+            "keep_checkpoints": 3,
+        }
+    )
+
+
+def stage_fields() -> ConfigDict:
+    """The fields that stages of every kind have; a kind adds its own to these."""
+    return ConfigDict(
+        {
+            "kind": "",
+            "steps": 1000,
+            "save_every": 100,
+            "eval_every": 0,  # 0: only before and after the stage
+            "log_every": 1,
+            "optimizer": optimizer_fields(),
+        }
+    )
+
+
+def optimizer_fields() -> ConfigDict:
+    """AdamW with the paper's betas, epsilon and weight decay."""
+    return ConfigDict(
+        {
+            "name": "adamw",  # adamw | adam
+            "lr": 1e-4,
+            "schedule": "constant",  # constant | cosine, after a linear warm-up
+            "warmup": 0,  # steps
+            "end_lr": 0.0,  # what cosine ends at
+            "betas": (0.9, 0.95),
+            "eps": 1e-8,
+            "weight_decay": 0.05,
+            "clip_norm": 1.0,  # 0: no clipping
+            "trainable": ".*",  # a regex on 'path/to/leaf'; what it does not match stays frozen
+        }
+    )
+
+
+def make_config(values: Mapping[str, Any]) -> ConfigDict:
+    """A whole configuration: the defaults of the run and of every stage's kind, then `values` over them.
+
+    Raises:
+      ConfigError: for a field that does not exist or whose value has another type.
+    """
+    values = _plain(values)
+    stages = {name: make_stage(fields, f"stages.{name}") for name, fields in values.pop("stages", {}).items()}
+    config = _updated(base_config(), values, "")
+    config.stages = ConfigDict(stages)
+    return config
+
+
+def make_stage(values: Mapping[str, Any], where: str = "stage") -> ConfigDict:
+    """A stage's configuration: the defaults of its `kind`, then `values` over them."""
+    from unipic2_jax.training.stage import stage_class
+
+    values = _plain(values)
+    if "kind" not in values:
+        raise ConfigError(f"config.{where} names no kind; add kind='flow' or another.")
+    defaults = stage_class(values["kind"]).default_config()
+    return _updated(defaults, values, f"{where}.")
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+    """Checks a configuration and returns it complete, with every default filled in, and locked.
+
+    Raises:
+      ConfigError: one sentence that names the field and its nearest match or remedy.
+    """
+    config = make_config(config)
+    if not config.schedule:
+        raise ConfigError("config.schedule is empty; name at least one of the stages in it.")
+    for name in config.schedule:
+        if name not in config.stages:
+            raise ConfigError(
+                f"config.schedule names the stage '{name}', which config.stages does not have"
+                + nearest(name, config.stages)
+            )
+    if len(set(config.schedule)) != len(config.schedule):
+        raise ConfigError(
+            "config.schedule names a stage twice; give the second run of it another name in config.stages."
+        )
+    for name in config.schedule:
+        stage = config.stages[name]
+        for field, least in {"steps": 1, "save_every": 1, "log_every": 1, "eval_every": 0}.items():
+            if stage[field] < least:
+                raise ConfigError(f"config.stages.{name}.{field} is {stage[field]}; it must be at least {least}.")
+    if config.keep_checkpoints < 1:
+        raise ConfigError(f"config.keep_checkpoints is {config.keep_checkpoints}; it must be at least 1.")
+    return config.lock()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: '; did you mean 'x'?', or the list of what there is."""
+    known = sorted(known)
+    match = difflib.get_close_matches(name, known, 1, 0.6)
+    return f"; did you mean '{match[0]}'?" if match else f"; it has {', '.join(known) or 'nothing'}."
+
+
+def unknown_override(config: ConfigDict, path: str) -> str | None:
+    """The sentence about `--config.{path}` when the configuration has no such field, else None."""
+    node: Any = config
+    for depth, part in enumerate(path.split(".")):
+        if not isinstance(node, ConfigDict):
+            return None if part.isdigit() else f"config.{path} has no field '{part}': its parent is a plain value."
+        if part not in node:
+            parent = ".".join(["config", *path.split(".")[:depth]])
+            return f"{parent} has no field '{part}'" + nearest(part, node.keys())
+        node = node[part]
+    return None
+
+
+# What may differ between two commands that continue the same run: none of these changes its result.
+FREE_FIELDS = ("save_every", "log_every", "keep_checkpoints")
+
+
+def check_same_run(config: ConfigDict, path: Path) -> None:
+    """Refuses to continue a run whose saved configuration at `path` is another one.
+
+    Raises:
+      ConfigError: names the first differing field with both values.
+    """
+    if not path.exists():
+        return
+    saved, asked = _flat(json.loads(path.read_text())), _flat(json.loads(to_json(config)))
+    for name in sorted({*saved, *asked}):
+        if name.rsplit(".", 1)[-1] in FREE_FIELDS:
+            continue
+        old, new = (json.dumps(side[name]) if name in side else "absent" for side in (saved, asked))
+        if old != new:
+            raise ConfigError(
+                f"{path.parent} holds a run with config.{name} = {old}, and this command asks for {new}; "
+                "give the same value or another --workdir."
+            )
+
+
+def write_config(config: ConfigDict, path: Path) -> None:
+    """Writes the resolved configuration as JSON, whole or not at all."""
+    write_text(path, to_json(config))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is either the old one or the new one, whenever the process dies."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def to_json(config: ConfigDict) -> str:
+    """The configuration as JSON text with sorted names."""
+    return json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain dicts; a None that has a type in ConfigDict becomes a plain None."""
+    values = values.to_dict() if isinstance(values, ConfigDict) else values
+    return {k: _plain(v) if isinstance(v, (Mapping, ConfigDict)) else v for k, v in values.items()}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _updated(defaults: ConfigDict, values: Mapping[str, Any], where: str) -> ConfigDict:
+    """`values` over `defaults`. A default that is an empty ConfigDict takes any fields (weights of rewards, say)."""
+    for key, value in values.items():
+        if key not in defaults:
+            raise ConfigError(
+                f"config.{where}{key} is not a field of config{'.' + where[:-1] if where else ''}"
+                + nearest(key, defaults.keys())
+            )
+        default = defaults.get(key)
+        if isinstance(default, ConfigDict):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"config.{where}{key} is {value!r}, and it must be a dict of fields.")
+            if len(default):
+                _updated(default, value, f"{where}{key}.")
+            else:
+                defaults[key] = ConfigDict(value)
+            continue
+        try:
+            defaults[key] = tuple(value) if isinstance(value, list) else value
+        except (TypeError, ValueError):
+            wanted = type(default).__name__
+            raise ConfigError(f"config.{where}{key} is {value!r}, and it must be of type {wanted}.") from None
+    return defaults

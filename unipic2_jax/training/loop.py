@@ -1,0 +1,254 @@
+"""The loop that every run goes through: stages in order, checkpoints, evaluations, records, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from unipic2_jax.parallel.mesh import make_mesh
+from unipic2_jax.training import config as config_lib
+from unipic2_jax.training.checkpoints import Checkpoints
+from unipic2_jax.training.metrics import Metrics, draw_curves
+from unipic2_jax.training.report import write_report
+from unipic2_jax.training.stage import Stage, StageContext, stage_class
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message is one sentence with the remedy."""
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    load: Callable[[ConfigDict, jax.sharding.Mesh], Any] | None = None,
+    save: Callable[[Any, Path], None] | None = None,
+) -> Path:
+    """Runs the stages of `config.schedule` in `workdir`, continuing what is there, and exports the final model.
+
+    A step is a function of (state, step number), checkpoints hold the whole state, and the folder of a finished
+    stage is never needed again, so the same command after a kill at any moment ends with the same bits.
+
+    Args:
+      config: see `config.make_config`; it is validated before anything else.
+      workdir: receives config.json, metrics.jsonl, tensorboard/, samples/, evaluations/, checkpoints/, curves.png,
+        report.md and export/ (plus export/ extras of each stage under stages/).
+      mesh: devices; a data-parallel mesh over all of them by default.
+      load, save: how a bundle is made from the configuration, and written; diffusers layout by default.
+
+    Returns:
+      The folder of the exported model.
+
+    Raises:
+      ConfigError: for a wrong configuration, or one that differs from that of the run in `workdir`.
+      TrainingError: when a metric is not finite.
+      SystemExit: with 128 + the signal's number after SIGTERM or SIGINT, when the state has been saved.
+    """
+    config = config_lib.validate(config)
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    config_lib.check_same_run(config, workdir / "config.json")
+    config_lib.write_config(config, workdir / "config.json")
+    return _Run(config, workdir, mesh or make_mesh(), load or load_bundle, save or save_bundle).go()
+
+
+def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
+    """The model a run starts from: the folder `config.init`, or random weights of the size `config.model`."""
+    from unipic2_jax.pipelines import bundle
+
+    if config.init is not None:
+        return bundle.load_bundle(config.init, mesh=mesh)
+    return bundle.init_bundle(config.model, seed=config.seed, mesh=mesh)
+
+
+def save_bundle(bundle: Any, folder: Path) -> None:
+    """Writes a bundle in diffusers layout."""
+    from unipic2_jax.pipelines import bundle as bundle_lib
+
+    bundle_lib.save_bundle(bundle, folder)
+
+
+def use_compilation_cache(workdir: str | os.PathLike) -> None:
+    """Keeps compiled programs in $JAX_COMPILATION_CACHE_DIR, else beside the runs, so that a second start is quick."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute().parent / ".cache" / "jax"))
+
+
+class _Signals:
+    """Notes SIGTERM and SIGINT so that the loop can save first; a second SIGINT interrupts at once."""
+
+    def __init__(self):
+        self.received = 0
+
+    def __enter__(self):
+        self.old = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self.old[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread, where Python allows no handlers
+                break
+        return self
+
+    def _note(self, number, frame):
+        del frame
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """One call of `run`: what its steps share."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, load: Callable, save: Callable):
+        self.config, self.workdir, self.mesh, self.load, self.save_bundle = config, workdir, mesh, load, save
+        self.names = list(config.schedule)
+        self.offsets = [sum(config.stages[n].steps for n in self.names[:i]) for i in range(len(self.names))]
+        self.checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, self.say)
+
+    def say(self, sentence: str) -> None:
+        """A line for the person who watches, above the progress bar."""
+        tqdm.write(sentence, file=sys.stderr)
+
+    def go(self) -> Path:
+        use_compilation_cache(self.workdir)
+        export = self.workdir / "export"
+        initial = self.load(self.config, self.mesh)
+        stage, first, step, state = None, 0, 0, None
+
+        def like(record: dict[str, Any]) -> Any:
+            nonlocal stage
+            stage = self.stage_at(record["stage_index"], initial)
+            return stage.init()
+
+        if found := self.checkpoints.restore_newest(like):
+            record, state = found
+            first, step = record["stage_index"], record["step"]
+            self.say(f"Continuing after step {step} of stage '{self.names[first]}' in {self.workdir}.")
+        self.metrics = Metrics(self.workdir, self.offsets[first] + step)
+        with _Signals() as self.signals:
+            bundle = None
+            for index in range(first, len(self.names)):
+                stage = stage or self.stage_at(index, bundle or initial)
+                state = self.train(stage, step, stage.init() if state is None else state)
+                bundle = self.finish(stage, state, initial)
+                stage, step, state = None, 0, None
+        self.metrics.close()
+        self.checkpoints.close()
+        if not export.exists():
+            part = self.workdir / f"export.part{os.getpid()}"
+            self.save_bundle(bundle, part)
+            part.rename(export)
+        draw_curves(self.workdir)
+        report = write_report(self.workdir, f"{', then '.join(self.names)}: {self.workdir.name}")
+        self.say(f"Done: the model is in {export}, the report in {report}.")
+        return export
+
+    def stage_at(self, index: int, bundle: Any) -> Stage:
+        """Stage `index`, on the parameters it started from when those were saved."""
+        name = self.names[index]
+        bundle = dataclasses.replace(bundle, params=self.checkpoints.load_params(index, bundle.params))
+        context = StageContext(name, index, self.config.seed, self.mesh, self.workdir, self.say)
+        return stage_class(self.config.stages[name].kind)(self.config.stages[name], bundle, context)
+
+    def train(self, stage: Stage, step: int, state: Any) -> Any:
+        """Takes the stage from `step` to its end; saves, evaluates and records on the way."""
+        config, index = stage.config, stage.context.index
+        place = lambda: {
+            "stage": stage.context.name,
+            "stage_index": index,
+            "step": step,
+            "total_step": self.offsets[index] + step,
+        }
+        saved = step
+        bar = tqdm(total=config.steps, initial=step, desc=stage.context.name, disable=None, dynamic_ncols=True)
+        with bar:
+            while True:
+                if self.signals.received:
+                    self.stop(place(), state, already=saved == step)
+                if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
+                    self.evaluate(stage, state, place())
+                if step == config.steps:
+                    return state
+                started = time.perf_counter()
+                state, metrics = stage.step(state, step)
+                metrics = {name: float(value) for name, value in metrics.items()}
+                metrics["seconds_step"] = time.perf_counter() - started
+                self.check_finite(stage, step, metrics)
+                step += 1
+                if step % config.log_every == 0 or step == config.steps:
+                    self.metrics.train(place(), metrics)
+                    bar.set_postfix(_shown(metrics), refresh=False)
+                bar.update()
+                if step % config.save_every == 0 or step == config.steps:
+                    self.checkpoints.save(place()["total_step"], state, {**place(), "seed": self.config.seed})
+                    saved = step
+
+    def evaluate(self, stage: Stage, state: Any, place: dict[str, Any]) -> None:
+        """Evaluates unless this evaluation is recorded already."""
+        if self.metrics.record_path(place["stage_index"], place["stage"], place["step"]).exists():
+            return
+        result = stage.evaluate(state, place["step"])
+        self.metrics.evaluation(place, result)
+        shown = {name: float(value) for name, value in result.get("metrics", {}).items()}
+        if shown:
+            values = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            self.say(f"{place['stage']}, step {place['step']}: {values}")
+        draw_curves(self.workdir)
+
+    def check_finite(self, stage: Stage, step: int, metrics: dict[str, float]) -> None:
+        """Stops the run at the first value that is not a number; the state of that step is never saved."""
+        wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        if not wrong:
+            return
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        good = (
+            f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
+        )
+        named = ", ".join(f"{name} = {value}" for name, value in wrong.items())
+        raise TrainingError(
+            f"Step {step} of stage '{stage.context.name}' gave {named}; {good}: "
+            "lower the learning rate or inspect that step's data, then run the same command in a new workdir."
+        )
+
+    def stop(self, place: dict[str, Any], state: Any, already: bool) -> None:
+        """Saves and leaves after a signal."""
+        if not already:
+            self.checkpoints.save(place["total_step"], state, {**place, "seed": self.config.seed})
+        self.checkpoints.wait()
+        self.metrics.close()
+        self.say(f"Stopped by a signal after step {place['step']} of '{place['stage']}'; the same command continues.")
+        raise SystemExit(128 + self.signals.received)
+
+    def finish(self, stage: Stage, state: Any, initial: Any) -> Any:
+        """Ends a stage: its extras under stages/, and the parameters that the next stage starts from."""
+        bundle = stage.finish(state)
+        folder = self.workdir / "stages" / stage.context.name
+        folder.mkdir(parents=True, exist_ok=True)
+        stage.export(state, folder)
+        if stage.context.index + 1 < len(self.names):
+            changed = {name: tree for name, tree in bundle.params.items() if tree is not initial.params[name]}
+            self.checkpoints.save_params(stage.context.index + 1, changed)
+        return bundle
+
+
+def _shown(metrics: dict[str, float]) -> dict[str, str]:
+    """The few numbers that fit on a progress bar."""
+    names = [name for name in metrics if name in ("loss", "reward", "kl")] or list(metrics)[:3]
+    return {name: f"{metrics[name]:.4g}" for name in names}

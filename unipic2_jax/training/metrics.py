@@ -1,0 +1,151 @@
+"""What a run leaves to look at: metrics.jsonl, TensorBoard events, curves, sample pictures, evaluation records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from unipic2_jax.training.config import write_text
+
+
+class Metrics:
+    """The records of a run in its folder. A resumed run first removes what lies beyond the step it continues from."""
+
+    def __init__(self, workdir: Path, resumed_at: int):
+        self.workdir = workdir
+        self.path = workdir / "metrics.jsonl"
+        self.evaluations = workdir / "evaluations"
+        self.evaluations.mkdir(parents=True, exist_ok=True)
+        (workdir / "samples").mkdir(exist_ok=True)
+        for record in self.evaluations.glob("*.json"):
+            if json.loads(record.read_text())["total_step"] > resumed_at:
+                record.unlink()
+        self._truncate(resumed_at)
+        self.file = self.path.open("a", buffering=1)
+        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+
+    def _truncate(self, resumed_at: int) -> None:
+        """Keeps the lines of training up to `resumed_at` and of evaluations whose record is there."""
+        kept = []
+        for row in read_rows(self.path):
+            done = self.record_path(row["stage_index"], row["stage"], row["step"]).exists()
+            if row["total_step"] <= resumed_at and (row["kind"] == "train" or done):
+                kept.append(json.dumps(row))
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def train(self, place: dict[str, Any], values: dict[str, float]) -> None:
+        """Appends the metrics of a step. `place` holds stage, stage_index, step, total_step."""
+        self._row("train", place, values)
+
+    def record_path(self, stage_index: int, stage: str, step: int) -> Path:
+        """Where the evaluation after `step` steps of a stage is recorded."""
+        return self.evaluations / f"{stage_index}_{stage}_{step:07d}.json"
+
+    def evaluation(self, place: dict[str, Any], result: dict[str, Any]) -> None:
+        """Saves an evaluation: its pictures, its row, and last its record, whose presence says that it is complete."""
+        name = f"{place['stage_index']}_{place['stage']}_{place['step']:07d}"
+        for title, image in result.get("images", {}).items():
+            image.save(self.workdir / "samples" / f"{name}_{title}.png")
+            self.events.add_image(
+                f"{place['stage']}/{title}", np.asarray(image), place["total_step"], dataformats="HWC"
+            )
+        metrics = {key: float(value) for key, value in result.get("metrics", {}).items()}
+        scores = {key: _listed(value) for key, value in result.get("scores", {}).items()}
+        self._row("evaluation", place, metrics)
+        record = {**place, "metrics": metrics, "scores": scores}
+        path = self.record_path(place["stage_index"], place["stage"], place["step"])
+        write_text(path, json.dumps(record) + "\n")
+
+    def _row(self, kind: str, place: dict[str, Any], values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"kind": kind, **place, **values}) + "\n")
+        for key, value in values.items():
+            self.events.add_scalar(f"{place['stage']}/{key}", value, place["total_step"])
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self.file.close()
+        self.events.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off while being written is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
+    """The evaluation records of a run in the order of their steps."""
+    records = [json.loads(path.read_text()) for path in (workdir / "evaluations").glob("*.json")]
+    return sorted(records, key=lambda r: (r["stage_index"], r["step"]))
+
+
+def draw_curves(workdir: Path) -> Path | None:
+    """Writes curves.png: a column per stage, a row per metric, evaluations as dots. None when nothing was logged."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_rows(workdir / "metrics.jsonl")
+    train = [row for row in rows if row["kind"] == "train"]
+    if not train:
+        return None
+    stages = sorted({(row["stage_index"], row["stage"]) for row in train})
+    names = _curve_names(rows)
+    figure = Figure(figsize=(4.2 * len(stages), 2.0 * len(names) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(names), len(stages), squeeze=False, sharex="col")
+    for column, (index, stage) in enumerate(stages):
+        for row_number, name in enumerate(names):
+            axis = axes[row_number][column]
+            points = [(r["step"], r[name]) for r in train if r["stage_index"] == index and name in r]
+            if points:
+                steps, values = np.array(points).T
+                axis.plot(steps, values, color="#9ecae1", linewidth=0.8)
+                axis.plot(steps, smooth(values), color="#08519c", linewidth=1.5)
+            dots = [
+                (r["step"], r[name])
+                for r in rows
+                if r["kind"] == "evaluation" and r["stage_index"] == index and name in r
+            ]
+            if dots:
+                axis.plot(*np.array(dots).T, "o-", color="#d94801", markersize=4)
+            if not points and not dots:
+                axis.set_axis_off()
+            axis.set_title(f"{stage}: {name}", fontsize=9)
+            axis.tick_params(labelsize=7)
+        axes[-1][column].set_xlabel("step", fontsize=8)
+    figure.savefig(workdir / "curves.part.png", dpi=110)
+    (workdir / "curves.part.png").replace(workdir / "curves.png")
+    return workdir / "curves.png"
+
+
+# Substrings of the metrics worth a curve; the rest is in TensorBoard.
+SHOWN = ("loss", "reward", "score", "kl", "grad_norm", "clip_fraction", "zero_variance", "psnr", "readable")
+
+
+def _curve_names(rows: list[dict[str, Any]]) -> list[str]:
+    names = {key for row in rows for key in row if any(word in key for word in SHOWN)}
+    hidden = {name for name in names if name.endswith("_std") or name.startswith("seconds")}
+    rank = lambda name: (next(i for i, word in enumerate(("reward", "score", "loss", "")) if word in name), name)
+    return sorted(names - hidden, key=rank)[:12]
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over about a tenth of the points, of what there is at the ends."""
+    width = max(1, len(values) // 10) | 1
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def _listed(values: Any) -> list:
+    """Scores as JSON: NaN, which JSON has not, becomes null."""
+    array = np.asarray(values, np.float64)
+    return np.where(np.isnan(array), None, array.astype(object)).tolist()

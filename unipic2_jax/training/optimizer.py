@@ -1,0 +1,74 @@
+"""From a configuration to an optax transformation, and the split of parameters into trained and frozen."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import optax
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from unipic2_jax.training.config import ConfigError, nearest
+
+# A table that the original keeps as a buffer; training it would leave the family of models that the original can load.
+NEVER_TRAINED = re.compile(r"(^|/)pos_embed/pos_embed$")
+
+
+def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Learning rate by update: a linear warm-up from 0, then constant or cosine down to `end_lr` at `steps`."""
+    if config.warmup >= steps and config.warmup > 0:
+        raise ConfigError(f"optimizer.warmup is {config.warmup} steps of {steps}; it must be less.")
+    after = {
+        "constant": optax.constant_schedule(config.lr),
+        "cosine": optax.cosine_decay_schedule(
+            config.lr, steps - config.warmup, config.end_lr / config.lr if config.lr else 0.0
+        ),
+    }
+    if config.schedule not in after:
+        raise ConfigError(f"optimizer.schedule '{config.schedule}' does not exist" + nearest(config.schedule, after))
+    if not config.warmup:
+        return after[config.schedule]
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, config.lr, config.warmup), after[config.schedule]], [config.warmup]
+    )
+
+
+def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then Adam or AdamW as in PyTorch (decay on every trained leaf, scaled by the rate).
+
+    `steps` counts updates; with several updates per step of the loop pass their product.
+    """
+    rate = make_schedule(config, steps)
+    b1, b2 = config.betas
+    makers = {
+        "adamw": lambda: optax.adamw(rate, b1, b2, config.eps, weight_decay=config.weight_decay),
+        "adam": lambda: optax.adam(rate, b1, b2, config.eps),
+    }
+    if config.name not in makers:
+        raise ConfigError(f"optimizer.name '{config.name}' does not exist" + nearest(config.name, makers))
+    update = makers[config.name]()
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+
+
+def split_params(params: dict[str, Any], trainable: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two nested dicts: the leaves whose 'path/to/leaf' the regex finds a match in, and the others.
+
+    Gradients and optimizer state are made for the first alone, so frozen leaves cost neither.
+
+    Raises:
+      ConfigError: when nothing would be trained.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    chosen = {path for path in flat if re.search(trainable, path) and not NEVER_TRAINED.search(path)}
+    if not chosen:
+        some = ", ".join(sorted(flat)[:3])
+        raise ConfigError(f"optimizer.trainable '{trainable}' matches no parameter; the names look like {some}.")
+    halves = ({p: v for p, v in flat.items() if (p in chosen) == side} for side in (True, False))
+    return tuple(traverse_util.unflatten_dict(half, sep="/") for half in halves)
+
+
+def merge_params(trainable: dict[str, Any], frozen: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `split_params`."""
+    flat = traverse_util.flatten_dict(frozen, sep="/") | traverse_util.flatten_dict(trainable, sep="/")
+    return traverse_util.unflatten_dict(flat, sep="/")

@@ -1,0 +1,95 @@
+"""What a stage of training is: the seam between the loop and the kinds of training."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from unipic2_jax.training.config import ConfigError, nearest, stage_fields
+
+# Kind -> class, or 'module:class' which is imported when a run first asks for it.
+STAGES: dict[str, Any] = {
+    "autoencoder": "unipic2_jax.training.autoencoder_stage:AutoencoderStage",
+    "flow": "unipic2_jax.training.flow_stage:FlowStage",
+    "grpo": "unipic2_jax.training.grpo_stage:GRPOStage",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StageContext:
+    """What the loop tells a stage about the run it is in."""
+
+    name: str
+    index: int  # place in the schedule
+    seed: int
+    mesh: jax.sharding.Mesh
+    workdir: Path
+    log: Callable[[str], None] = print  # a sentence for the person who watches
+
+    def key(self, step: int) -> jax.Array:
+        """The one source of device randomness: the same (seed, stage, step) always gives the same key."""
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), self.index), step)
+
+    def data_seed(self) -> int:
+        """The seed of this stage's data; with the step number it determines a batch."""
+        return self.seed * 1000 + self.index
+
+
+class Stage:
+    """One kind of training. Everything that changes lives in the state, a pytree of arrays.
+
+    A step is a pure function of (state, step number): the data and the random numbers of step n are functions of
+    (seed, stage, n), so the step number is the whole data position and a resumed run repeats and skips nothing.
+    """
+
+    @classmethod
+    def default_config(cls) -> ConfigDict:
+        """The fields of a stage of this kind with their defaults."""
+        return stage_fields()
+
+    def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
+        self.config, self.bundle, self.context = config, bundle, context
+
+    def init(self) -> Any:
+        """The state before the first step."""
+        raise NotImplementedError
+
+    def step(self, state: Any, step: int) -> tuple[Any, dict[str, float]]:
+        """Does step number `step` (from 0). A metric that has no value in this step is left out, never NaN."""
+        raise NotImplementedError
+
+    def evaluate(self, state: Any, step: int) -> dict[str, Any]:
+        """Any of 'metrics' {name: float}, 'scores' {name: [a value per prompt]} and 'images' {name: PIL image}.
+
+        'scores' are compared pairwise before and after the stage, so their order and seeds must not depend on `step`.
+        """
+        del state, step
+        return {}
+
+    def finish(self, state: Any) -> Any:
+        """The bundle that the next stage starts from; groups of `bundle.params` that did not change stay the same objects."""
+        raise NotImplementedError
+
+    def export(self, state: Any, folder: Path) -> None:
+        """Writes what the stage leaves besides its bundle, a LoRA file for example; `folder` exists."""
+
+
+def stage_class(kind: str) -> type[Stage]:
+    """The class of a kind.
+
+    Raises:
+      ConfigError: for a kind that is not in `STAGES`.
+    """
+    if kind not in STAGES:
+        raise ConfigError(f"'{kind}' is not a kind of stage" + nearest(kind, STAGES))
+    entry = STAGES[kind]
+    if isinstance(entry, str):
+        module, name = entry.split(":")
+        entry = getattr(importlib.import_module(module), name)
+    return entry
