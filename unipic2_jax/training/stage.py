@@ -73,7 +73,7 @@ class Stage:
         return {}
 
     def finish(self, state: Any) -> Any:
-        """The bundle that the next stage starts from; groups of `bundle.params` that did not change stay the same objects."""
+        """The bundle that the next stage starts from; unchanged groups of `bundle.params` stay the same objects."""
         raise NotImplementedError
 
     def export(self, state: Any, folder: Path) -> None:
