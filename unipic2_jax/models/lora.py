@@ -1,8 +1,8 @@
 """Low-rank updates of the MMDiT's joint attention (paper, PDTR: rank 32, alpha 64; the targets are Flow-GRPO's).
 
 A LoRA tree mirrors the parameter tree: where that holds {'kernel', 'bias'}, this holds {'a': [in, r], 'b': [r, out]},
-with the blocks' leading axis where there is one. Passed as the collection 'lora' it is applied; left out, the network is
-the reference policy.
+with the blocks' leading axis where there is one. Passed as the collection 'lora' it is applied; left out, the network
+is the reference policy.
 """
 
 from __future__ import annotations

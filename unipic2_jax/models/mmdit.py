@@ -109,12 +109,13 @@ class Dense(nn.Module):
         dtype, param_dtype = self.compute.dtype, self.compute.param_dtype
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
-        x = x.astype(dtype)
+        # As one matrix product XLA's CPU backend is up to twice as fast; accelerators do not care.
+        lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1]).astype(dtype)
         y = x @ kernel.astype(dtype) + bias.astype(dtype)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             y = y + (x @ a.astype(dtype)) @ b.astype(dtype) * (self.compute.lora_alpha / a.shape[-1])
-        return y
+        return y.reshape(*lead, self.features)
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
