@@ -1,0 +1,133 @@
+"""What a model is asked to do during reinforcement and evaluation: prompts, with a source image when it is an edit."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+# Kind -> 'module:class'; a class takes (seed, **options) and is a PromptSource.
+SOURCES: dict[str, Any] = {
+    "jsonl": "unipic2_jax.data.prompts:JSONLSource",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptRecord:
+    """One task for the model."""
+
+    prompt: str
+    image: np.ndarray | None = None  # uint8 [H, W, 3], what to edit
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # what rewards need to know
+    key: str = ""  # samples with equal keys form a group; by default made of prompt and image
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            object.__setattr__(self, "key", group_key(self.prompt, self.image))
+
+
+class PromptSource(Protocol):
+    """Where tasks come from. A batch is a function of the seed it was made with and the step, nothing else."""
+
+    def batch(self, step: int, count: int) -> list[PromptRecord]:
+        """The tasks of a step. All of a batch have an image, or none has."""
+        ...
+
+
+def group_key(prompt: str, image: np.ndarray | None) -> str:
+    """The prompt; for an edit, the prompt and the picture."""
+    if image is None:
+        return prompt
+    return f"{prompt}\n{hashlib.sha1(np.ascontiguousarray(image).tobytes()).hexdigest()}"
+
+
+def make_source(config: Mapping[str, Any], seed: int) -> PromptSource:
+    """The source that `config` describes: its `kind`, and options of that kind. A `seed` among them overrules `seed`.
+
+    Raises:
+      ValueError: for an unknown kind or option.
+    """
+    options = dict(config)
+    kind = options.pop("kind", None)
+    if kind not in SOURCES:
+        raise ValueError(f"The prompt source {kind!r} does not exist; choose one of {', '.join(sorted(SOURCES))}.")
+    maker = SOURCES[kind]
+    if isinstance(maker, str):
+        module, name = maker.split(":")
+        maker = getattr(importlib.import_module(module), name)
+    try:
+        return maker(**{"seed": seed, **options})
+    except TypeError as error:
+        raise ValueError(f"The prompt source '{kind}' does not take these options ({error}); correct them.") from error
+
+
+class JSONLSource:
+    """Tasks from a file with one JSON object per line: GenEval metadata, or a manifest of edits.
+
+    A line has `prompt` (or `instruction`), for an edit `image`, a path relative to the file, and anything else, which
+    becomes the metadata together with `index`, the line's number from 0.
+
+    Attributes:
+      shuffle: a new order each time the file has been gone through; otherwise the file's order, over and over.
+    """
+
+    def __init__(self, path: str, seed: int = 0, shuffle: bool = True):
+        self.path, self.seed, self.shuffle = Path(path), seed, shuffle
+        if not self.path.is_file():
+            raise FileNotFoundError(f"The prompt file {path} does not exist; check the path.")
+        lines = self.path.read_text(encoding="utf-8").splitlines()  # keeps a last line without a newline
+        self.rows = [self._row(number, line) for number, line in enumerate(lines) if line.strip()]
+        if not self.rows:
+            raise ValueError(f"The prompt file {path} holds no prompts; give one JSON object per line.")
+        if len({row["image"] is None for row in self.rows}) > 1:
+            raise ValueError(f"Some lines of {path} have an image and some have none; split it into two files.")
+
+    def _row(self, number: int, line: str) -> dict[str, Any]:
+        where = f"Line {number + 1} of {self.path}"
+        try:
+            metadata = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON ({error}); correct it.") from error
+        prompt = metadata.get("prompt", metadata.get("instruction")) if isinstance(metadata, dict) else None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{where} has no prompt; add a text called 'prompt'.")
+        image = metadata.get("image")
+        if image is not None:
+            image = self.path.parent / image
+            if not image.is_file():
+                raise FileNotFoundError(f"{where} names the image {image}, which does not exist; check the path.")
+        return {"prompt": prompt, "image": image, "metadata": {"index": number, **metadata}}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, step: int, count: int) -> list[PromptRecord]:
+        """Tasks step * count ... of the endless sequence of (shuffled) passes through the file."""
+        records = []
+        for position in range(step * count, (step + 1) * count):
+            epoch, place = divmod(position, len(self.rows))
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)) if self.shuffle else None
+            row = self.rows[place if order is None else order[place]]
+            image = None if row["image"] is None else read_image(row["image"])
+            records.append(PromptRecord(row["prompt"], image, row["metadata"]))
+        return records
+
+
+def read_image(path: Path) -> np.ndarray:
+    """uint8 [H, W, 3].
+
+    Raises:
+      ValueError: when the file is not an image that can be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"The image {path} cannot be decoded ({error}); replace or remove it.") from error

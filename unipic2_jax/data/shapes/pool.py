@@ -1,0 +1,34 @@
+"""Endless training data of the shapes world: example `i` of a seed is always the same, so a position is one number."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from unipic2_jax.data.shapes.edits import ShapesEdit, random_edit
+from unipic2_jax.data.shapes.prompts import ShapesPrompt, random_prompt
+from unipic2_jax.data.shapes.world import Scene, random_scene
+
+# Every word of the world's prompts; the tiny tokenizers give each one token.
+WORDS = tuple(
+    "a above add and background below black blue bottom center change circle circles cross crosses cyan four gray green "
+    "large left make move of on pink purple red remove replace right small square squares the three to top triangle "
+    "triangles two white with yellow".split()
+)
+_PROMPT, _EDIT, _DENSE = range(3)
+
+
+def prompt_example(seed: int, index: int) -> ShapesPrompt:
+    """Text-to-image training example number `index`."""
+    return random_prompt(np.random.default_rng([seed, _PROMPT, index]))
+
+
+def edit_example(seed: int, index: int) -> ShapesEdit:
+    """Edit training example number `index`."""
+    return random_edit(np.random.default_rng([seed, _EDIT, index]))
+
+
+def dense_scene(seed: int, index: int) -> Scene:
+    """Scene number `index` for the autoencoder: three in four are crowded (5 to 9 objects), which teaches it faster."""
+    rng = np.random.default_rng([seed, _DENSE, index])
+    crowded = rng.random() < 0.75
+    return random_scene(rng, int(rng.integers(5, 10) if crowded else rng.integers(0, 5)))
