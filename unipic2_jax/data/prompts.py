@@ -15,6 +15,7 @@ from PIL import Image
 
 # Kind -> 'module:class'; a class takes (seed, **options) and is a PromptSource.
 SOURCES: dict[str, Any] = {
+    "shapes": "unipic2_jax.data.shapes.sources:ShapesSource",
     "jsonl": "unipic2_jax.data.prompts:JSONLSource",
 }
 

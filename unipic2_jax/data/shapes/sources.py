@@ -1,0 +1,55 @@
+"""Prompt sources over the shapes world for reinforcement and evaluation (`data.prompts.PromptSource`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from unipic2_jax.data.prompts import PromptRecord
+from unipic2_jax.data.shapes.edits import EDIT_TYPES, ShapesEdit, random_edit
+from unipic2_jax.data.shapes.prompts import ShapesPrompt, random_prompt
+from unipic2_jax.data.shapes.world import Scene, Thing, render
+from unipic2_jax.rewards.geneval import TAGS
+
+TASKS = {"t2i": TAGS, "edit": EDIT_TYPES}
+
+
+def scene_to_dict(scene: Scene) -> dict[str, Any]:
+    """Plain JSON values."""
+    return dataclasses.asdict(scene)
+
+
+def scene_from_dict(values: Mapping[str, Any]) -> Scene:
+    """The inverse of `scene_to_dict`."""
+    return Scene(values["background"], tuple(Thing(**thing) for thing in values["things"]))
+
+
+class ShapesSource:
+    """Endless prompts or edits; a batch goes through the tags (edit types) in turn, so that each counts the same.
+
+    Attributes:
+      task: 't2i' or 'edit'.
+      split: 'train', or 'heldout' for combinations that no training example shows.
+    """
+
+    def __init__(self, seed: int = 0, task: str = "t2i", split: str = "train"):
+        if task not in TASKS:
+            raise ValueError(f"The shapes source has no task '{task}'; use one of {', '.join(TASKS)}.")
+        self.seed, self.task, self.split = seed, task, split
+
+    def batch(self, step: int, count: int) -> list[PromptRecord]:
+        """Records step * count ... of the endless sequence."""
+        return [self._record(index) for index in range(step * count, (step + 1) * count)]
+
+    def _record(self, index: int) -> PromptRecord:
+        rng = np.random.default_rng([self.seed, list(TASKS).index(self.task), self.split == "heldout", index])
+        kind = TASKS[self.task][index % len(TASKS[self.task])]
+        if self.task == "t2i":
+            found: ShapesPrompt | ShapesEdit = random_prompt(rng, kind, self.split)
+            return PromptRecord(found.prompt, None, found.metadata)
+        found = random_edit(rng, kind, self.split)
+        metadata = {"tag": kind, **found.metadata, "source": scene_to_dict(found.source)}
+        return PromptRecord(found.prompt, render(found.source), metadata)
