@@ -89,7 +89,9 @@ def score(detections: Sequence[Detection], metadata: Mapping[str, Any], *, exact
         if "position" in clause:
             relation, target = clause["position"]
             if not 0 <= target < place:
-                raise ValueError(f"Clause {place} of {metadata.get('prompt')!r} is placed relative to clause {target}, which does not come before it.")
+                raise ValueError(
+                    f"Clause {place} of {metadata.get('prompt')!r} is placed relative to clause {target}, which does not come before it."
+                )
             holds = bool(found and groups[target]) and all(
                 relation in relative_position(a, b) for a in found for b in groups[target]
             )

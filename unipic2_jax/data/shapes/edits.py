@@ -122,7 +122,12 @@ def random_edit(rng: np.random.Generator, kind: str | None = None, split: str = 
         edit, key = _candidate(rng, kind)
         if split == "heldout" and held_out(key):
             return edit
-        if split == "train" and not held_out(key) and not shows_held_out(edit.source) and not shows_held_out(edit.target):
+        if (
+            split == "train"
+            and not held_out(key)
+            and not shows_held_out(edit.source)
+            and not shows_held_out(edit.target)
+        ):
             return edit
 
 
@@ -151,7 +156,10 @@ def score_edit(result: Scene, source: Scene, metadata: dict[str, Any]) -> EditSc
         clauses = [at is None]
     elif kind == "recolor":
         before = source.at(edited)
-        clauses = [at is not None and at.color == metadata["color"], at is not None and (at.shape, at.size) == (before.shape, before.size)]
+        clauses = [
+            at is not None and at.color == metadata["color"],
+            at is not None and (at.shape, at.size) == (before.shape, before.size),
+        ]
     elif kind == "replace":
         clauses = [at is not None and at.shape == metadata["shape"], at is not None and at.color == metadata["color"]]
     elif kind == "move":

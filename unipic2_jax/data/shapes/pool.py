@@ -10,9 +10,52 @@ from unipic2_jax.data.shapes.world import Scene, random_scene
 
 # Every word of the world's prompts; the tiny tokenizers give each one token.
 WORDS = tuple(
-    "a above add and background below black blue bottom center change circle circles cross crosses cyan four gray green "
-    "large left make move of on pink purple red remove replace right small square squares the three to top triangle "
-    "triangles two white with yellow".split()
+    [
+        "a",
+        "above",
+        "add",
+        "and",
+        "background",
+        "below",
+        "black",
+        "blue",
+        "bottom",
+        "center",
+        "change",
+        "circle",
+        "circles",
+        "cross",
+        "crosses",
+        "cyan",
+        "four",
+        "gray",
+        "green",
+        "large",
+        "left",
+        "make",
+        "move",
+        "of",
+        "on",
+        "pink",
+        "purple",
+        "red",
+        "remove",
+        "replace",
+        "right",
+        "small",
+        "square",
+        "squares",
+        "the",
+        "three",
+        "to",
+        "top",
+        "triangle",
+        "triangles",
+        "two",
+        "white",
+        "with",
+        "yellow",
+    ]
 )
 _PROMPT, _EDIT, _DENSE = range(3)
 

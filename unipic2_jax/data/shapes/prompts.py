@@ -95,7 +95,7 @@ def _candidate(rng: np.random.Generator, tag: str, mention_background: bool) -> 
     first, second = (CLASSES[i] for i in rng.permutation(len(CLASSES))[:2])
     color_a, color_b, size_a, size_b = _draw(rng, colors), _draw(rng, colors), _draw(rng, sizes), _draw(rng, sizes)
     include: list[dict[str, Any]] = [{"class": first, "count": 1}]
-    two = (lambda: _things(rng, [(first, color_a, size_a), (second, color_b, size_b)]))
+    two = lambda: _things(rng, [(first, color_a, size_a), (second, color_b, size_b)])
     if tag == "single_object":
         things = _things(rng, [(first, color_a, size_a)])
         include[0]["size"] = size_a

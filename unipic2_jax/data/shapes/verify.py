@@ -43,9 +43,7 @@ def read_scenes(images: np.ndarray) -> list[Scene]:
         raise ValueError(
             f"The shapes verifier reads images of {IMAGE_SIZE} x {IMAGE_SIZE} x 3, not {images.shape[1:]}; generate at that size."
         )
-    cells = rearrange(
-        images.astype(np.float32), "n (r y) (c x) d -> n (r c) (y x) d", r=GRID, c=GRID, y=CELL, x=CELL
-    )
+    cells = rearrange(images.astype(np.float32), "n (r y) (c x) d -> n (r c) (y x) d", r=GRID, c=GRID, y=CELL, x=CELL)
     # Objects leave the outermost pixel of their cell free, so the rim of all cells shows the background.
     edge = np.zeros((CELL, CELL), bool)
     edge[[0, -1]] = edge[:, [0, -1]] = True
