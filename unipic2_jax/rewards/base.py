@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,8 +17,7 @@ REWARDS: dict[str, Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Scores of a batch.
 
     Attributes:
@@ -29,7 +27,7 @@ class Scores:
     """
 
     values: np.ndarray
-    details: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    details: dict[str, np.ndarray]
 
 
 class Reward(Protocol):
@@ -40,7 +38,7 @@ class Reward(Protocol):
         ...
 
 
-def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
+def make_reward(name: str, **options: Any) -> Reward:
     """The reward called `name`.
 
     Raises:
@@ -53,6 +51,6 @@ def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
         module, attribute = maker.split(":")
         maker = getattr(importlib.import_module(module), attribute)
     try:
-        return maker(**(options or {}))
+        return maker(**options)
     except TypeError as error:
         raise ValueError(f"The reward '{name}' does not take these options ({error}); correct them.") from error
