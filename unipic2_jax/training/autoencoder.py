@@ -26,6 +26,6 @@ def autoencoder_loss(
     decoded = module.apply({"params": params}, sample_latents(mean, logvar, key), method="decode")
     error = decoded - images
     reconstruction = jnp.mean(jnp.abs(error)) + jnp.mean(error**2)
-    kl = jnp.mean(kl_divergence(mean, logvar)) / (mean.size / mean.shape[0])
+    kl = jnp.mean(kl_divergence(mean, logvar))
     loss = reconstruction + kl_weight * kl
     return loss, {"reconstruction": reconstruction, "kl": kl}

@@ -124,7 +124,7 @@ class Checkpoints:
             writer.save(path, {"params": params, "checksums": _device_checksums(params)})
 
     def load_params(self, index: int, like: dict[str, Any]) -> dict[str, Any]:
-        """`like` with the groups that `save_params` saved for stage `index`.
+        """`like`, its leaves being arrays of one sharding, with the groups that `save_params` saved for stage `index`.
 
         Raises:
           ConfigError: when the folder is damaged.
@@ -134,10 +134,11 @@ class Checkpoints:
             return like
         try:
             with ocp.StandardCheckpointer() as reader:
-                names = reader.metadata(path).item_metadata["params"].keys()
-                groups = {name: like[name] for name in names}
-                target = {"params": groups, "checksums": _device_checksums(groups)}
-                saved = reader.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, target))
+                # By their own description, since a group may be there that `like` does not have (a LoRA that is kept).
+                sharding = jax.tree.leaves(like)[0].sharding
+                describe = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+                described = jax.tree.map(describe, dict(reader.metadata(path).item_metadata))
+                saved = reader.restore(path, described)
             found = checksums(saved["params"])
             if found != checksums_to_dict(saved["checksums"]):
                 raise ValueError("a checksum differs")

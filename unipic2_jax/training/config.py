@@ -16,6 +16,10 @@ class ConfigError(ValueError):
     """Something in the configuration that its author has to change; the message is one sentence."""
 
 
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message is one sentence with the remedy."""
+
+
 def base_config() -> ConfigDict:
     """The fields of every run. `schedule` is the order in which the named `stages` run."""
     return ConfigDict(
@@ -51,9 +55,10 @@ def optimizer_fields() -> ConfigDict:
         {
             "name": "adamw",  # adamw | adam
             "lr": 1e-4,
-            "schedule": "constant",  # constant | cosine, after a linear warm-up
+            "schedule": "constant",  # constant | cosine | trapezoid, after a linear warm-up
             "warmup": 0,  # steps
-            "end_lr": 0.0,  # what cosine ends at
+            "end_lr": 0.0,  # what cosine and trapezoid end at
+            "decay": 0.2,  # last part of a trapezoid, in which the rate falls
             "betas": (0.9, 0.95),
             "eps": 1e-8,
             "weight_decay": 0.05,

@@ -19,13 +19,12 @@ from tqdm import tqdm
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training import config as config_lib
 from unipic2_jax.training.checkpoints import Checkpoints
+from unipic2_jax.training.config import TrainingError
 from unipic2_jax.training.metrics import Metrics, draw_curves
 from unipic2_jax.training.report import write_report
 from unipic2_jax.training.stage import Stage, StageContext, stage_class
 
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message is one sentence with the remedy."""
+CURVES_EVERY = 60.0  # seconds; drawing takes about one
 
 
 def run(
@@ -57,11 +56,17 @@ def run(
       SystemExit: with 128 + the signal's number after SIGTERM or SIGINT, when the state has been saved.
     """
     config = config_lib.validate(config)
+    mesh = mesh or make_mesh()
+    for name in config.schedule:
+        try:
+            stage_class(config.stages[name].kind).check(config.stages[name], mesh)
+        except (ValueError, FileNotFoundError) as error:
+            raise config_lib.ConfigError(f"config.stages.{name}: {error}") from error
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     config_lib.check_same_run(config, workdir / "config.json")
     config_lib.write_config(config, workdir / "config.json")
-    return _Run(config, workdir, mesh or make_mesh(), load or load_bundle, save or save_bundle).go()
+    return _Run(config, workdir, mesh, load or load_bundle, save or save_bundle).go()
 
 
 def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
@@ -119,6 +124,7 @@ class _Run:
         self.config, self.workdir, self.mesh, self.load, self.save_bundle = config, workdir, mesh, load, save
         self.names = list(config.schedule)
         self.offsets = [sum(config.stages[n].steps for n in self.names[:i]) for i in range(len(self.names))]
+        self.drawn = time.monotonic()
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, self.say)
 
     def say(self, sentence: str) -> None:
@@ -163,7 +169,8 @@ class _Run:
         """Stage `index`, on the parameters it started from when those were saved."""
         name = self.names[index]
         bundle = dataclasses.replace(bundle, params=self.checkpoints.load_params(index, bundle.params))
-        context = StageContext(name, index, self.config.seed, self.mesh, self.workdir, self.say)
+        following = self.config.stages[self.names[index + 1]] if index + 1 < len(self.names) else None
+        context = StageContext(name, index, self.config.seed, self.mesh, self.workdir, following, self.say)
         return stage_class(self.config.stages[name].kind)(self.config.stages[name], bundle, context)
 
     def train(self, stage: Stage, step: int, state: Any) -> Any:
@@ -209,7 +216,9 @@ class _Run:
         if shown:
             values = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
             self.say(f"{place['stage']}, step {place['step']}: {values}")
-        draw_curves(self.workdir)
+        if time.monotonic() - self.drawn > CURVES_EVERY:
+            draw_curves(self.workdir)
+            self.drawn = time.monotonic()
 
     def check_finite(self, stage: Stage, step: int, metrics: dict[str, float]) -> None:
         """Stops the run at the first value that is not a number; the state of that step is never saved."""
@@ -243,7 +252,7 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         stage.export(state, folder)
         if stage.context.index + 1 < len(self.names):
-            changed = {name: tree for name, tree in bundle.params.items() if tree is not initial.params[name]}
+            changed = {name: tree for name, tree in bundle.params.items() if tree is not initial.params.get(name)}
             self.checkpoints.save_params(stage.context.index + 1, changed)
         return bundle
 

@@ -128,7 +128,7 @@ def draw_curves(workdir: Path) -> Path | None:
 
 
 # Substrings of the metrics worth a curve; the rest is in TensorBoard.
-SHOWN = ("loss", "reward", "score", "kl", "grad_norm", "clip_fraction", "zero_variance", "psnr", "readable")
+SHOWN = ("loss", "reward", "score", "kl", "gradient_norm", "clip_fraction", "zero_variance", "psnr", "readable")
 
 
 def _curve_names(rows: list[dict[str, Any]]) -> list[str]:

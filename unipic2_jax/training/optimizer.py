@@ -16,13 +16,21 @@ NEVER_TRAINED = re.compile(r"(^|/)pos_embed/pos_embed$")
 
 
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Learning rate by update: a linear warm-up from 0, then constant or cosine down to `end_lr` at `steps`."""
+    """Learning rate by update: a linear warm-up from 0, then constant, cosine down to `end_lr` at `steps`, or
+    trapezoid: constant, then straight down to `end_lr` over the last `decay` of the steps."""
     if config.warmup >= steps and config.warmup > 0:
         raise ConfigError(f"optimizer.warmup is {config.warmup} steps of {steps}; it must be less.")
     after = {
         "constant": optax.constant_schedule(config.lr),
         "cosine": optax.cosine_decay_schedule(
             config.lr, steps - config.warmup, config.end_lr / config.lr if config.lr else 0.0
+        ),
+        "trapezoid": optax.join_schedules(
+            [
+                optax.constant_schedule(config.lr),
+                optax.linear_schedule(config.lr, config.end_lr, max(1, int(steps * config.decay))),
+            ],
+            [steps - config.warmup - max(1, int(steps * config.decay))],
         ),
     }
     if config.schedule not in after:

@@ -30,6 +30,7 @@ class StageContext:
     seed: int
     mesh: jax.sharding.Mesh
     workdir: Path
+    following: ConfigDict | None = None  # the configuration of the next stage
     log: Callable[[str], None] = print  # a sentence for the person who watches
 
     def key(self, step: int) -> jax.Array:
@@ -52,6 +53,15 @@ class Stage:
     def default_config(cls) -> ConfigDict:
         """The fields of a stage of this kind with their defaults."""
         return stage_fields()
+
+    @classmethod
+    def check(cls, config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+        """Called for every stage before any work starts.
+
+        Raises:
+          ValueError, FileNotFoundError: one sentence about what cannot work.
+        """
+        del config, mesh
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
         self.config, self.bundle, self.context = config, bundle, context

@@ -1,4 +1,4 @@
-"""Prompt sources over the shapes world for reinforcement and evaluation (`data.prompts.PromptSource`)."""
+"""The shapes world as `data.prompts.PromptSource` for reinforcement and evaluation, and as `data.examples.ExampleSource`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from unipic2_jax.data.examples import Example
 from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.data.shapes.edits import EDIT_TYPES, ShapesEdit, random_edit
+from unipic2_jax.data.shapes.pool import dense_scene, edit_example, prompt_example
 from unipic2_jax.data.shapes.prompts import ShapesPrompt, random_prompt
 from unipic2_jax.data.shapes.world import Scene, Thing, render
 from unipic2_jax.rewards.geneval import TAGS
@@ -53,3 +55,19 @@ class ShapesSource:
         found = random_edit(rng, kind, self.split)
         metadata = {"tag": kind, **found.metadata, "source": scene_to_dict(found.source)}
         return PromptRecord(found.prompt, render(found.source), metadata)
+
+
+class ShapesExamples:
+    """Training examples: 't2i' and 'edit' from the training split, 'image' crowded scenes for the autoencoder."""
+
+    def __init__(self, seed: int = 0, task: str = "t2i"):
+        self.seed, self.task = seed, task
+
+    def example(self, index: int) -> Example:
+        if self.task == "t2i":
+            found = prompt_example(self.seed, index)
+            return Example(render(found.scene), found.prompt)
+        if self.task == "edit":
+            edit = edit_example(self.seed, index)
+            return Example(render(edit.target), edit.prompt, (render(edit.source),))
+        return Example(render(dense_scene(self.seed, index)))

@@ -1,0 +1,18 @@
+"""What the recipes over the shapes world share: how a model is measured there."""
+
+SIZE = {"height": 48, "width": 48}
+
+
+def evaluations(num_prompts: int, samples: int, num_steps: int = 20, guidance_scale: float = 2.5) -> dict:
+    """Both tasks on held-out combinations with fixed seeds."""
+    shared = {**SIZE, "num_prompts": num_prompts, "samples": samples, "num_steps": num_steps, "seed": 1000}
+    return {
+        task: {
+            "source": {"kind": "shapes", "task": task, "split": "heldout"},
+            "reward": {"name": f"shapes_{task}"},
+            "guidance_scale": guidance_scale,
+            "batch_size": 100,
+            **shared,
+        }
+        for task in ("t2i", "edit")
+    }

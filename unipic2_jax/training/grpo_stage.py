@@ -1,0 +1,310 @@
+"""Reinforcement of a flow model with GRPO: sample groups, score them, move the LoRA (paper, PDTR; Flow-GRPO)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from PIL import Image
+
+from unipic2_jax.data.prompts import PromptRecord, make_source
+from unipic2_jax.flow.sde import SDEConfig
+from unipic2_jax.models.lora import init_lora, merge_lora
+from unipic2_jax.parallel.mesh import batch_sharding, replicated, shard_batch
+from unipic2_jax.pipelines import images as pictures
+from unipic2_jax.pipelines import sampling
+from unipic2_jax.rewards.base import make_reward
+from unipic2_jax.rl.advantages import combine_rewards, group_advantages
+from unipic2_jax.rl.config import GRPOConfig
+from unipic2_jax.rl.rollout import guided_policies
+from unipic2_jax.rl.update import PolicyState, init_state, make_rollout, make_update
+from unipic2_jax.training.config import ConfigError, TrainingError, stage_fields
+from unipic2_jax.training.evaluations import Evaluations, check_evaluation
+from unipic2_jax.training.flops import forward_flops, grpo_step_flops
+from unipic2_jax.training.optimizer import make_optimizer
+from unipic2_jax.training.stage import Stage, StageContext
+
+
+def grpo_fields() -> ConfigDict:
+    """`rl.config.GRPOConfig` as fields of a configuration; a window is written as three numbers."""
+    fields = dataclasses.asdict(GRPOConfig())
+    del fields["weights"]  # they come from the stage's rewards
+    fields["window"] = {"size": 0, "low": 0, "high": 0}  # size 0: every step is stochastic
+    fields["micro_batch"] = 0  # 0: all samples of an update at once
+    return ConfigDict(fields)
+
+
+def read_grpo(config: ConfigDict) -> GRPOConfig:
+    """The hyper-parameters of a stage as `rl` wants them."""
+    fields = config.grpo.to_dict()
+    window = fields["window"]
+    fields["window"] = (window["size"], (window["low"], window["high"])) if window["size"] else None
+    fields["micro_batch"] = fields["micro_batch"] or None
+    fields["sde"] = SDEConfig(**fields["sde"])
+    weights = tuple((name, float(options.get("weight", 1.0))) for name, options in config.rewards.items())
+    return GRPOConfig(**fields, weights=tuple((name, weight) for name, weight in weights if weight))
+
+
+class GRPOStage(Stage):
+    """One GRPO stage. The state is `rl.update.PolicyState`: LoRA, optimizer, moving average, number of updates.
+
+    `reference='stage_start'` measures the KL from the weights that the stage begins with, into which the stage before
+    has merged its LoRA. `reference='base'` continues the LoRA of the GRPO stage before without merging it, so that the
+    KL is measured from the weights that stage was measured from. What a schedule ends with is always merged.
+    """
+
+    @classmethod
+    def default_config(cls) -> ConfigDict:
+        """The paper's hyper-parameters."""
+        config = stage_fields()
+        config.kind = "grpo"
+        config.source = {}  # of training prompts; see data.prompts.make_source
+        config.rewards = {}  # name -> {weight, options}; weight 0 only logs
+        config.evaluations = {}  # name -> fields of evaluations.evaluation_fields
+        config.num_prompts = 16  # per step; with groups of 16 that is the paper's batch of 256
+        config.height = 512
+        config.width = 512
+        config.negative_prompt = ""
+        config.reference = "stage_start"  # stage_start | base
+        config.reference_mode = "sample"  # of the source image's latents: sample | mode
+        config.use_ema = True  # evaluate and keep the moving average rather than the last LoRA
+        config.batch_branches = False  # both branches of guidance in one call: faster to compile, twice the memory
+        config.max_failed_steps = 10  # consecutive steps in which every reward failed
+        config.lora = ConfigDict({"rank": 32, "alpha": 64.0})
+        config.grpo = grpo_fields()
+        config.optimizer.update({"name": "adam", "lr": 3e-4, "betas": (0.9, 0.999), "weight_decay": 0.0})
+        del config.optimizer["trainable"]  # the LoRA is what is trained
+        return config
+
+    @classmethod
+    def check(cls, config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+        """Builds everything that the configuration describes and that costs nothing."""
+        grpo = read_grpo(config)
+        samples, devices = config.num_prompts * grpo.group_size, mesh.shape["data"]
+        part = samples // grpo.updates_per_rollout
+        if (
+            samples % grpo.updates_per_rollout
+            or part % (grpo.micro_batch or part)
+            or (grpo.micro_batch or part) % devices
+        ):
+            raise ConfigError(
+                f"num_prompts * group_size = {samples} samples cannot be split into {grpo.updates_per_rollout} updates "
+                f"of micro-batches of {grpo.micro_batch or part} on {devices} devices; choose numbers that divide."
+            )
+        for field, known in {"reference": ("stage_start", "base"), "reference_mode": ("sample", "mode")}.items():
+            if config[field] not in known:
+                raise ConfigError(f"{field} is '{config[field]}'; use one of {', '.join(known)}.")
+        if not grpo.weights:
+            raise ConfigError("there is no reward with a weight; name one in `rewards`.")
+        if config.lora.rank < 1:
+            raise ConfigError(f"lora.rank is {config.lora.rank}; it must be at least 1.")
+        make_optimizer(config.optimizer, config.steps * grpo.updates_per_rollout)
+        make_source(config.source, 0)
+        _make_rewards(config.rewards)
+        for name, fields in config.evaluations.items():
+            check_evaluation(name, fields)
+
+    def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
+        super().__init__(config, bundle, context)
+        self.grpo = read_grpo(config)
+        pixels = bundle.vae.config.downsampling * bundle.transformer.config.patch_size
+        pictures.check_size(config.height, config.width, pixels)
+        self.transformer = bundle.transformer.clone(lora_alpha=config.lora.alpha)
+        self.source = make_source(config.source, context.data_seed())
+        self.rewards = _make_rewards(config.rewards)
+        self.samples = config.num_prompts * self.grpo.group_size
+        self.optimizer = make_optimizer(config.optimizer, config.steps * self.grpo.updates_per_rollout)
+        self.sigmas = bundle.scheduler.sigmas(self.grpo.num_steps)
+        self.failed_steps = 0
+
+        sharded = batch_sharding(context.mesh)
+        policy, outside = guided_policies(self._network, self.grpo, config.batch_branches)
+        self._encode = jax.jit(self._encode_batch, out_shardings=sharded)
+        self._noise = jax.jit(self._draw_noise, out_shardings=sharded)
+        self._rollout = make_rollout(policy, self.grpo, outside)
+        self._decode = jax.jit(lambda params, latents: sampling.decode_latents(bundle.vae, params, latents))
+        self._update = make_update(policy, self.optimizer, self.grpo)
+        tuned = dataclasses.replace(bundle, transformer=self.transformer)
+        self.evaluations = Evaluations(config.evaluations, tuned, context.mesh)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.bundle.params
+
+    def _network(self, params: Any, lora: Any, latents: jax.Array, sigma: jax.Array, inputs: Any) -> jax.Array:
+        conditioning = (inputs["context"], inputs["pooled"])
+        steps = self.bundle.scheduler.num_train_timesteps
+        velocity = sampling.velocity_fn(
+            self.transformer, params, conditioning, inputs.get("references"), lora=lora, num_train_timesteps=steps
+        )
+        return velocity(latents, sigma)
+
+    def _encode_batch(self, params: Any, tokens: Any, negative: Any, sources: Any, key: jax.Array) -> dict[str, Any]:
+        """Conditioning of every sample from a row per prompt: 'cond' and, with guidance, 'uncond', leaves [B, ...]."""
+        repeat = lambda x: jnp.repeat(x, self.grpo.group_size, axis=0)
+        apply, count = self.bundle.conditioner.apply, self.config.num_prompts
+        shared = {}
+        if sources is not None:
+            # A group shares its reference, so that its samples differ by their own noise alone.
+            keys = jax.random.split(key, count) if self.config.reference_mode == "sample" else None
+            latents = sampling.encode_images(self.bundle.vae, params["vae"], sources, keys)
+            shared["references"] = repeat(latents[:, None])
+        context, pooled = apply(params["conditioner"], tokens)
+        inputs = {"cond": {"context": repeat(context), "pooled": repeat(pooled), **shared}}
+        if negative is not None:
+            spread = lambda x: jnp.broadcast_to(x, (self.samples, *x.shape[1:]))
+            context, pooled = apply(params["conditioner"], negative)
+            inputs["uncond"] = {"context": spread(context), "pooled": spread(pooled), **shared}
+        return inputs
+
+    def _draw_noise(self, key: jax.Array) -> jax.Array:
+        factor = self.bundle.vae.config.downsampling
+        size = (self.config.height // factor, self.config.width // factor)
+        return jax.random.normal(key, (self.samples, *size, self.transformer.config.in_channels), jnp.float32)
+
+    def _place(self, tree: Any) -> Any:
+        """One row per prompt, split over the devices when that comes out even."""
+        even = self.config.num_prompts % self.context.mesh.shape["data"] == 0
+        return shard_batch(tree, self.context.mesh) if even else jax.device_put(tree, replicated(self.context.mesh))
+
+    def init(self) -> PolicyState:
+        """A LoRA that changes nothing, or the one of the stage before under `reference='base'`."""
+        kept = self.params.get("lora") if self.config.reference == "base" else None
+        rank = self.config.lora.rank
+        if kept is None:
+            # The step after the last: no step draws from this key.
+            kept = init_lora(self.context.key(self.config.steps), self.params["transformer"], rank)
+        elif (had := jax.tree.leaves(kept)[0].shape[-1]) != rank:
+            raise ConfigError(
+                f"Stage '{self.context.name}' continues a LoRA of rank {had} and has lora.rank {rank}; make them equal."
+            )
+        return jax.device_put(init_state(kept, self.optimizer), replicated(self.context.mesh))
+
+    def step(self, state: PolicyState, step: int) -> tuple[PolicyState, dict[str, float]]:
+        """Rollout, rewards, updates."""
+        started = time.perf_counter()
+        config, params = self.config, self.params
+        records = self.source.batch(step, config.num_prompts)
+        encode_key, noise_key, rollout_key = jax.random.split(self.context.key(step), 3)
+        tokenize = self.bundle.conditioner.tokenize
+        sources = _stack_sources(records, config.height, config.width)
+        tokens = self._place(tokenize([record.prompt for record in records]))
+        negative = tokenize([config.negative_prompt]) if self.grpo.guidance_scale != 1 else None
+        sources = None if sources is None else self._place(sources)
+        inputs = self._encode(params, tokens, negative, sources, encode_key)
+        noise = self._noise(noise_key)
+        trajectory = self._rollout(params["transformer"], state.lora, inputs, noise, rollout_key, self.sigmas)
+        images = _to_uint8(self._decode(params["vae"], trajectory.latents[-1]))
+        rolled_out = time.perf_counter()
+
+        advantages, metrics = self._score(images, records)
+        scored = time.perf_counter()
+
+        if metrics["failed"] < self.samples:
+            self.failed_steps = 0
+            advantages = jax.device_put(advantages, batch_sharding(self.context.mesh))
+            state, update = self._update(params["transformer"], state, None, trajectory, advantages, inputs)
+            metrics |= {name: float(value) for name, value in jax.device_get(update).items()}
+        else:
+            self.failed_steps += 1
+            if self.failed_steps >= config.max_failed_steps:
+                raise TrainingError(
+                    f"Every reward of stage '{self.context.name}' has failed for {self.failed_steps} steps up to step "
+                    f"{step}; repair the reward ({', '.join(self.rewards)}), then run the same command."
+                )
+        updated = time.perf_counter()
+        busy = rolled_out - started + updated - scored
+        metrics |= {
+            "seconds_rollout": rolled_out - started,
+            "seconds_reward": scored - rolled_out,
+            "seconds_update": updated - scored,
+            "samples_per_second": self.samples / (updated - started),
+            "model_tflops_per_second": self._flops(sources is not None) / busy / 1e12,
+        }
+        return state, metrics
+
+    def _score(self, images: np.ndarray, records: list[PromptRecord]) -> tuple[np.ndarray, dict[str, float]]:
+        """Advantages [B] and statistics; a statistic over nothing is left out."""
+        repeated = [record for record in records for _ in range(self.grpo.group_size)]
+        values = {}
+        for name, reward in self.rewards.items():
+            values[name] = np.asarray(reward.score(list(images), repeated).values, np.float64)
+            if values[name].shape != (len(images),):
+                raise ValueError(f"The reward '{name}' gave {values[name].shape} scores for {len(images)} images.")
+        total = combine_rewards({name: values[name] for name, _ in self.grpo.weights}, self.grpo.weights)
+        advantages, stats = group_advantages(
+            total,
+            [record.key for record in repeated],
+            global_std=self.grpo.global_std,
+            clip=self.grpo.adv_clip_max,
+        )
+        metrics = {"reward": stats.pop("reward_mean"), **stats}
+        for name, scores in values.items():
+            valid = scores[~np.isnan(scores)]
+            metrics[f"reward_{name}_failed"] = float(len(scores) - len(valid))
+            if len(valid):
+                metrics |= {f"reward_{name}": float(valid.mean()), f"reward_{name}_std": float(valid.std())}
+        return advantages, {name: value for name, value in metrics.items() if not np.isnan(value)}
+
+    def _flops(self, edits: bool) -> int:
+        config, grpo = self.transformer.config, self.grpo
+        pixels = self.bundle.vae.config.downsampling * config.patch_size
+        tokens = (self.config.height // pixels) * (self.config.width // pixels)
+        forward = forward_flops(config, tokens, self.bundle.conditioner.context_length, tokens if edits else 0)
+        branches = 1 if grpo.guidance_scale == 1 else 2
+        trained_branches = branches if grpo.cfg_in_window else 1
+        return grpo_step_flops(
+            forward, self.samples, grpo.num_steps, grpo.trained_steps, branches, trained_branches, grpo.kl_beta > 0
+        )
+
+    def _kept(self, state: PolicyState) -> Any:
+        return state.ema if self.config.use_ema else state.lora
+
+    def evaluate(self, state: PolicyState, step: int) -> dict[str, Any]:
+        """All evaluations with the LoRA that the stage would keep."""
+        del step
+        return self.evaluations.run(self.params, self._kept(state))
+
+    def finish(self, state: PolicyState) -> Any:
+        """Merges the LoRA, unless the next stage continues it."""
+        lora, following = self._kept(state), self.context.following
+        params = {name: tree for name, tree in self.params.items() if name != "lora"}
+        if following is not None and following.kind == "grpo" and following.reference == "base":
+            return dataclasses.replace(self.bundle, params={**params, "lora": lora})
+        merge = jax.jit(lambda weights, lora: merge_lora(weights, lora, self.config.lora.alpha))
+        return dataclasses.replace(self.bundle, params={**params, "transformer": merge(params["transformer"], lora)})
+
+    def export(self, state: PolicyState, folder: Path) -> None:
+        """The LoRA in the file that diffusers' `load_lora_weights` reads."""
+        from unipic2_jax.weights.lora import save_lora
+
+        save_lora(folder, jax.device_get(self._kept(state)), self.config.lora.alpha, self.transformer.config)
+
+
+def _make_rewards(rewards: ConfigDict) -> dict[str, Any]:
+    """Rewards by name; `weight` is the stage's business, the other options are the reward's."""
+    options = {name: {k: v for k, v in fields.items() if k != "weight"} for name, fields in rewards.items()}
+    return {name: make_reward(name, fields) for name, fields in options.items()}
+
+
+def _stack_sources(records: list[PromptRecord], height: int, width: int) -> np.ndarray | None:
+    """The records' source images, float32 [P, height, width, 3] in [-1, 1], or None when they have none."""
+    missing = [record.image is None for record in records]
+    if all(missing):
+        return None
+    if any(missing):
+        raise ConfigError("Some prompts of a batch have an image and some have none; use one source for each kind.")
+    return pictures.to_model([Image.fromarray(record.image) for record in records], height, width)
+
+
+def _to_uint8(images: jax.Array) -> np.ndarray:
+    """Decoded images [B, H, W, 3], about [-1, 1], as uint8 on this host, also when other hosts hold parts of them."""
+    whole = images if images.is_fully_addressable else multihost_utils.process_allgather(images, tiled=True)
+    return (pictures.to_unit(whole) * 255).round().astype(np.uint8)
