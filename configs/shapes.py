@@ -9,7 +9,7 @@ def evaluations(num_prompts: int, samples: int, num_steps: int = 20, guidance_sc
     return {
         task: {
             "source": {"kind": "shapes", "task": task, "split": "heldout"},
-            "reward": {"name": f"shapes_{task}"},
+            "rewards": {f"shapes_{task}": {}},
             "guidance_scale": guidance_scale,
             "batch_size": 100,
             **shared,

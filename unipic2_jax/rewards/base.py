@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -38,7 +38,7 @@ class Reward(Protocol):
         ...
 
 
-def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
+def make_reward(name: str, **options: Any) -> Reward:
     """The reward called `name`.
 
     Raises:
@@ -51,6 +51,6 @@ def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
         module, attribute = maker.split(":")
         maker = getattr(importlib.import_module(module), attribute)
     try:
-        return maker(**(options or {}))
+        return maker(**options)
     except TypeError as error:
         raise ValueError(f"The reward '{name}' does not take these options ({error}); correct them.") from error

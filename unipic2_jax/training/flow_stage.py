@@ -18,7 +18,7 @@ from unipic2_jax.parallel.mesh import replicated, shard_batch
 from unipic2_jax.pipelines.sampling import encode_images, from_uint8
 from unipic2_jax.rl.ema import ema_update
 from unipic2_jax.training.config import ConfigError, stage_fields
-from unipic2_jax.training.evaluations import Evaluations, check_evaluation
+from unipic2_jax.training.evaluator import Evaluator, check_evaluation, read_evaluation
 from unipic2_jax.training.flow import flow_loss
 from unipic2_jax.training.optimizer import make_optimizer, merge_params, split_params
 from unipic2_jax.training.stage import Stage, StageContext
@@ -82,7 +82,10 @@ class FlowStage(Stage):
         self.empty = bundle.conditioner.tokenize([""])
         self._encode = jax.jit(lambda params, images: encode_images(bundle.vae, params, from_uint8(images)))
         self._step = jax.jit(self._train_step, static_argnames="task")
-        self.evaluations = Evaluations(config.evaluations, bundle, context.mesh)
+        self.evaluators = [
+            Evaluator(name, read_evaluation(name, fields), bundle, context.mesh)
+            for name, fields in config.evaluations.items()
+        ]
         self.pools: dict[str, dict[str, Any]] = {}
 
     def _latents(self, images: np.ndarray) -> np.ndarray:
@@ -160,7 +163,12 @@ class FlowStage(Stage):
 
     def evaluate(self, state: FlowState, step: int) -> dict[str, Any]:
         del step
-        return self.evaluations.run(merge_params(state.ema, self.frozen))
+        result: dict[str, Any] = {"metrics": {}, "scores": {}, "images": {}}
+        params = merge_params(state.ema, self.frozen)
+        for evaluator in self.evaluators:
+            for part, values in evaluator.run(params).items():
+                result[part] |= values
+        return result
 
     def finish(self, state: FlowState) -> Any:
         """The averaged weights in the dtypes they had."""

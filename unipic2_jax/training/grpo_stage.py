@@ -10,9 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from PIL import Image
 
 from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.flow.sde import SDEConfig
@@ -20,13 +18,19 @@ from unipic2_jax.models.lora import init_lora, merge_lora
 from unipic2_jax.parallel.mesh import batch_sharding, replicated, shard_batch
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
-from unipic2_jax.rewards.base import make_reward
 from unipic2_jax.rl.advantages import combine_rewards, group_advantages
 from unipic2_jax.rl.config import GRPOConfig
 from unipic2_jax.rl.rollout import guided_policies
 from unipic2_jax.rl.update import PolicyState, init_state, make_rollout, make_update
 from unipic2_jax.training.config import ConfigError, TrainingError, stage_fields
-from unipic2_jax.training.evaluations import Evaluations, check_evaluation
+from unipic2_jax.training.evaluator import (
+    Evaluator,
+    check_evaluation,
+    make_rewards,
+    read_evaluation,
+    stack_sources,
+    to_uint8,
+)
 from unipic2_jax.training.flops import forward_flops, grpo_step_flops
 from unipic2_jax.training.optimizer import make_optimizer
 from unipic2_jax.training.stage import Stage, StageContext
@@ -67,7 +71,7 @@ class GRPOStage(Stage):
         config.kind = "grpo"
         config.source = {}  # of training prompts; see data.prompts.make_source
         config.rewards = {}  # name -> {weight, options}; weight 0 only logs
-        config.evaluations = {}  # name -> fields of evaluations.evaluation_fields
+        config.evaluations = {}  # name -> fields of evaluator.evaluation_fields
         config.num_prompts = 16  # per step; with groups of 16 that is the paper's batch of 256
         config.height = 512
         config.width = 512
@@ -107,7 +111,7 @@ class GRPOStage(Stage):
             raise ConfigError(f"lora.rank is {config.lora.rank}; it must be at least 1.")
         make_optimizer(config.optimizer, config.steps * grpo.updates_per_rollout)
         make_source(config.source, 0)
-        _make_rewards(config.rewards)
+        make_rewards(config.rewards)
         for name, fields in config.evaluations.items():
             check_evaluation(name, fields)
 
@@ -118,7 +122,7 @@ class GRPOStage(Stage):
         pictures.check_size(config.height, config.width, pixels)
         self.transformer = bundle.transformer.clone(lora_alpha=config.lora.alpha)
         self.source = make_source(config.source, context.data_seed())
-        self.rewards = _make_rewards(config.rewards)
+        self.rewards = make_rewards(config.rewards)
         self.samples = config.num_prompts * self.grpo.group_size
         self.optimizer = make_optimizer(config.optimizer, config.steps * self.grpo.updates_per_rollout)
         self.sigmas = bundle.scheduler.sigmas(self.grpo.num_steps)
@@ -132,7 +136,10 @@ class GRPOStage(Stage):
         self._decode = jax.jit(lambda params, latents: sampling.decode_latents(bundle.vae, params, latents))
         self._update = make_update(policy, self.optimizer, self.grpo)
         tuned = dataclasses.replace(bundle, transformer=self.transformer)
-        self.evaluations = Evaluations(config.evaluations, tuned, context.mesh)
+        self.evaluators = [
+            Evaluator(name, read_evaluation(name, fields), tuned, context.mesh)
+            for name, fields in config.evaluations.items()
+        ]
 
     @property
     def params(self) -> dict[str, Any]:
@@ -194,14 +201,14 @@ class GRPOStage(Stage):
         records = self.source.batch(step, config.num_prompts)
         encode_key, noise_key, rollout_key = jax.random.split(self.context.key(step), 3)
         tokenize = self.bundle.conditioner.tokenize
-        sources = _stack_sources(records, config.height, config.width)
+        sources = stack_sources(records, config.height, config.width)
         tokens = self._place(tokenize([record.prompt for record in records]))
         negative = tokenize([config.negative_prompt]) if self.grpo.guidance_scale != 1 else None
         sources = None if sources is None else self._place(sources)
         inputs = self._encode(params, tokens, negative, sources, encode_key)
         noise = self._noise(noise_key)
         trajectory = self._rollout(params["transformer"], state.lora, inputs, noise, rollout_key, self.sigmas)
-        images = _to_uint8(self._decode(params["vae"], trajectory.latents[-1]))
+        images = to_uint8(self._decode(params["vae"], trajectory.latents[-1]))
         rolled_out = time.perf_counter()
 
         advantages, metrics = self._score(images, records)
@@ -270,7 +277,11 @@ class GRPOStage(Stage):
     def evaluate(self, state: PolicyState, step: int) -> dict[str, Any]:
         """All evaluations with the LoRA that the stage would keep."""
         del step
-        return self.evaluations.run(self.params, self._kept(state))
+        result: dict[str, Any] = {"metrics": {}, "scores": {}, "images": {}}
+        for evaluator in self.evaluators:
+            for part, values in evaluator.run(self.params, self._kept(state)).items():
+                result[part] |= values
+        return result
 
     def finish(self, state: PolicyState) -> Any:
         """Merges the LoRA, unless the next stage continues it."""
@@ -286,25 +297,3 @@ class GRPOStage(Stage):
         from unipic2_jax.weights.lora import save_lora
 
         save_lora(folder, jax.device_get(self._kept(state)), self.config.lora.alpha, self.transformer.config)
-
-
-def _make_rewards(rewards: ConfigDict) -> dict[str, Any]:
-    """Rewards by name; `weight` is the stage's business, the other options are the reward's."""
-    options = {name: {k: v for k, v in fields.items() if k != "weight"} for name, fields in rewards.items()}
-    return {name: make_reward(name, fields) for name, fields in options.items()}
-
-
-def _stack_sources(records: list[PromptRecord], height: int, width: int) -> np.ndarray | None:
-    """The records' source images, float32 [P, height, width, 3] in [-1, 1], or None when they have none."""
-    missing = [record.image is None for record in records]
-    if all(missing):
-        return None
-    if any(missing):
-        raise ConfigError("Some prompts of a batch have an image and some have none; use one source for each kind.")
-    return pictures.to_model([Image.fromarray(record.image) for record in records], height, width)
-
-
-def _to_uint8(images: jax.Array) -> np.ndarray:
-    """Decoded images [B, H, W, 3], about [-1, 1], as uint8 on this host, also when other hosts hold parts of them."""
-    whole = images if images.is_fully_addressable else multihost_utils.process_allgather(images, tiled=True)
-    return (pictures.to_unit(whole) * 255).round().astype(np.uint8)

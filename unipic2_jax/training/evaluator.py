@@ -1,0 +1,187 @@
+"""Scoring a model on held-out prompts with fixed seeds; stages of training and `launch.evaluate` share it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from PIL import Image
+
+from unipic2_jax.data.prompts import PromptRecord, make_source
+from unipic2_jax.evaluation.grids import contact_sheet
+from unipic2_jax.parallel.mesh import shard_batch
+from unipic2_jax.pipelines import images as pictures
+from unipic2_jax.pipelines import sampling
+from unipic2_jax.rewards.base import Reward, make_reward
+from unipic2_jax.training.config import ConfigError, nearest
+
+
+def evaluation_fields() -> ConfigDict:
+    """The fields of one evaluation."""
+    return ConfigDict(
+        {
+            "source": {},  # of held-out prompts: kind and options; see data.prompts.make_source
+            "rewards": {},  # name -> options; see rewards.base.make_reward
+            "num_prompts": 64,
+            "samples": 4,  # pictures per prompt
+            "height": 512,
+            "width": 512,
+            "num_steps": 40,
+            "guidance_scale": 3.5,  # 1 and less: no guidance
+            "negative_prompt": "",
+            "seed": 0,  # of the prompts and of the noise: the same before and after
+            "batch_size": 64,
+            "pictures": 12,  # prompts shown on the contact sheet
+        }
+    )
+
+
+def read_evaluation(name: str, values: Mapping[str, Any]) -> ConfigDict:
+    """An evaluation's configuration with its defaults filled in.
+
+    Raises:
+      ConfigError: for an unknown field.
+    """
+    config = evaluation_fields()
+    for field, value in values.items():
+        if field not in config:
+            raise ConfigError(f"evaluations.{name} has no field '{field}'" + nearest(field, config.keys()))
+        config[field] = ConfigDict(value) if isinstance(config[field], ConfigDict) else value
+    return config
+
+
+def check_evaluation(name: str, values: Mapping[str, Any]) -> None:
+    """Makes the source and the rewards of an evaluation, which say what is wrong with them."""
+    config = read_evaluation(name, values)
+    make_source(config.source, config.seed)
+    make_rewards(config.rewards)
+
+
+def make_rewards(rewards: Mapping[str, Mapping[str, Any]]) -> dict[str, Reward]:
+    """Rewards by name from {name: options}; the option `weight` is the caller's business."""
+    without = lambda options: {key: value for key, value in options.items() if key != "weight"}
+    return {name: make_reward(name, **without(options)) for name, options in rewards.items()}
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array on this host, also when other hosts hold parts of it."""
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+
+
+def to_uint8(images: jax.Array) -> np.ndarray:
+    """Decoded images [B, H, W, 3], about [-1, 1], as uint8 on the host."""
+    return (pictures.to_unit(to_host(images)) * 255).round().astype(np.uint8)
+
+
+def stack_sources(records: list[PromptRecord], height: int, width: int) -> np.ndarray | None:
+    """The records' source images, float32 [N, height, width, 3] in [-1, 1], or None when they have none.
+
+    Raises:
+      ConfigError: when only some have one.
+    """
+    missing = [record.image is None for record in records]
+    if all(missing):
+        return None
+    if any(missing):
+        raise ConfigError("Some prompts of a batch have an image and some have none; use one source for each kind.")
+    return pictures.to_model([Image.fromarray(record.image) for record in records], height, width)
+
+
+class Evaluator:
+    """Generates with given parameters and scores: one compiled program, always the same prompts and noise.
+
+    Sample j of prompt i has the seed `config.seed + i * samples + j`, whatever the batch size or number of devices.
+    """
+
+    def __init__(self, name: str, config: ConfigDict, bundle: Any, mesh: jax.sharding.Mesh):
+        self.name, self.config, self.bundle, self.mesh = name, config, bundle, mesh
+        self.records = make_source(config.source, config.seed).batch(0, config.num_prompts)
+        self.rewards = make_rewards(config.rewards)
+        factor = bundle.vae.config.downsampling
+        pictures.check_size(config.height, config.width, factor * bundle.transformer.config.patch_size)
+        self.shape = (config.height // factor, config.width // factor, bundle.transformer.config.in_channels)
+        self.sigmas = bundle.scheduler.sigmas(config.num_steps)
+        devices = mesh.shape["data"]
+        self.batch = math.ceil(min(config.batch_size, config.num_prompts * config.samples) / devices) * devices
+        self._sample = jax.jit(self._images)
+
+    def _images(self, params, lora, tokens, negative, seeds, sources):
+        keys = sampling.image_keys(seeds)
+        return sampling.sample_images(
+            self.bundle,
+            params,
+            tokens,
+            sampling.initial_noise(keys, self.shape),
+            self.sigmas,
+            negative_tokens=negative,
+            guidance_scale=self.config.guidance_scale,
+            reference_images=sources,
+            reference_keys=keys,
+            lora=lora,
+        )
+
+    def generate(self, params: Any, lora: Any = None) -> np.ndarray:
+        """uint8 [num_prompts * samples, H, W, 3], the samples of a prompt next to each other."""
+        config = self.config
+        total = config.num_prompts * config.samples
+        tokens = self.bundle.conditioner.tokenize([record.prompt for record in self.records])
+        negative = self.bundle.conditioner.tokenize([config.negative_prompt]) if config.guidance_scale > 1 else None
+        sources = stack_sources(self.records, config.height, config.width)
+        made = []
+        for start in range(0, total, self.batch):
+            # A short last batch is filled up, so that it does not cost another compilation.
+            index = np.minimum(np.arange(start, start + self.batch), total - 1)
+            prompts = index // config.samples
+            rows = {"tokens": tokens, "sources": None if sources is None else sources[:, None]}
+            batch = shard_batch(jax.tree.map(lambda x, prompts=prompts: x[prompts], rows), self.mesh)
+            seeds = shard_batch((config.seed + index).astype(np.uint32), self.mesh)
+            made.append(to_uint8(self._sample(params, lora, batch["tokens"], negative, seeds, batch["sources"])))
+        return np.concatenate(made)[:total]
+
+    def run(self, params: Any, lora: Any = None) -> dict[str, Any]:
+        """Metrics, scores [prompts, samples] and a contact sheet, as `Stage.evaluate` returns them.
+
+        Names are '{evaluation}/{reward}', '{evaluation}/{reward}_{detail}', and for metrics '.../{tag}' too when the
+        prompts have tags.
+        """
+        config = self.config
+        images = self.generate({name: tree for name, tree in params.items() if name != "lora"}, lora)
+        repeated = [record for record in self.records for _ in range(config.samples)]
+        metrics, scores = {}, {}
+        for reward, scorer in self.rewards.items():
+            values, details = scorer.score(list(images), repeated)
+            for title, column in {reward: values, **{f"{reward}_{name}": row for name, row in details.items()}}.items():
+                table = np.asarray(column, np.float64).reshape(config.num_prompts, config.samples)
+                scores[f"{self.name}/{title}"] = table
+                metrics |= self._means(f"{self.name}/{title}", table)
+            if failed := int(np.isnan(np.asarray(values, np.float64)).sum()):
+                metrics[f"{self.name}/{reward}_failed"] = failed
+        return {"metrics": metrics, "scores": scores, "images": {self.name: self._sheet(images)}}
+
+    def _means(self, title: str, table: np.ndarray) -> dict[str, float]:
+        """The mean, and that of every tag; a mean over nothing is left out."""
+        tags = np.array([str(record.metadata.get("tag", "")) for record in self.records])
+        rows = {
+            title: np.ones(len(tags), bool),
+            **{f"{title}/{tag}": tags == tag for tag in dict.fromkeys(tags) if tag},
+        }
+        valid = {name: table[row][~np.isnan(table[row])] for name, row in rows.items()}
+        return {name: float(values.mean()) for name, values in valid.items() if values.size}
+
+    def _sheet(self, images: np.ndarray) -> Image.Image:
+        """A row a prompt, the source picture first when there is one."""
+        shown, captions = [], []
+        samples = min(4, self.config.samples)
+        for number, record in enumerate(self.records[: self.config.pictures]):
+            if record.image is not None:
+                shown.append(record.image)
+                captions.append("source")
+            first = number * self.config.samples
+            shown += list(images[first : first + samples])
+            captions += [record.prompt] * samples
+        return contact_sheet(shown, captions, columns=samples + (self.records[0].image is not None))
