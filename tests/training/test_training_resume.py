@@ -17,7 +17,7 @@ import toy_stage
 from unipic2_jax.training import loop
 from unipic2_jax.training.metrics import read_evaluations, read_rows
 
-FIELDS = {"save_every": 1, "eval_every": 2}
+FIELDS = {"save_every": 1, "eval_every": 5}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def start(processes, workdir, trouble=None):
 
 
 def test_killed_inside_a_step_of_each_stage(processes, reference, tmp_path):
-    for kill_at in (4, 9, 0, 6):
+    for kill_at in (4, 9, 2):
         process = start(processes, tmp_path / "run", {"kill_at": kill_at})
         process.join(120)
         assert process.exitcode in (-signal.SIGKILL, 0)
@@ -70,7 +70,7 @@ def test_killed_at_random_moments(processes, reference, tmp_path):
     workdir, rng, kills = tmp_path / "run", np.random.default_rng(0), 0
     states = workdir / "checkpoints" / "states"
     progress = lambda: max((int(p.name) for p in states.glob("*") if p.name.isdigit()), default=0)
-    for _ in range(6):
+    for _ in range(5):
         process, before = start(processes, workdir), progress()
         deadline = time.monotonic() + 120
         while process.is_alive() and progress() <= before and time.monotonic() < deadline:
@@ -107,11 +107,10 @@ def test_damaged_newest_checkpoint_falls_back(reference, tmp_path, capsys, damag
     if damage == "record":
         (newest / "record" / "metadata").write_text("{")
     else:
-        files = [p for p in newest.rglob("*") if p.is_file() and "ocdbt.process_0/d/" in str(p)]
-        path = max(files, key=lambda p: p.stat().st_size)
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 4
-        path.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+        for path in (newest / "state").rglob("d/*"):  # where array data lies
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 4
+            path.write_bytes(data if damage == "flip" else data[: len(data) // 2])
     toy_stage.run(workdir, **FIELDS)
     said = capsys.readouterr().err
     assert "states/10 cannot be read" in said and "Continuing after step 9" in said

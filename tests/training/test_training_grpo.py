@@ -1,0 +1,182 @@
+"""GRPO as a stage of a run: what it logs, that it learns, failed rewards, several stages, resume, devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import toy_grpo
+from toy_grpo import Brightness
+
+from unipic2_jax.parallel.mesh import make_mesh
+from unipic2_jax.training import grpo_stage, loop
+from unipic2_jax.training.config import ConfigError
+from unipic2_jax.training.metrics import read_evaluations, read_rows
+from unipic2_jax.training.stage import StageContext
+
+LOGGED = [
+    "reward",
+    "reward_std",
+    "reward_brightness",
+    "reward_brightness_std",
+    "reward_brightness_failed",
+    "zero_variance_fraction",
+    "failed",
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "clip_fraction",
+    "kl",
+    "gradient_norm",
+    "log_prob_difference",
+    "seconds_rollout",
+    "seconds_reward",
+    "seconds_update",
+    "samples_per_second",
+    "model_tflops_per_second",
+    "loss",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_trouble():
+    yield
+    Brightness.trouble = None
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    config = toy_grpo.config(edit=toy_grpo.stage(edit=True, max_failed_steps=2)).stages.edit
+    mesh = make_mesh(jax.devices()[:1])
+    context = StageContext("edit", 0, 0, mesh, tmp_path_factory.mktemp("stage"))
+    return grpo_stage.GRPOStage(config, toy_grpo.load(mesh=mesh), context)
+
+
+def test_a_step_logs_what_it_did_and_is_on_policy(stage):
+    state, metrics = stage.step(stage.init(), 0)
+    assert set(LOGGED) <= set(metrics)
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert metrics["log_prob_difference"] < 1e-5 and metrics["failed"] == 0
+    assert metrics["reward"] == pytest.approx(metrics["reward_brightness"])
+    assert int(state.step) == 2  # two updates per rollout
+    again, _ = stage.step(stage.init(), 0)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again)))
+
+
+def test_failed_rewards_are_left_out_and_counted(stage):
+    Brightness.trouble = lambda values: np.where(np.arange(len(values)) % 4 == 0, np.nan, values)
+    _, metrics = stage.step(stage.init(), 0)
+    assert metrics["failed"] == metrics["reward_brightness_failed"] == 4
+    assert np.isfinite(metrics["reward"]) and metrics["gradient_norm"] > 0
+
+
+def test_a_reward_that_always_fails_stops_the_run(stage):
+    Brightness.trouble = lambda values: np.full_like(values, np.nan)
+    state = stage.init()
+    after, metrics = stage.step(state, 0)
+    assert after is state and "reward" not in metrics and metrics["failed"] == 16
+    with pytest.raises(loop.TrainingError, match="Every reward of stage 'edit' has failed for 2 steps up to step 1"):
+        stage.step(state, 1)
+
+
+def test_it_learns(stage):
+    state = stage.init()
+    before = stage.evaluate(state, 0)
+    for step in range(30):
+        state, _ = stage.step(state, step)
+    after = stage.evaluate(state, 30)
+    assert after["metrics"]["toy/brightness"] > before["metrics"]["toy/brightness"] + 0.02
+    assert before["scores"]["toy/brightness"].shape == (6, 2) and set(before["images"]) == {"toy"}
+    merged = stage.finish(state)
+    # Merged weights without LoRA are the tuned policy.
+    assert stage.evaluators[0].run(merged.params)["metrics"]["toy/brightness"] == pytest.approx(
+        after["metrics"]["toy/brightness"], abs=2e-3
+    )
+
+
+def run(workdir):
+    config = toy_grpo.config(edit=toy_grpo.stage(edit=True), t2i=toy_grpo.stage(reference="base"))
+    return loop.run(config, workdir, load=toy_grpo.load, save=toy_grpo.save, mesh=make_mesh(jax.devices()[:1]))
+
+
+def test_two_stages_stopped_within_each_end_with_the_same_bits(tmp_path):
+    """The second stage continues the first one's LoRA, so that has to survive as well."""
+    whole = run(tmp_path / "whole")
+    for calls in (2, 3):  # inside the first stage; then inside the second
+        Brightness.trouble = toy_grpo.stop_at_call(calls)
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "parts")
+        assert stop.value.code == 143
+    Brightness.trouble = None
+    parts = run(tmp_path / "parts")
+    with np.load(whole / "params.npz") as a, np.load(parts / "params.npz") as b:
+        assert set(a.files) == set(b.files) and not any("lora" in name for name in a.files)
+        assert all(np.array_equal(a[name], b[name]) for name in a.files)
+    assert read_evaluations(tmp_path / "whole") == read_evaluations(tmp_path / "parts")
+    rewards = [
+        [row.get("reward") for row in read_rows(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts")
+    ]
+    assert rewards[0] == rewards[1]
+    assert "| edit | toy/brightness |" in (tmp_path / "whole/report.md").read_text()
+    for name in ("edit", "t2i"):
+        assert (tmp_path / "whole/stages" / name / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_stage_that_cannot_work_is_refused_before_any_work(tmp_path):
+    def sentence(**fields):
+        with pytest.raises(ConfigError) as error:
+            loop.run(toy_grpo.config(edit=toy_grpo.stage(**fields)), tmp_path / "run", load=toy_grpo.load)
+        assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+        return str(error.value)
+
+    assert "group_size" in sentence(grpo={"group_size": 1})
+    assert "'brightnes'" in sentence(rewards={"brightnes": {"weight": 1.0}})
+    assert "no reward" in sentence(rewards={})
+    assert "'toi'" in sentence(source={"kind": "toi"})
+    assert "cannot be split" in sentence(num_prompts=3, grpo={"updates_per_rollout": 5})
+    assert "'sampels'" in sentence(evaluations={"x": {"sampels": 3}})
+
+
+DEVICES = """
+import sys, jax, numpy as np
+sys.path.insert(0, {folder!r})
+import toy_grpo
+from pathlib import Path
+from unipic2_jax.parallel.mesh import make_mesh
+from unipic2_jax.training import grpo_stage
+from unipic2_jax.training.stage import StageContext
+
+config = toy_grpo.config(edit=toy_grpo.stage(edit=True, evaluations={{}}, num_prompts=8)).stages.edit
+found = []
+for count in (1, 8):
+    mesh = make_mesh(jax.devices()[:count])
+    stage = grpo_stage.GRPOStage(config, toy_grpo.load(mesh=mesh), StageContext("edit", 0, 0, mesh, Path(".")))
+    state = stage.init()
+    for step in range(2):
+        state, metrics = stage.step(state, step)
+    found.append((jax.device_get(state.lora), metrics))
+    assert len(jax.tree.leaves(state)[0].sharding.device_set) == count
+for one, eight in zip(jax.tree.leaves(found[0][0]), jax.tree.leaves(found[1][0])):
+    np.testing.assert_allclose(one, eight, atol=2e-3)
+for name in ("loss", "reward", "kl", "ratio_mean"):
+    np.testing.assert_allclose(found[0][1][name], found[1][1][name], rtol=1e-3, atol=1e-5)
+print("equal", found[0][1]["reward"])
+"""
+
+
+def test_eight_devices_do_what_one_does():
+    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
+    script = DEVICES.format(folder=str(Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("equal"), done.stderr[-2000:]
