@@ -1,0 +1,59 @@
+# On a bare machine `make demo` and `make test` are all that anyone needs; each makes its environment first.
+# PYTHON=python3.12 picks the interpreter of a new .venv (3.11 to 3.13).
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# PyTorch is for the tests only and must be the CPU build: from a folder of wheels where one is set, else from PyTorch's index.
+WHEELS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
+TORCH := $(if $(WHEELS),--find-links $(WHEELS),--torch-backend cpu)
+UV := $(RUN) -m uv pip install --quiet --python $(RUN)
+
+.PHONY: help demo test test-slow lint format tiny clean
+
+help:
+	@echo "make demo       reinforce the shipped tiny model: editing, then text-to-image (about 15 minutes on 2 cores)"
+	@echo "make test       the default test suite        make test-slow  the long tests"
+	@echo "make lint       ruff                          make tiny       retrain the shipped tiny model (2 to 3 hours)"
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + ": choose one with PYTHON=python3.12.")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: requirements.txt $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check uv
+	$(UV) -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(UV) $(TORCH) -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.run
+	$(RUN) -m launch.train --config=configs/pdtr.py:tiny --workdir=runs/demo
+	@echo; cat runs/demo/report.md | sed -n '1,20p'; echo; echo "Everything is in runs/demo: report.md, curves.png, samples/, export/."
+
+test: $(VENV)/.dev
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/.dev
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/.dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# Each step continues where it was interrupted; the gates fail loudly, and only then the checkpoint is replaced.
+tiny: $(VENV)/.run
+	$(RUN) -m launch.train --config=configs/tiny_vae.py --workdir=runs/tiny_vae
+	$(RUN) -m launch.evaluate --suite=shapes --reconstruct --gates --model=runs/tiny_vae/export
+	$(RUN) -m launch.train --config=configs/tiny.py --config.init=runs/tiny_vae/export --workdir=runs/tiny
+	$(RUN) -m launch.evaluate --suite=shapes --gates --model=runs/tiny/export --out=runs/tiny/evaluation
+	$(RUN) -m launch.export --model=runs/tiny/export --out=unipic2_jax/assets/tiny --dtype=float16
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
