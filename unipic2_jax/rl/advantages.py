@@ -79,8 +79,10 @@ def group_advantages(
             stds.append(0.0)
             continue
         own = flat[members]
-        # Rewards that are equal can have a std of rounding errors, so equality decides.
-        stds.append(float(np.std(own)) if np.ptp(own) > 0 else 0.0)
+        if np.ptp(own) == 0:  # decided by equality: mean and std of equal values carry rounding errors
+            stds.append(0.0)
+            continue
+        stds.append(float(np.std(own)))
         advantages[members] = (own - own.mean()) / ((batch_std if global_std else stds[-1]) + epsilon)
     stats = {
         "reward_mean": float(flat[usable].mean()) if usable.any() else float("nan"),

@@ -27,7 +27,9 @@ class GRPOConfig:
     adv_clip_max: float = 5.0
     global_std: bool = False  # divide advantages by the std of the whole batch, not of the group
     kl_beta: float = 0.04  # 0 leaves the reference policy out altogether
-    kl_on: str = "mean"  # distance of the steps' means, in units of their noise; or of the plain velocities
+    # 'mean': distance of the steps' means in units of their noise; 'velocity': of the plain velocities. With cps the
+    # last steps have almost no noise, so that 'mean' lets them outweigh all others: prefer 'velocity' there.
+    kl_on: str = "mean"
     kl_divide_by_dt: bool = False  # the true Gaussian KL; the reference code leaves |dt| out
     timestep_fraction: float = 0.99  # int(T * fraction) first steps are trained
     window: tuple[int, tuple[int, int]] | None = None  # (size, (low, high)): SDE steps, drawn inside [low, high)
