@@ -34,7 +34,9 @@ def main(argv: list[str]) -> None:
         found = shapes.readability(bundle)
         print(f"held-out scenes              {found.scenes}")
         print(f"read back from clean renders {found.clean:.3f}")
-        print(f"read back after the VAE      {found.decoded:.3f}   (objects {found.objects:.4f}, PSNR {found.psnr:.1f} dB)")
+        print(
+            f"read back after the VAE      {found.decoded:.3f}   (objects {found.objects:.4f}, PSNR {found.psnr:.1f} dB)"
+        )
         if found.clean < 1:
             missed.append(f"The verifier reads {found.clean:.3f} of clean renders, not all.")
         if found.decoded < shapes.READABLE_GATE:
