@@ -17,10 +17,9 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from unipic2_jax.models.attention import attention
 from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.models.mmdit_layers import Block, Compute, Dense, Modulation, TwoLayer, layer_norm, modulate
 
-EPS = 1e-6
 TIME_CHANNELS = 256
 
 
@@ -52,6 +51,8 @@ class MMDiTConfig(ModelConfig):
         object.__setattr__(self, "dual_attention_layers", tuple(self.dual_attention_layers))
         if self.out_channels is None:
             object.__setattr__(self, "out_channels", self.in_channels)
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers is {self.num_layers} but at least one block is needed.")
         count = len(self.dual_attention_layers)
         if self.dual_attention_layers != tuple(range(count)) or count > self.num_layers:
             raise ValueError(
@@ -85,174 +86,6 @@ class MMDiTConfig(ModelConfig):
         dual = min(len(self.dual_attention_layers), last)
         groups = {"dual_blocks": range(dual), "blocks": range(dual, last), "last_block": range(last, last + 1)}
         return {name: layers for name, layers in groups.items() if layers}
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """How to compute, as opposed to what: shared by all submodules."""
-
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    lora_alpha: float = 64.0
-    attention_implementation: str = "xla"
-
-
-class Dense(nn.Module):
-    """x [..., I] -> [..., features]; adds its own low-rank update when the collection 'lora' holds one for it."""
-
-    features: int
-    compute: Compute
-    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dtype, param_dtype = self.compute.dtype, self.compute.param_dtype
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
-        # As one matrix product XLA's CPU backend is up to twice as fast; accelerators do not care.
-        lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1]).astype(dtype)
-        y = x @ kernel.astype(dtype) + bias.astype(dtype)
-        if self.has_variable("lora", "a"):
-            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            y = y + (x @ a.astype(dtype)) @ b.astype(dtype) * (self.compute.lora_alpha / a.shape[-1])
-        return y.reshape(*lead, self.features)
-
-
-def layer_norm(x: jax.Array) -> jax.Array:
-    """LayerNorm without learned scale or shift, in float32; keeps x's dtype."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 - x32.mean(axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)).astype(x.dtype)
-
-
-def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """x [B, S, D], scale and shift [B, D]."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-class RMSNorm(nn.Module):
-    """Over the last axis, in float32, with a learned scale."""
-
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.compute.param_dtype)
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)
-        return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
-
-
-class Modulation(nn.Module):
-    """AdaLN: silu(emb) [B, D] -> `count` vectors [B, D]. Zero-initialised, so that a new block is the identity."""
-
-    count: int
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, emb: jax.Array) -> list[jax.Array]:
-        linear = Dense(self.count * emb.shape[-1], self.compute, nn.initializers.zeros, name="linear")
-        return jnp.split(linear(nn.silu(emb)), self.count, axis=-1)
-
-
-class FeedForward(nn.Module):
-    """[..., D] -> 4 D -> [..., D] with tanh-GELU."""
-
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.gelu(Dense(4 * x.shape[-1], self.compute, name="linear_1")(x), approximate=True)
-        return Dense(x.shape[-1], self.compute, name="linear_2")(hidden)
-
-
-class Attention(nn.Module):
-    """Self-attention of the image stream, joined with the text stream when `context` is given."""
-
-    config: MMDiTConfig
-    compute: Compute
-    context_out: bool = True  # False: the text stream ends here, and only its keys and values matter.
-    skip: int = 0  # This many leading image tokens need no output.
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, context: jax.Array | None, mask: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """x [B, S, D], context [B, T, D], mask bool [B, 1, 1, S + T] or wider -> ([B, S - skip, D], [B, T, D])."""
-        config = self.config
-
-        def project(name: str, tokens: jax.Array, norm: str | None) -> jax.Array:
-            y = Dense(config.width, self.compute, name=name)(tokens)
-            y = rearrange(y, "b s (n d) -> b s n d", n=config.num_attention_heads)
-            return RMSNorm(self.compute, name=norm)(y) if norm and config.qk_norm else y
-
-        query = project("to_q", x[:, self.skip :], "norm_q")
-        key, value = project("to_k", x, "norm_k"), project("to_v", x, None)
-        length = query.shape[1]
-        if context is not None:
-            added = project("add_q_proj", context, "norm_added_q")
-            if self.context_out:
-                query = jnp.concatenate([query, added], axis=1)
-            key = jnp.concatenate([key, project("add_k_proj", context, "norm_added_k")], axis=1)
-            value = jnp.concatenate([value, project("add_v_proj", context, None)], axis=1)
-        if mask is not None:
-            mask = mask[..., : key.shape[1]]
-        out = attention(query, key, value, mask=mask, implementation=self.compute.attention_implementation)
-        out = rearrange(out, "b s n d -> b s (n d)")
-        image = Dense(config.width, self.compute, name="to_out")(out[:, :length])
-        if context is None or not self.context_out:
-            return image, None
-        return image, Dense(config.width, self.compute, name="to_add_out")(out[:, length:])
-
-
-class Block(nn.Module):
-    """A joint transformer block, diffusers' `JointTransformerBlock`.
-
-    `dual` adds a second attention over image tokens alone. `last` ends the text stream and drops the `skip` leading
-    image tokens: nothing behind the last block looks at references.
-    """
-
-    config: MMDiTConfig
-    compute: Compute
-    dual: bool = False
-    last: bool = False
-    skip: int = 0
-
-    @nn.compact
-    def __call__(
-        self, streams: tuple[jax.Array, jax.Array], emb: jax.Array, mask: jax.Array | None
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        """streams: image [B, S, D] and context [B, T, D]; emb [B, D]; mask bool [B, 1, 1, S + T] over keys, or None."""
-        x, context = streams
-        compute = self.compute
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = Modulation(
-            9 if self.dual else 6, compute, name="norm1"
-        )(emb)
-        if self.last:
-            # diffusers' AdaLayerNormContinuous: scale comes first here.
-            context_scale, context_shift = Modulation(2, compute, name="norm1_context")(emb)
-        else:
-            context_shift, context_scale, context_gate, *context_mlp = Modulation(6, compute, name="norm1_context")(emb)
-
-        normed = layer_norm(x)
-        attended, context_attended = Attention(self.config, compute, not self.last, self.skip, name="attn")(
-            modulate(normed, scale, shift), modulate(layer_norm(context), context_scale, context_shift), mask
-        )
-        x = x[:, self.skip :] + gate[:, None] * attended
-        if self.dual:
-            shift2, scale2, gate2 = second
-            attended, _ = Attention(self.config, compute, skip=self.skip, name="attn2")(
-                modulate(normed, scale2, shift2), None, mask
-            )
-            x = x + gate2[:, None] * attended
-        forwarded = FeedForward(compute, name="ff")(modulate(layer_norm(x), scale_mlp, shift_mlp))
-        x = x + gate_mlp[:, None] * forwarded
-        if not self.last:
-            shift_mlp, scale_mlp, gate_mlp = context_mlp
-            context = context + context_gate[:, None] * context_attended
-            forwarded = FeedForward(compute, name="ff_context")(modulate(layer_norm(context), scale_mlp, shift_mlp))
-            context = context + gate_mlp[:, None] * forwarded
-        return (x, context), None
 
 
 def position_table(width: int, grid: int, base: int) -> jax.Array:
@@ -315,18 +148,6 @@ class PatchEmbed(nn.Module):
             columns = jnp.clip(start[:, 1:] + jnp.arange(width), 0, grid - 1)
             positions = table[rows[:, :, None], columns[:, None, :]]
         return rearrange((tokens + positions).astype(tokens.dtype), "n h w d -> n (h w) d")
-
-
-class TwoLayer(nn.Module):
-    """Linear, SiLU, linear."""
-
-    features: int
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.silu(Dense(self.features, self.compute, name="linear_1")(x))
-        return Dense(self.features, self.compute, name="linear_2")(hidden)
 
 
 class TimeTextEmbed(nn.Module):
@@ -392,7 +213,7 @@ class MMDiT(nn.Module):
           ValueError: when shapes do not fit the config or each other.
         """
         config = self.config
-        check_inputs(config, latents, context, pooled, references, reference_sizes)
+        check_inputs(config, latents, timestep, context, pooled, references, reference_sizes)
         compute = Compute(self.dtype, self.param_dtype, self.lora_alpha, self.attention_implementation)
         embed = PatchEmbed(config, compute, name="pos_embed")
         x = embed(latents)
@@ -409,10 +230,11 @@ class MMDiT(nn.Module):
             x = jnp.concatenate([tokens, x], axis=1)
 
         streams = (x, text)
+        heads, qk_norm = config.num_attention_heads, config.qk_norm is not None
         for name, layers in config.groups.items():
             dual = layers.start < len(config.dual_attention_layers)
             if name == "last_block":
-                streams, _ = Block(config, compute, dual, last=True, skip=skip, name=name)(streams, emb, mask)
+                streams, _ = Block(heads, qk_norm, compute, dual, last=True, skip=skip, name=name)(streams, emb, mask)
                 continue
             # Inside a scan nothing can be merged with the forward pass, so the barrier against it is not needed.
             block = nn.remat(Block, prevent_cse=False) if self.remat else Block
@@ -425,7 +247,7 @@ class MMDiT(nn.Module):
                 unroll=min(self.scan_unroll, len(layers)),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            streams, _ = stacked(config, compute, dual, name=name)(streams, emb, mask)
+            streams, _ = stacked(heads, qk_norm, compute, dual, name=name)(streams, emb, mask)
 
         scale, shift = Modulation(2, compute, name="norm_out")(emb)
         channels = config.patch_size**2 * config.out_channels
@@ -445,17 +267,21 @@ class MMDiT(nn.Module):
             return rearrange(embed(flat), "(b r) s d -> b (r s) d", b=batch), None
         patch = self.config.patch_size
         grids = rearrange(jnp.asarray(sizes), "b r two -> (b r) two") // patch
-        rows = jnp.arange(height // patch) < grids[:, :1]
-        columns = jnp.arange(width // patch) < grids[:, 1:]
-        valid = rearrange(rows[:, :, None] & columns[:, None, :], "(b r) h w -> b (r h w)", b=batch)
-        tokens = rearrange(embed(flat, grids), "(b r) s d -> b (r s) d", b=batch)
-        # Zeroed as well as masked, so that not even a NaN in the padding can reach the result.
-        return jnp.where(valid[..., None], tokens, 0), valid
+
+        def inside(height: int, width: int, ends: jax.Array) -> jax.Array:
+            rows, columns = jnp.arange(height) < ends[:, :1], jnp.arange(width) < ends[:, 1:]
+            return rows[:, :, None] & columns[:, None, :]
+
+        # Masking the tokens is not enough: a NaN in the padding would still reach the gradient of the embedding.
+        flat = jnp.where(inside(height, width, grids * patch)[..., None], flat, 0)
+        valid = rearrange(inside(height // patch, width // patch, grids), "(b r) h w -> b (r h w)", b=batch)
+        return rearrange(embed(flat, grids), "(b r) s d -> b (r s) d", b=batch), valid
 
 
 def check_inputs(
     config: MMDiTConfig,
     latents: jax.Array,
+    timestep: jax.Array,
     context: jax.Array,
     pooled: jax.Array,
     references: jax.Array | None = None,
@@ -467,12 +293,7 @@ def check_inputs(
         *_, height, width, channels = shape
         if channels != config.in_channels:
             raise ValueError(f"{name} have {channels} channels but the network takes {config.in_channels}.")
-        if (
-            height < config.patch_size
-            or width < config.patch_size
-            or height % config.patch_size
-            or width % config.patch_size
-        ):
+        if min(height, width) < 1 or height % config.patch_size or width % config.patch_size:
             raise ValueError(
                 f"{name} of {height}x{width} cannot be cut into {config.patch_size}x{config.patch_size} patches; "
                 f"make both edges multiples of {config.patch_size}."
@@ -487,6 +308,8 @@ def check_inputs(
         raise ValueError(f"Latents must be [B, H, W, C] but have shape {latents.shape}.")
     check_image("Latents", latents.shape)
     batch = latents.shape[0]
+    if timestep.shape != (batch,):
+        raise ValueError(f"Timestep must be [{batch}], one per sample, but has shape {timestep.shape}.")
     if context.ndim != 3 or context.shape[0] != batch or context.shape[-1] != config.joint_attention_dim:
         raise ValueError(f"Context must be [{batch}, S, {config.joint_attention_dim}] but has shape {context.shape}.")
     if pooled.shape != (batch, config.pooled_projection_dim):

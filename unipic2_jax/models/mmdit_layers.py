@@ -1,0 +1,197 @@
+"""The layers of the MMDiT: dense with an optional low-rank update, norms, joint attention, the transformer block."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from unipic2_jax.models.attention import attention
+
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How to compute, as opposed to what: shared by all submodules."""
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    lora_alpha: float = 64.0
+    attention_implementation: str = "xla"
+
+
+class Dense(nn.Module):
+    """x [..., I] -> [..., features]; adds its own low-rank update when the collection 'lora' holds one for it."""
+
+    features: int
+    compute: Compute
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype, param_dtype = self.compute.dtype, self.compute.param_dtype
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
+        # As one matrix product XLA's CPU backend is up to twice as fast; accelerators do not care.
+        lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1]).astype(dtype)
+        y = x @ kernel.astype(dtype) + bias.astype(dtype)
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            y = y + (x @ a.astype(dtype)) @ b.astype(dtype) * (self.compute.lora_alpha / a.shape[-1])
+        return y.reshape(*lead, self.features)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """LayerNorm without learned scale or shift, in float32; keeps x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - x32.mean(axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)).astype(x.dtype)
+
+
+def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    """x [B, S, D], scale and shift [B, D]."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class RMSNorm(nn.Module):
+    """Over the last axis, in float32, with a learned scale."""
+
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.compute.param_dtype)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)
+        return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Modulation(nn.Module):
+    """AdaLN: silu(emb) [B, D] -> `count` vectors [B, D]. Zero-initialised, so that a new block is the identity."""
+
+    count: int
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, emb: jax.Array) -> list[jax.Array]:
+        linear = Dense(self.count * emb.shape[-1], self.compute, nn.initializers.zeros, name="linear")
+        return jnp.split(linear(nn.silu(emb)), self.count, axis=-1)
+
+
+class FeedForward(nn.Module):
+    """[..., D] -> 4 D -> [..., D] with tanh-GELU."""
+
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = nn.gelu(Dense(4 * x.shape[-1], self.compute, name="linear_1")(x), approximate=True)
+        return Dense(x.shape[-1], self.compute, name="linear_2")(hidden)
+
+
+class Attention(nn.Module):
+    """Self-attention of the image stream, joined with the text stream when `context` is given."""
+
+    heads: int
+    qk_norm: bool
+    compute: Compute
+    context_out: bool = True  # False: the text stream ends here, and only its keys and values matter.
+    skip: int = 0  # This many leading image tokens need no output.
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None, mask: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """x [B, S, D], context [B, T, D], mask bool [B, 1, 1, S + T] or wider -> ([B, S - skip, D], [B, T, D])."""
+        width = x.shape[-1]
+
+        def project(name: str, tokens: jax.Array, norm: str | None) -> jax.Array:
+            y = Dense(width, self.compute, name=name)(tokens)
+            y = rearrange(y, "b s (n d) -> b s n d", n=self.heads)
+            return RMSNorm(self.compute, name=norm)(y) if norm and self.qk_norm else y
+
+        query = project("to_q", x[:, self.skip :], "norm_q")
+        key, value = project("to_k", x, "norm_k"), project("to_v", x, None)
+        length = query.shape[1]
+        if context is not None:
+            added = project("add_q_proj", context, "norm_added_q")
+            if self.context_out:
+                query = jnp.concatenate([query, added], axis=1)
+            key = jnp.concatenate([key, project("add_k_proj", context, "norm_added_k")], axis=1)
+            value = jnp.concatenate([value, project("add_v_proj", context, None)], axis=1)
+        if mask is not None:
+            mask = mask[..., : key.shape[1]]
+        out = attention(query, key, value, mask=mask, implementation=self.compute.attention_implementation)
+        out = rearrange(out, "b s n d -> b s (n d)")
+        image = Dense(width, self.compute, name="to_out")(out[:, :length])
+        if context is None or not self.context_out:
+            return image, None
+        return image, Dense(width, self.compute, name="to_add_out")(out[:, length:])
+
+
+class Block(nn.Module):
+    """A joint transformer block, diffusers' `JointTransformerBlock`.
+
+    `dual` adds a second attention over image tokens alone. `last` ends the text stream and drops the `skip` leading
+    image tokens: nothing behind the last block looks at references.
+    """
+
+    heads: int
+    qk_norm: bool
+    compute: Compute
+    dual: bool = False
+    last: bool = False
+    skip: int = 0
+
+    @nn.compact
+    def __call__(
+        self, streams: tuple[jax.Array, jax.Array], emb: jax.Array, mask: jax.Array | None
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        """streams: image [B, S, D] and context [B, T, D]; emb [B, D]; mask bool [B, 1, 1, S + T] over keys, or None."""
+        x, context = streams
+        compute = self.compute
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = Modulation(
+            9 if self.dual else 6, compute, name="norm1"
+        )(emb)
+        if self.last:
+            # diffusers' AdaLayerNormContinuous: scale comes first here.
+            context_scale, context_shift = Modulation(2, compute, name="norm1_context")(emb)
+        else:
+            context_shift, context_scale, context_gate, *context_mlp = Modulation(6, compute, name="norm1_context")(emb)
+
+        normed = layer_norm(x)
+        attended, context_attended = Attention(
+            self.heads, self.qk_norm, compute, not self.last, self.skip, name="attn"
+        )(modulate(normed, scale, shift), modulate(layer_norm(context), context_scale, context_shift), mask)
+        x = x[:, self.skip :] + gate[:, None] * attended
+        if self.dual:
+            shift2, scale2, gate2 = second
+            attended, _ = Attention(self.heads, self.qk_norm, compute, skip=self.skip, name="attn2")(
+                modulate(normed, scale2, shift2), None, mask
+            )
+            x = x + gate2[:, None] * attended
+        forwarded = FeedForward(compute, name="ff")(modulate(layer_norm(x), scale_mlp, shift_mlp))
+        x = x + gate_mlp[:, None] * forwarded
+        if not self.last:
+            shift_mlp, scale_mlp, gate_mlp = context_mlp
+            context = context + context_gate[:, None] * context_attended
+            forwarded = FeedForward(compute, name="ff_context")(modulate(layer_norm(context), scale_mlp, shift_mlp))
+            context = context + gate_mlp[:, None] * forwarded
+        return (x, context), None
+
+
+class TwoLayer(nn.Module):
+    """Linear, SiLU, linear."""
+
+    features: int
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = nn.silu(Dense(self.features, self.compute, name="linear_1")(x))
+        return Dense(self.features, self.compute, name="linear_2")(hidden)
