@@ -1,0 +1,240 @@
+"""The autoencoder against diffusers' AutoencoderKL, and what stands around it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unipic2_jax.models import vae
+from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
+from unipic2_jax.weights import table
+from unipic2_jax.weights.vae import rules
+
+SMALL = VAEConfig(
+    block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32
+)
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def abstract_params(config):
+    images = jax.ShapeDtypeStruct((1, config.downsampling, config.downsampling, config.in_channels), jnp.float32)
+    return jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), images)["params"]
+
+
+def images_of(height, width, batch=2, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (batch, height, width, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def small():
+    module = AutoencoderKL(SMALL)
+    return module, module.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))["params"]
+
+
+@pytest.fixture(scope="module")
+def libraries():
+    torch = pytest.importorskip("torch", reason="parity tests need PyTorch")
+    return torch, pytest.importorskip("diffusers", reason="parity tests need diffusers")
+
+
+def their_model(libraries, config):
+    """diffusers' model from the config.json we would write; every parameter random, also those born as 0 or 1."""
+    torch, diffusers = libraries
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL.from_config(config.to_dict()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(0.3 * torch.randn_like(parameter) + ("norm" in name and name.endswith("weight")))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({}, (32, 32)),
+        ({"layers_per_block": 2, "block_out_channels": (8, 16, 16, 24)}, (24, 40)),
+        ({"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": False}, (16, 36)),
+        ({"block_out_channels": (16, 16, 8), "norm_num_groups": 8, "shift_factor": None}, (20, 12)),
+    ],
+    ids=["square", "two_layers_wide", "quant_convs_no_attention", "narrowing"],
+)
+def test_matches_diffusers(libraries, changes, size):
+    torch, _ = libraries
+    config = dataclasses.replace(SMALL, **changes)
+    theirs = their_model(libraries, config)
+    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    params = table.to_flax(rules(config), state, abstract_params(config))
+    module, images = AutoencoderKL(config), images_of(*size)
+
+    mean, logvar = jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode"))(params, images)
+    latents = np.random.default_rng(1).normal(size=mean.shape).astype(np.float32)
+    decoded = jax.jit(lambda p, z: module.apply({"params": p}, z, method="decode"))(params, latents)
+    with torch.no_grad():
+        posterior = theirs.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
+        their_decoded = theirs.decode(torch.from_numpy(latents).permute(0, 3, 1, 2)).sample
+    assert relative_error(mean, posterior.mean.permute(0, 2, 3, 1)) <= 1e-4
+    assert relative_error(logvar, posterior.logvar.permute(0, 2, 3, 1)) <= 1e-4
+    assert relative_error(decoded, their_decoded.permute(0, 2, 3, 1)) <= 1e-4
+
+    back = dict(table.to_torch(rules(config), params))
+    assert list(sorted(back)) == sorted(state)
+    for name, tensor in state.items():
+        assert back[name].dtype == tensor.dtype and back[name].shape == tensor.shape
+        assert back[name].tobytes() == tensor.tobytes(), name
+
+
+def test_gradient_matches_diffusers(libraries):
+    torch, _ = libraries
+    theirs = their_model(libraries, SMALL)
+    state = {name: tensor.detach().numpy() for name, tensor in theirs.state_dict().items()}
+    params = table.to_flax(rules(SMALL), state, abstract_params(SMALL))
+    images, module = images_of(16, 16), AutoencoderKL(SMALL)
+
+    def loss(p):
+        decoded, _, logvar = module.apply({"params": p}, images)
+        return jnp.mean(jnp.square(decoded - images)) + 0.1 * jnp.mean(logvar)
+
+    ours = dict(table.to_torch(rules(SMALL), jax.jit(jax.grad(loss))(params)))
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    posterior = theirs.encode(x).latent_dist
+    (torch.mean((theirs.decode(posterior.mean).sample - x) ** 2) + 0.1 * posterior.logvar.mean()).backward()
+    # Attention does not feel a constant added to every key: that gradient is rounding noise on both sides.
+    gradients = {n: p.grad.numpy() for n, p in theirs.named_parameters() if not n.endswith("to_k.bias")}
+    worst = max(relative_error(ours[name], gradient) for name, gradient in gradients.items())
+    assert worst <= 1e-3
+
+
+def test_full_size_names_and_shapes(libraries):
+    torch, diffusers = libraries
+    config = VAEConfig()
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKL.from_config(config.to_dict()).state_dict()
+    abstract = abstract_params(config)
+    expected = table.expected_shapes(rules(config), abstract)  # raises when a leaf has no rule, or a rule no leaf
+    assert expected == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    assert len(expected) == 244
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == 83_819_683
+
+
+def test_config_round_trip_with_diffusers(libraries):
+    _, diffusers = libraries
+    theirs = diffusers.AutoencoderKL.from_config(SMALL.to_dict()).config
+    assert VAEConfig.from_dict(theirs) == SMALL
+    assert VAEConfig.from_dict(SMALL.to_dict()) == SMALL
+    assert VAEConfig.from_dict(VAEConfig().to_dict()) == VAEConfig()
+
+
+@pytest.mark.parametrize(
+    "field", [{"act_fn": "relu"}, {"latents_mean": [0.0] * 4}, {"down_block_types": ["AttnDownEncoderBlock2D"] * 3}]
+)
+def test_config_refuses_other_networks(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        VAEConfig.from_dict(SMALL.to_dict() | field)
+
+
+def test_config_refuses_groups_that_do_not_divide():
+    with pytest.raises(ValueError, match="norm_num_groups=5"):
+        dataclasses.replace(SMALL, norm_num_groups=5)
+
+
+@pytest.mark.parametrize(("batch", "chunk"), [(5, 2), (4, 2), (3, 8), (7, 1), (7, 6)])
+def test_chunks_change_nothing(small, batch, chunk):
+    module, params = small
+    images = images_of(8, 12, batch)
+    whole = module.apply({"params": params}, images, method="encode")
+    chunked = jax.jit(lambda p, x: vae.encode_chunked(module, p, x, chunk))(params, images)
+    for a, b in zip(chunked, whole, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    decoded = jax.jit(lambda p, z: vae.decode_chunked(module, p, z, chunk))(params, whole[0])
+    np.testing.assert_allclose(
+        decoded, module.apply({"params": params}, whole[0], method="decode"), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_chunks_bound_memory(small):
+    module, params = small
+    images = jax.ShapeDtypeStruct((16, 64, 64, 3), jnp.float32)
+
+    def temporaries(chunk):
+        encode = jax.jit(lambda p, x: vae.encode_chunked(module, p, x, chunk))
+        return encode.lower(params, images).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2) < 0.5 * temporaries(16)
+
+
+def test_chunk_must_be_positive():
+    with pytest.raises(ValueError, match="chunk size is 0"):
+        vae.map_chunked(lambda x: x, jnp.zeros((3, 1)), 0)
+
+
+def test_remat_changes_nothing_but_memory(small):
+    module, params = small
+    images = images_of(8, 8)
+
+    def loss(p, remat):
+        decoded, mean, _ = dataclasses.replace(module, remat=remat).apply({"params": p}, images)
+        return jnp.mean(jnp.square(decoded - images)) + jnp.mean(jnp.square(mean))
+
+    plain, rematted = (jax.jit(jax.grad(lambda p, r=r: loss(p, r)))(params) for r in (False, True))
+    assert jax.tree.structure(plain) == jax.tree.structure(rematted)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rematted)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_samples_follow_the_posterior():
+    mean = jnp.full((2000, 1, 1, 2), jnp.array([1.0, -2.0]))
+    logvar = jnp.full_like(mean, jnp.log(0.25))
+    draws = vae.sample_latents(mean, logvar, jax.random.key(0))
+    np.testing.assert_allclose(draws.mean(axis=(0, 1, 2)), [1.0, -2.0], atol=0.05)
+    np.testing.assert_allclose(draws.std(axis=(0, 1, 2)), [0.5, 0.5], atol=0.03)
+    assert not np.array_equal(draws, vae.sample_latents(mean, logvar, jax.random.key(1)))
+    standard = vae.kl_divergence(jnp.zeros(3), jnp.zeros(3))
+    np.testing.assert_array_equal(standard, 0)
+    np.testing.assert_allclose(vae.kl_divergence(jnp.array(1.0), jnp.log(4.0)), 0.5 * (1 + 4 - 1 - np.log(4.0)), 1e-6)
+
+
+def test_normalisation_is_the_one_of_sd3():
+    latents = jnp.array([0.0609, 1.0609, -3.0])
+    normal = vae.normalize(latents, VAEConfig())
+    np.testing.assert_allclose(normal[:2], [0.0, 1.5305], atol=1e-6)
+    np.testing.assert_allclose(vae.denormalize(normal, VAEConfig()), latents, rtol=1e-6)
+    np.testing.assert_allclose(vae.normalize(latents, VAEConfig(shift_factor=None)), latents * 1.5305, rtol=1e-6)
+
+
+def test_log_variance_is_clipped(small):
+    module, params = small
+    bias = jnp.array([0.0] * 4 + [100.0, 100.0, -100.0, -100.0])
+    params = params | {"encoder": params["encoder"] | {"conv_out": params["encoder"]["conv_out"] | {"bias": bias}}}
+    _, logvar = module.apply({"params": params}, images_of(8, 8), method="encode")
+    np.testing.assert_array_equal(logvar, np.broadcast_to([20.0, 20.0, -30.0, -30.0], logvar.shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 8, 3), (1, 8, 8, 4), (8, 8, 3), (1, 2, 2, 3), (1, 0, 8, 3)])
+def test_images_that_do_not_fit_are_named(small, shape):
+    module, params = small
+    with pytest.raises(ValueError, match="multiples of 4"):
+        module.apply({"params": params}, jnp.zeros(shape), method="encode")
+
+
+def test_latents_that_do_not_fit_are_named(small):
+    module, params = small
+    with pytest.raises(ValueError, match="cannot decode latents"):
+        module.apply({"params": params}, jnp.zeros((1, 4, 2, 2)), method="decode")
+
+
+def test_bfloat16_arithmetic_keeps_float32_doors(small):
+    module, params = small
+    images = images_of(8, 8)
+    low = dataclasses.replace(module, dtype=jnp.bfloat16)
+    mean, logvar = low.apply({"params": params}, images, method="encode")
+    assert mean.dtype == logvar.dtype == jnp.float32
+    assert low.apply({"params": params}, mean, method="decode").dtype == jnp.float32
+    assert 0 < relative_error(mean, module.apply({"params": params}, images, method="encode")[0]) < 0.05
