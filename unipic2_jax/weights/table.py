@@ -99,7 +99,7 @@ def expected_shapes(rules: Iterable[Rule], abstract: Mapping[str, Any]) -> dict[
         if rule.path not in leaves:
             raise ValueError(
                 f"Rule {rule.torch!r} names the leaf {rule.path!r}, "
-                f"which the network does not have{_near(rule.path, leaves)}."
+                f"which the network does not have{nearest(rule.path, leaves)}."
             )
         leaf = leaves[rule.path]
         axes = TRANSFORMS[rule.transform]
@@ -134,14 +134,14 @@ def check(rules: Iterable[Rule], source: Mapping[str, Any], abstract: Mapping[st
     missing = [name for name in shapes if name not in source]
     extra = sorted(set(source) - set(shapes) - unused_names(rules))
     if missing:
-        near = _near(missing[0], extra or list(source))
+        near = nearest(missing[0], extra or list(source))
         raise ValueError(
             f"{origin()} lacks the tensor {missing[0]!r} of shape {shapes[missing[0]]}{_more(missing)}{near}."
         )
     if extra:
         raise ValueError(
             f"{origin(extra[0])} holds the tensor {extra[0]!r}{_more(extra)}, "
-            f"which this network does not have{_near(extra[0], shapes)}."
+            f"which this network does not have{nearest(extra[0], shapes)}."
         )
     for name, shape in shapes.items():
         if tuple(source[name].shape) != shape:
@@ -192,9 +192,13 @@ def to_flax(
     )
 
 
-def _load_leaf(rule: Rule, source: Mapping[str, Any], shape: tuple[int, ...], sharding: Any, dtype: Any) -> jax.Array:
-    names = [name for name, _ in rule.names()]
-    dtype = promote(source[name].dtype for name in names) if dtype is None else np.dtype(dtype)
+def leaf_dtype(rule: Rule, source: Mapping[str, Any]) -> np.dtype:
+    """The narrowest dtype that holds every tensor of this row exactly."""
+    return promote(source[name].dtype for name, _ in rule.names())
+
+
+def read_leaf(rule: Rule, source: Mapping[str, Any], index: tuple[slice, ...], out: np.ndarray) -> None:
+    """Fills `out` with the part `index` of a leaf, one stored tensor at a time, reading only what lies inside."""
     axes = TRANSFORMS[rule.transform]
 
     def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -203,14 +207,20 @@ def _load_leaf(rule: Rule, source: Mapping[str, Any], shape: tuple[int, ...], sh
         stored = tuple(index[axes.index(k)] for k in range(len(axes)))
         return np.asarray(source[name][stored]).transpose(axes)
 
+    names = [name for name, _ in rule.names()]
+    if rule.layers is None:
+        out[...] = read(names[0], index)
+    else:
+        for row, layer in enumerate(range(*index[0].indices(len(names)))):
+            out[row] = read(names[layer], index[1:])
+
+
+def _load_leaf(rule: Rule, source: Mapping[str, Any], shape: tuple[int, ...], sharding: Any, dtype: Any) -> jax.Array:
+    dtype = leaf_dtype(rule, source) if dtype is None else np.dtype(dtype)
+
     def shard(index: tuple[slice, ...]) -> np.ndarray:
-        sizes = tuple(len(range(*s.indices(n))) for s, n in zip(index, shape))
-        out = np.empty(sizes, dtype)
-        if rule.layers is None:
-            out[...] = read(names[0], index)
-        else:
-            for row, layer in enumerate(range(*index[0].indices(shape[0]))):
-                out[row] = read(names[layer], index[1:])
+        out = np.empty(tuple(len(range(*s.indices(n))) for s, n in zip(index, shape)), dtype)
+        read_leaf(rule, source, index, out)
         return out
 
     if sharding is None:
@@ -228,23 +238,28 @@ def to_torch(rules: Iterable[Rule], params: Mapping[str, Any], dtypes: Any = Non
     expected_shapes(rules, params)
     leaves = flatten(params)
     for rule in rules:
-        if not rule.path:
-            continue
-        leaf, axes = leaves[rule.path], TRANSFORMS[rule.transform]
-        if not getattr(leaf, "is_fully_addressable", True):
-            raise ValueError(
-                f"The leaf {rule.path!r} is spread over several hosts; "
-                "gather it, or restore the checkpoint on one host, before exporting."
-            )
-        for name, index in rule.names():
-            array = np.asarray(leaf if index is None else leaf[index])
-            if axes is not None:
-                array = array.transpose(np.argsort(axes))
-            dtype = dtypes.get(name) if isinstance(dtypes, Mapping) else dtypes
-            yield name, np.ascontiguousarray(array, None if dtype is None else np.dtype(dtype)).reshape(array.shape)
+        if rule.path:
+            yield from split_leaf(rule, leaves[rule.path], dtypes)
 
 
-def _near(name: str, names: Iterable[str]) -> str:
+def split_leaf(rule: Rule, leaf: Any, dtypes: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+    """One row of `to_torch`."""
+    axes = TRANSFORMS[rule.transform]
+    if not getattr(leaf, "is_fully_addressable", True):
+        raise ValueError(
+            f"The leaf {rule.path!r} is spread over several hosts; "
+            "gather it, or restore the checkpoint on one host, before exporting."
+        )
+    for name, index in rule.names():
+        array = np.asarray(leaf if index is None else leaf[index])
+        if axes is not None:
+            array = array.transpose(np.argsort(axes))
+        dtype = dtypes.get(name) if isinstance(dtypes, Mapping) else dtypes
+        yield name, np.ascontiguousarray(array, None if dtype is None else np.dtype(dtype)).reshape(array.shape)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ " (nearest: 'x')" for an error message, or nothing when no name is close."""
     match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" (nearest: {match[0]!r})" if match else ""
 
