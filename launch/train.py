@@ -21,7 +21,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, with one sentence for each way in which it can fail."""
     try:
-        return app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
+        _CONFIG.value.keys()  # a recipe that could not be read says so only when it is touched
+        return rest
+    except flags.Error as error:
+        sys.exit(str(error).split("\n")[0])
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         sys.exit(_sentence(argv, error))
 

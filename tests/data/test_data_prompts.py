@@ -1,0 +1,66 @@
+"""Prompt files."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unipic2_jax.data.prompts import JSONLSource, PromptRecord, make_source
+
+
+def write(path, rows, end="\n"):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + end)
+    return str(path)
+
+
+def test_geneval_lines_become_records_and_the_last_one_needs_no_newline(tmp_path):
+    rows = [{"tag": "counting", "include": [{"class": "cat", "count": i}], "prompt": f"{i} cats"} for i in range(5)]
+    source = JSONLSource(write(tmp_path / "a.jsonl", rows, end=""), shuffle=False)
+    records = source.batch(0, 7)
+    assert [r.prompt for r in records] == [f"{i} cats" for i in (0, 1, 2, 3, 4, 0, 1)]
+    assert records[2].metadata == {"index": 2, **rows[2]} and records[2].image is None
+
+
+def test_every_pass_visits_every_line_once_in_a_new_order_that_only_seed_and_step_decide(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": str(i)} for i in range(6)])
+    draw = lambda seed, step: [r.prompt for r in make_source({"kind": "jsonl", "path": path}, seed).batch(step, 4)]
+    prompts = [prompt for step in range(3) for prompt in draw(3, step)]
+    assert sorted(prompts[:6]) == sorted(prompts[6:]) == [str(i) for i in range(6)]
+    assert prompts[:6] != prompts[6:] and draw(3, 2) == prompts[8:] and draw(4, 0) != draw(3, 0)
+
+
+def test_edits_bring_their_image_and_group_by_it(tmp_path):
+    for name, value in (("a.png", 10), ("b.png", 20)):
+        Image.fromarray(np.full((4, 4), value, np.uint8)).save(tmp_path / name)
+    path = write(tmp_path / "m.jsonl", [{"instruction": "add a cat", "image": name} for name in ("a.png", "b.png")])
+    first, second = JSONLSource(path, shuffle=False).batch(0, 2)
+    assert first.image.shape == (4, 4, 3) and first.prompt == second.prompt and first.key != second.key
+    assert PromptRecord("x").key == PromptRecord("x").key == "x"
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"prompt": "x"}, "{"], "Line 2 .* is not JSON"),
+        ([{"tag": "x"}], "Line 1 .* has no prompt"),
+        ([{"prompt": "x", "image": "none.png"}], "none.png, which does not exist"),
+        ([{"prompt": "x", "image": "bad.png"}], "bad.png cannot be decoded"),
+        ([{"prompt": "x"}, {"prompt": "x", "image": "bad.png"}], "some have none"),
+        ([], "holds no prompts"),
+    ],
+)
+def test_bad_files_get_one_sentence(tmp_path, rows, words):
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing")
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        JSONLSource(write(tmp_path / "a.jsonl", rows)).batch(0, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_sources_and_options_get_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="'jsonk' does not exist"):
+        make_source({"kind": "jsonk"}, 0)
+    with pytest.raises(ValueError, match="does not take these options"):
+        make_source({"kind": "jsonl", "file": "x"}, 0)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        make_source({"kind": "jsonl", "path": str(tmp_path / "x")}, 0)
