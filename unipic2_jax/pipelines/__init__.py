@@ -1,0 +1,22 @@
+"""Text and images in, pictures out: `pipe = load(folder)`, then `pipe("a red circle").images[0]`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from unipic2_jax.pipelines.bundle import Bundle, init_bundle, load_bundle, save_bundle
+from unipic2_jax.pipelines.pipeline import Pipeline, PipelineOutput
+
+# The pretrained tiny model that ships with the project.
+TINY = str(Path(__file__).resolve().parents[1] / "assets" / "tiny")
+
+__all__ = ["TINY", "Bundle", "Pipeline", "PipelineOutput", "init_bundle", "load", "load_bundle", "save_bundle"]
+
+
+def load(source: str | os.PathLike = TINY, dtype: Any = None, mesh: Mesh | None = None) -> Pipeline:
+    """The pipeline of a model folder or hub id; arguments and errors as `load_bundle`."""
+    return Pipeline(load_bundle(source, dtype, mesh), mesh)

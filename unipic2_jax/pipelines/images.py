@@ -83,7 +83,7 @@ def to_pil(image: Any) -> Image.Image:
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
-    """Both edges must be positive multiples of `multiple` (pixels of one patch): one sentence with the remedy if not."""
+    """Both edges must be positive multiples of `multiple` (pixels of one patch): one sentence if not."""
     for name, value in (("height", height), ("width", width)):
         if int(value) != value or value < multiple or value % multiple:
             near = max(multiple, round(value / multiple) * multiple)

@@ -1,0 +1,393 @@
+"""Text and images in, pictures out, in the words of diffusers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+from tqdm import tqdm
+
+from unipic2_jax.parallel.mesh import shard_batch
+from unipic2_jax.pipelines import images as pictures
+from unipic2_jax.pipelines import sampling
+from unipic2_jax.pipelines.bundle import Bundle
+
+OUTPUT_TYPES = ("pil", "np", "latent")
+REFERENCE_MODES = ("sample", "mode")
+# A progress bar moves about this often during one sampling loop.
+SEGMENTS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineOutput:
+    """`images`: PIL pictures, float32 [N, H, W, 3] in [0, 1] ('np'), or latents [N, C, h, w] ('latent')."""
+
+    images: list[Image.Image] | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """One picture to make."""
+
+    prompt: str
+    negative: str
+    references: tuple[Image.Image, ...]
+    size: tuple[int, int]  # height, width in pixels
+    seed: int
+    noise: np.ndarray | None  # [h, w, C]
+
+
+class Pipeline:
+    """Text-to-image and editing with one model. The jitted programs are compiled once per shape and kept.
+
+    Attributes:
+      bundle: the model.
+      mesh: pictures are spread over this mesh's 'data' axis (parameters must live on it); None: the default device.
+    """
+
+    def __init__(self, bundle: Bundle, mesh: Mesh | None = None):
+        self.bundle = bundle
+        self.mesh = mesh
+        vae = bundle.vae
+        self._encode_text = jax.jit(bundle.conditioner.apply)
+        self._encode_images = jax.jit(functools.partial(sampling.encode_moments, vae))
+        self._references = jax.jit(functools.partial(sampling.reference_latents, vae))
+        self._noise = jax.jit(sampling.initial_noise, static_argnums=1)
+        steps = bundle.scheduler.num_train_timesteps
+        self._denoise = jax.jit(functools.partial(sampling.denoise, bundle.transformer, num_train_timesteps=steps))
+        self._decode = jax.jit(functools.partial(sampling.decode_latents, vae))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Any = None,
+        negative_prompt: str | Sequence[str] | None = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 3.5,
+        seed: int | Sequence[int] = 0,
+        num_images_per_prompt: int = 1,
+        latents: Any = None,
+        output_type: str = "pil",
+        *,
+        reference_mode: str = "sample",
+        resize_references: bool = True,
+        params: dict[str, Any] | None = None,
+        lora: Any = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> PipelineOutput:
+        """Makes `num_images_per_prompt` pictures for every prompt, the pictures of one prompt next to each other.
+
+        Args:
+          prompt: one or several.
+          image: what to edit. One picture (PIL, path, or array, see `images.to_pil`) serves all prompts. A list (or an
+            array [N, H, W, 3]) holds one entry per prompt; an entry is a picture, a list of pictures when the prompt
+            has several references, or None when it has none. One prompt with two references: `[[a, b]]`.
+          negative_prompt: one for all, or one per prompt.
+          height, width: pixels. Without them a generated picture has the model's default size, and an edit follows its
+            first reference: longer edge 512 (or the model's default where that is smaller), edges rounded to 32.
+          num_inference_steps: Euler steps.
+          guidance_scale: 1 and less switch guidance off.
+          seed: picture k of this call uses `seed + k`; or one seed per picture. A picture depends on its own seed only,
+            not on the batch it is made in.
+          latents: initial noise [N, C, height / 8, width / 8] as in diffusers, instead of the seed's.
+          output_type: 'pil', 'np' or 'latent'; see `PipelineOutput`.
+          reference_mode: 'sample' draws reference latents from the VAE's posterior as the published pipeline does;
+            'mode' takes its mean.
+          resize_references: True resizes references to the target's size (the published rule); False keeps each one's
+            aspect ratio.
+          params: replaces the bundle's parameters, wholly or by component ('transformer', 'vae', 'conditioner').
+          lora: LoRA tree for the transformer.
+          batch_size: at most this many pictures at a time; all of one size at once by default.
+          progress: show a progress bar.
+
+        Raises:
+          ValueError, TypeError, FileNotFoundError: one sentence about the argument, before anything is computed.
+        """
+        for name, value, known in (
+            ("output_type", output_type, OUTPUT_TYPES),
+            ("reference_mode", reference_mode, REFERENCE_MODES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(repr, known))}.")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale is {guidance_scale}; give a finite number.")
+        for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        sigmas = self.bundle.scheduler.sigmas(num_inference_steps)
+        params = {**self.bundle.params, **(params or {})}
+        requests = self._requests(
+            prompt, image, negative_prompt, height, width, seed, num_images_per_prompt, latents, output_type
+        )
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(request.size, []).append(index)
+        batches = []
+        for members in groups.values():
+            chunk = batch_size or len(members)
+            batches += [(members[i : i + chunk], min(chunk, len(members))) for i in range(0, len(members), chunk)]
+
+        results: list[np.ndarray | None] = [None] * len(requests)
+        steps = _segments(num_inference_steps) if progress else 1
+        with tqdm(total=len(batches) * num_inference_steps, unit="step", disable=not progress) as bar:
+            for members, padded in batches:
+                # A short last batch is filled up, so that it does not cost another compilation.
+                padded = members + [members[-1]] * (self._padded(padded) - len(members))
+                made = self._make(
+                    [requests[i] for i in padded],
+                    params,
+                    lora,
+                    np.asarray(sigmas),
+                    guidance_scale,
+                    reference_mode == "sample",
+                    resize_references,
+                    output_type == "latent",
+                    steps,
+                    bar,
+                )
+                for index, picture in zip(members, made):
+                    if not np.isfinite(picture).all():
+                        raise ValueError(
+                            f"The model gave NaN or infinite values for the prompt {requests[index].prompt!r}; "
+                            "check the checkpoint, or load it with dtype float32."
+                        )
+                    results[index] = picture
+        if output_type == "latent":
+            return PipelineOutput(np.stack(results).transpose(0, 3, 1, 2))
+        if output_type == "np":
+            return PipelineOutput(np.stack(results))
+        return PipelineOutput([picture for result in results for picture in pictures.to_pictures(result[None])])
+
+    def _requests(
+        self, prompt, image, negative_prompt, height, width, seed, num_images_per_prompt, latents, output_type
+    ) -> list[_Request]:
+        """Checks and broadcasts the arguments of `__call__`: one request per picture."""
+        bundle = self.bundle
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("There is no prompt; give at least one.")
+        negatives = _per_prompt(negative_prompt or "", "negative_prompt", len(prompts))
+        for text in (*prompts, *negatives):
+            if not isinstance(text, str):
+                raise TypeError(f"A prompt must be a string, not {type(text).__name__}.")
+        references = _references(image, len(prompts))
+        count = len(prompts) * num_images_per_prompt
+        seeds = _seeds(seed, count)
+        if latents is not None:
+            latents = self._check_latents(latents, count, height, width)
+            height, width = (edge * bundle.vae_scale for edge in latents.shape[1:3])
+        sizes = [self._size(height, width, own) for own in references]
+        if output_type != "pil" and len(set(sizes)) > 1:
+            raise ValueError(
+                f"The pictures would have different sizes, which output_type {output_type!r} cannot stack; "
+                "give height and width, or use 'pil'."
+            )
+        requests = []
+        for k in range(count):
+            i = k // num_images_per_prompt
+            noise = None if latents is None else latents[k]
+            requests.append(_Request(prompts[i], negatives[i], references[i], sizes[i], seeds[k], noise))
+        return requests
+
+    def _check_latents(self, latents: Any, count: int, height: int | None, width: int | None) -> np.ndarray:
+        """Initial noise [N, C, h, w] -> [N, h, w, C], checked."""
+        latents = np.asarray(latents, np.float32)
+        channels, scale = self.bundle.transformer.config.in_channels, self.bundle.vae_scale
+        wanted = (count, channels, *(edge // scale if edge else "any" for edge in (height, width)))
+        if latents.ndim != 4 or any(w != "any" and w != n for w, n in zip(wanted, latents.shape)):
+            raise ValueError(
+                f"latents must have the shape [{', '.join(map(str, wanted))}] (pictures, channels, height / {scale}, "
+                f"width / {scale}), not {latents.shape}."
+            )
+        if not np.isfinite(latents).all():
+            raise ValueError("latents hold NaN or infinite values; give finite noise.")
+        return latents.transpose(0, 2, 3, 1)
+
+    def _size(self, height: int | None, width: int | None, references: tuple[Image.Image, ...]) -> tuple[int, int]:
+        """(height, width) of the picture made for a prompt with these references."""
+        bundle = self.bundle
+        if not references:
+            own = (bundle.default_size, bundle.default_size)
+        else:
+            own = None
+            for reference in references:
+                # Every reference must be usable, although the first one alone decides on the size.
+                fitted = pictures.fit_longer_edge(reference.size[::-1], bundle.edit_size, bundle.patch_pixels)
+                own = own or fitted
+        size = tuple(given or default for given, default in zip((height, width), own))
+        pictures.check_size(*size, bundle.patch_pixels)
+        if max(size) > bundle.largest_size:
+            raise ValueError(
+                f"A picture of {size[1]} x {size[0]} pixels exceeds the model's position table, which ends at "
+                f"{bundle.largest_size}; use a smaller size."
+            )
+        return size
+
+    def _padded(self, count: int) -> int:
+        """`count`, or the next multiple of the number of devices."""
+        devices = 1 if self.mesh is None else self.mesh.shape["data"]
+        return math.ceil(count / devices) * devices
+
+    def _place(self, tree: Any) -> Any:
+        """Splits arrays with a leading batch axis over the mesh."""
+        return tree if self.mesh is None else jax.tree.map(lambda x: shard_batch(x, self.mesh), tree)
+
+    def _make(
+        self, requests, params, lora, sigmas, guidance_scale, sample_references, resize, as_latents, segments, bar
+    ) -> np.ndarray:
+        """Pictures [B, H, W, 3] in [0, 1], or latents [B, h, w, C], for requests of one size."""
+        bundle = self.bundle
+        height, width = requests[0].size
+        scale = bundle.vae_scale
+        shape = (height // scale, width // scale, bundle.transformer.config.in_channels)
+        keys = sampling.image_keys(np.asarray([request.seed for request in requests], np.uint32))
+        given = requests[0].noise is not None
+        noise = np.stack([request.noise for request in requests]) if given else self._noise(keys, shape)
+
+        guided = guidance_scale > 1
+        texts = [request.prompt for request in requests]
+        if guided:
+            texts += [request.negative for request in requests]
+        conditioning = unconditional = self._text(texts, params["conditioner"])
+        conditioning = jax.tree.map(lambda x: x[: len(requests)], conditioning)
+        unconditional = jax.tree.map(lambda x: x[len(requests) :], unconditional) if guided else None
+        references, sizes = self._reference_latents(
+            requests, params["vae"], keys if sample_references else None, resize
+        )
+
+        latents, conditioning, unconditional, references, sizes = self._place(
+            (noise, conditioning, unconditional, references, sizes)
+        )
+        stride = (len(sigmas) - 1) // segments
+        for i in range(0, len(sigmas) - 1, stride):
+            latents = self._denoise(
+                params["transformer"],
+                latents,
+                sigmas[i : i + stride + 1],
+                conditioning,
+                unconditional,
+                jnp.float32(guidance_scale),
+                references,
+                sizes,
+                lora,
+            )
+            if not bar.disable:
+                latents.block_until_ready()
+            bar.update(stride)
+        if as_latents:
+            return np.asarray(latents)
+        decoded = np.asarray(self._decode(params["vae"], latents))
+        return pictures.to_unit(decoded)
+
+    def _text(self, texts: list[str], params: Any) -> sampling.Conditioning:
+        """Encodes each different text once: (context [B, S, J], pooled [B, P])."""
+        unique, index = _unique(texts)
+        context, pooled = self._encode_text(params, self.bundle.conditioner.tokenize(unique))
+        return context[index], pooled[index]
+
+    def _reference_latents(
+        self, requests: list[_Request], params: Any, keys: jax.Array | None, resize: bool
+    ) -> tuple[jax.Array | None, np.ndarray | None]:
+        """References' latents [B, R, h, w, C] and their sizes [B, R, 2] in latent pixels (None: all alike)."""
+        bundle = self.bundle
+        count = max(len(request.references) for request in requests)
+        if not count:
+            return None, None
+        # (picture, reference) -> the size it is encoded at.
+        slots: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for i, request in enumerate(requests):
+            for r, reference in enumerate(request.references):
+                size = request.size
+                if not resize:
+                    size = pictures.fit_longer_edge(reference.size[::-1], bundle.edit_size, bundle.patch_pixels)
+                slots.setdefault(size, []).append((i, r))
+        scale = bundle.vae_scale
+        grid = tuple(max(size[axis] for size in slots) // scale for axis in (0, 1))
+        out = jnp.zeros((len(requests), count, *grid, bundle.vae.config.latent_channels), jnp.float32)
+        sizes = np.zeros((len(requests), count, 2), np.int32)
+        for (height, width), places in slots.items():
+            rows, columns = np.asarray(places).T
+            # Several pictures share a reference: it is encoded once.
+            unique, index = _unique([requests[i].references[r] for i, r in places], key=id)
+            moments = self._encode_images(params, pictures.to_model(unique, height, width))
+            mean, logvar = (moment[index] for moment in moments)
+            latents = self._references(mean, logvar, None if keys is None else keys[rows], columns)
+            h, w = latents.shape[1:3]
+            out = out.at[rows, columns, :h, :w].set(latents)
+            sizes[rows, columns] = h, w
+        return out, None if (sizes == grid).all() else sizes
+
+
+def _unique(items: list[Any], key: Any = None) -> tuple[list[Any], np.ndarray]:
+    """Different items, filled up to a power of two so that few shapes are compiled, and where each item is in them."""
+    positions: dict[Any, int] = {}
+    unique = []
+    index = []
+    for item in items:
+        name = item if key is None else key(item)
+        if name not in positions:
+            positions[name] = len(unique)
+            unique.append(item)
+        index.append(positions[name])
+    unique += unique[-1:] * (2 ** math.ceil(math.log2(len(unique))) - len(unique))
+    return unique, np.asarray(index)
+
+
+def _segments(num_steps: int) -> int:
+    """Into how many equal parts (one compiled program) a sampling loop is cut to show progress."""
+    wanted = max(1, num_steps // SEGMENTS)
+    return num_steps // max(length for length in range(1, wanted + 1) if num_steps % length == 0)
+
+
+def _per_prompt(values: str | Sequence[str], name: str, count: int) -> list[str]:
+    values = [values] * count if isinstance(values, str) else list(values)
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} entries for {count} prompts; give one for all, or one per prompt.")
+    return values
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """One seed per picture."""
+    single = isinstance(seed, (int, np.integer))
+    seeds = [int(seed) + k for k in range(count)] if single else [int(s) for s in seed]
+    if len(seeds) != count:
+        raise ValueError(f"There are {len(seeds)} seeds for {count} pictures; give one number, or one per picture.")
+    for s in seeds:
+        if not 0 <= s < 2**32:
+            raise ValueError(f"The seed {s} is outside 0..{2**32 - 1}; choose another.")
+    return seeds
+
+
+def _references(image: Any, count: int) -> list[tuple[Image.Image, ...]]:
+    """The references of each prompt; see `Pipeline.__call__` for the rules."""
+    if image is None:
+        return [()] * count
+    several = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
+    if not several:
+        return [(pictures.to_pil(image),)] * count
+    entries = list(image)
+    if len(entries) != count:
+        raise ValueError(
+            f"image holds {len(entries)} entries for {count} prompt{'s' if count > 1 else ''}; give one entry per "
+            "prompt, and write several references of one prompt as a list within the list: [[a, b]]."
+        )
+    out = []
+    for entry in entries:
+        if entry is None:
+            out.append(())
+        elif isinstance(entry, (list, tuple)):
+            out.append(tuple(pictures.to_pil(item) for item in entry))
+        else:
+            out.append((pictures.to_pil(entry),))
+    return out
