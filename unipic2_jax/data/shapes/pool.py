@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from unipic2_jax.data.shapes.edits import ShapesEdit, random_edit
+from unipic2_jax.data.shapes.edits import EDIT_TYPES, ShapesEdit, random_edit
 from unipic2_jax.data.shapes.prompts import ShapesPrompt, random_prompt
 from unipic2_jax.data.shapes.world import Scene, random_scene
+from unipic2_jax.rewards.geneval import TAGS
 
 # Every word of the world's prompts; the tiny tokenizers give each one token.
 WORDS = tuple(
@@ -60,14 +63,21 @@ WORDS = tuple(
 _PROMPT, _EDIT, _DENSE = range(3)
 
 
-def prompt_example(seed: int, index: int) -> ShapesPrompt:
-    """Text-to-image training example number `index`."""
-    return random_prompt(np.random.default_rng([seed, _PROMPT, index]))
+def prompt_example(seed: int, index: int, weights: Mapping[str, float] | None = None) -> ShapesPrompt:
+    """Text-to-image training example number `index`; tags are drawn by `weights` (missing ones count 1)."""
+    rng = np.random.default_rng([seed, _PROMPT, index])
+    return random_prompt(rng, _draw_kind(rng, TAGS, weights))
 
 
-def edit_example(seed: int, index: int) -> ShapesEdit:
-    """Edit training example number `index`."""
-    return random_edit(np.random.default_rng([seed, _EDIT, index]))
+def edit_example(seed: int, index: int, weights: Mapping[str, float] | None = None) -> ShapesEdit:
+    """Edit training example number `index`; types are drawn by `weights` (missing ones count 1)."""
+    rng = np.random.default_rng([seed, _EDIT, index])
+    return random_edit(rng, _draw_kind(rng, EDIT_TYPES, weights))
+
+
+def _draw_kind(rng: np.random.Generator, kinds: tuple[str, ...], weights: Mapping[str, float] | None) -> str:
+    share = np.asarray([(weights or {}).get(kind, 1.0) for kind in kinds], np.float64)
+    return kinds[rng.choice(len(kinds), p=share / share.sum())]
 
 
 def dense_scene(seed: int, index: int) -> Scene:

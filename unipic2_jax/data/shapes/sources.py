@@ -58,16 +58,22 @@ class ShapesSource:
 
 
 class ShapesExamples:
-    """Training examples: 't2i' and 'edit' from the training split, 'image' crowded scenes for the autoencoder."""
+    """Training examples: 't2i' and 'edit' from the training split, 'image' crowded scenes for the autoencoder.
 
-    def __init__(self, seed: int = 0, task: str = "t2i"):
-        self.seed, self.task = seed, task
+    Attributes:
+      weights: how often a tag or edit type is drawn, relative to 1 for those that are not named.
+    """
+
+    def __init__(self, seed: int = 0, task: str = "t2i", weights: Mapping[str, float] | None = None):
+        self.seed, self.task, self.weights = seed, task, dict(weights or {})
+        if unknown := self.weights.keys() - {*TAGS, *EDIT_TYPES}:
+            raise ValueError(f"The shapes data has no tag or edit type '{unknown.pop()}'; correct its weights.")
 
     def example(self, index: int) -> Example:
         if self.task == "t2i":
-            found = prompt_example(self.seed, index)
+            found = prompt_example(self.seed, index, self.weights)
             return Example(render(found.scene), found.prompt)
         if self.task == "edit":
-            edit = edit_example(self.seed, index)
+            edit = edit_example(self.seed, index, self.weights)
             return Example(render(edit.target), edit.prompt, (render(edit.source),))
         return Example(render(dense_scene(self.seed, index)))
