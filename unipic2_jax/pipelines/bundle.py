@@ -26,7 +26,7 @@ from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
 from unipic2_jax.parallel.mesh import replicated
 from unipic2_jax.pipelines.conditioner import TextConditioner, load_tokenizers
 from unipic2_jax.pipelines.tiny_tokenizers import build_tokenizers
-from unipic2_jax.weights import clip, io, mmdit, t5, table, vae
+from unipic2_jax.weights import clip, io, mmdit, native, t5, table, vae
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -176,7 +176,7 @@ def init_bundle(
     elif isinstance(tokenizers, (str, os.PathLike)):
         tokenizers = load_tokenizers(tokenizers)
     configs = {name: getattr(sizes, name) for name in COMPONENTS}
-    modules = _modules(configs, tokenizers, sizes.max_sequence_length, _dtype(dtype))
+    modules = make_modules(configs, tokenizers, sizes.max_sequence_length, _dtype(dtype))
     key = jax.random.key(seed) if isinstance(seed, (int, np.integer)) else seed
     sharding = None if mesh is None else replicated(mesh)
     # It runs once, so compiling fast matters and running fast does not.
@@ -186,7 +186,7 @@ def init_bundle(
 
 
 def load_bundle(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None = None) -> Bundle:
-    """Reads a model folder in diffusers layout.
+    """Reads a model folder in diffusers layout, with safetensors or with what `convert.from_torch` writes.
 
     Args:
       source: the folder, or the id of a model on the Hugging Face hub ('owner/name'), of which only safetensors, JSON
@@ -209,17 +209,15 @@ def load_bundle(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None 
         if name.replace("tokenizer", "text_encoder") in names and not (folder / name).is_dir():
             raise FileNotFoundError(f"The model folder {folder} lacks {name}/; copy it from the original checkpoint.")
     length = int(extras.get("max_sequence_length", 256))
-    modules = _modules(configs, load_tokenizers(folder), length, dtype)
+    modules = make_modules(configs, load_tokenizers(folder), length, dtype)
 
     abstract = _by_folder(jax.eval_shape(lambda key: init_params(*modules, key), jax.random.key(0)))
     # All headers are checked before the first tensor is read: a full model takes minutes.
-    checkpoints = {}
-    for name in names:
-        rules = COMPONENTS[name][1](configs[name])
-        checkpoints[name] = rules, io.open_folder(folder / name)
-        table.check(*checkpoints[name], abstract[name])
+    parts = {name: (folder / name, COMPONENTS[name][1](configs[name]), abstract[name]) for name in names}
+    for part in parts.values():
+        native.check_component(*part)
     sharding = None if mesh is None else replicated(mesh)
-    loaded = {name: table.to_flax(*checkpoints[name], abstract[name], sharding, dtype) for name in names}
+    loaded = {name: native.load_component(*part, sharding, dtype) for name, part in parts.items()}
     params = {name: loaded.pop(name) for name in ("transformer", "vae")}
     return Bundle(*modules, scheduler, {**params, "conditioner": loaded})
 
@@ -282,7 +280,8 @@ def find_model(source: str | os.PathLike) -> Path:
         ) from error
 
 
-def _modules(configs: Mapping[str, Any], tokenizers: Mapping[str, Any], length: int, dtype: np.dtype):
+def make_modules(configs: Mapping[str, Any], tokenizers: Mapping[str, Any], length: int, dtype: Any):
+    """(transformer, vae, conditioner) for configs by folder name; `length` is the conditioner's max_sequence_length."""
     options = {"dtype": dtype, "param_dtype": dtype}
     width = configs["transformer"].joint_attention_dim
     conditioner = make_conditioner(configs, tokenizers, width, max_sequence_length=length, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -85,6 +85,7 @@ class Pipeline:
         lora: Any = None,
         batch_size: int | None = None,
         progress: bool = False,
+        on_image: Callable[[int, Image.Image], None] | None = None,
     ) -> PipelineOutput:
         """Makes `num_images_per_prompt` pictures for every prompt, the pictures of one prompt next to each other.
 
@@ -110,6 +111,7 @@ class Pipeline:
           lora: LoRA tree for the transformer.
           batch_size: at most this many pictures at a time; all of one size at once by default.
           progress: show a progress bar.
+          on_image: called with (k, picture k) as soon as it is made, so that nothing is lost when a long call is stopped.
 
         Raises:
           ValueError, TypeError, FileNotFoundError: one sentence about the argument, before anything is computed.
@@ -163,6 +165,8 @@ class Pipeline:
                             "check the checkpoint, or load it with dtype float32."
                         )
                     results[index] = picture
+                    if on_image is not None and output_type != "latent":
+                        on_image(index, *pictures.to_pictures(picture[None]))
         if output_type == "latent":
             return PipelineOutput(np.stack(results).transpose(0, 3, 1, 2))
         if output_type == "np":
