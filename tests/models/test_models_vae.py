@@ -12,9 +12,7 @@ from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
 from unipic2_jax.weights import table
 from unipic2_jax.weights.vae import rules
 
-SMALL = VAEConfig(
-    block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32
-)
+SMALL = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32)
 
 
 def relative_error(ours, theirs) -> float:
@@ -34,8 +32,19 @@ def images_of(height, width, batch=2, seed=0):
 
 @pytest.fixture(scope="module")
 def small():
-    module = AutoencoderKL(SMALL)
-    return module, module.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))["params"]
+    generator = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: 0.2 * generator.normal(size=leaf.shape).astype(np.float32), abstract_params(SMALL)
+    )
+    return AutoencoderKL(SMALL), params
+
+
+def encode(module, params, images):
+    return jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode"))(params, images)
+
+
+def decode(module, params, latents):
+    return jax.jit(lambda p, z: module.apply({"params": p}, z, method="decode"))(params, latents)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +68,10 @@ def their_model(libraries, config):
 @pytest.mark.parametrize(
     ("changes", "size"),
     [
-        ({}, (32, 32)),
-        ({"layers_per_block": 2, "block_out_channels": (8, 16, 16, 24)}, (24, 40)),
-        ({"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": False}, (16, 36)),
-        ({"block_out_channels": (16, 16, 8), "norm_num_groups": 8, "shift_factor": None}, (20, 12)),
+        ({}, (16, 16)),
+        ({"layers_per_block": 2, "block_out_channels": (8, 16, 16, 24)}, (16, 40)),
+        ({"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": False}, (8, 20)),
+        ({"block_out_channels": (16, 8), "norm_num_groups": 8, "shift_factor": None}, (10, 6)),
     ],
     ids=["square", "two_layers_wide", "quant_convs_no_attention", "narrowing"],
 )
@@ -74,9 +83,9 @@ def test_matches_diffusers(libraries, changes, size):
     params = table.to_flax(rules(config), state, abstract_params(config))
     module, images = AutoencoderKL(config), images_of(*size)
 
-    mean, logvar = jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode"))(params, images)
+    mean, logvar = encode(module, params, images)
     latents = np.random.default_rng(1).normal(size=mean.shape).astype(np.float32)
-    decoded = jax.jit(lambda p, z: module.apply({"params": p}, z, method="decode"))(params, latents)
+    decoded = decode(module, params, latents)
     with torch.no_grad():
         posterior = theirs.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
         their_decoded = theirs.decode(torch.from_numpy(latents).permute(0, 3, 1, 2)).sample
@@ -133,7 +142,7 @@ def test_config_round_trip_with_diffusers(libraries):
 
 
 @pytest.mark.parametrize(
-    "field", [{"act_fn": "relu"}, {"latents_mean": [0.0] * 4}, {"down_block_types": ["AttnDownEncoderBlock2D"] * 3}]
+    "field", [{"act_fn": "relu"}, {"latents_mean": [0.0] * 4}, {"down_block_types": ["AttnDownEncoderBlock2D"] * 2}]
 )
 def test_config_refuses_other_networks(field):
     with pytest.raises(ValueError, match=next(iter(field))):
@@ -146,17 +155,29 @@ def test_config_refuses_groups_that_do_not_divide():
 
 
 @pytest.mark.parametrize(("batch", "chunk"), [(5, 2), (4, 2), (3, 8), (7, 1), (7, 6)])
-def test_chunks_change_nothing(small, batch, chunk):
+def test_chunks_keep_rows_in_order(batch, chunk):
+    array = jnp.arange(batch * 3.0).reshape(batch, 3)
+    seen = []
+
+    def function(rows):
+        seen.append(rows.shape[0])
+        return {"twice": 2 * rows, "sum": rows.sum(axis=1)}
+
+    results = vae.map_chunked(function, array, chunk)
+    np.testing.assert_array_equal(results["twice"], 2 * array)
+    np.testing.assert_array_equal(results["sum"], array.sum(axis=1))
+    assert max(seen) <= chunk
+
+
+def test_chunked_equals_unchunked(small):
     module, params = small
-    images = images_of(8, 12, batch)
-    whole = module.apply({"params": params}, images, method="encode")
-    chunked = jax.jit(lambda p, x: vae.encode_chunked(module, p, x, chunk))(params, images)
+    images = images_of(8, 12, batch=5)
+    whole = encode(module, params, images)
+    chunked = jax.jit(lambda p, x: vae.encode_chunked(module, p, x, 2))(params, images)
     for a, b in zip(chunked, whole, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    decoded = jax.jit(lambda p, z: vae.decode_chunked(module, p, z, chunk))(params, whole[0])
-    np.testing.assert_allclose(
-        decoded, module.apply({"params": params}, whole[0], method="decode"), rtol=1e-5, atol=1e-5
-    )
+        assert relative_error(a, b) < 1e-5
+    decoded = jax.jit(lambda p, z: vae.decode_chunked(module, p, z, 2))(params, whole[0])
+    assert relative_error(decoded, decode(module, params, whole[0])) < 1e-5
 
 
 def test_chunks_bound_memory(small):
@@ -212,15 +233,17 @@ def test_normalisation_is_the_one_of_sd3():
 def test_log_variance_is_clipped(small):
     module, params = small
     bias = jnp.array([0.0] * 4 + [100.0, 100.0, -100.0, -100.0])
-    params = params | {"encoder": params["encoder"] | {"conv_out": params["encoder"]["conv_out"] | {"bias": bias}}}
-    _, logvar = module.apply({"params": params}, images_of(8, 8), method="encode")
+    kernel = 0 * params["encoder"]["conv_out"]["kernel"]
+    conv_out = {"kernel": kernel, "bias": bias}
+    params = params | {"encoder": params["encoder"] | {"conv_out": conv_out}}
+    _, logvar = encode(module, params, images_of(8, 8))
     np.testing.assert_array_equal(logvar, np.broadcast_to([20.0, 20.0, -30.0, -30.0], logvar.shape))
 
 
-@pytest.mark.parametrize("shape", [(1, 6, 8, 3), (1, 8, 8, 4), (8, 8, 3), (1, 2, 2, 3), (1, 0, 8, 3)])
+@pytest.mark.parametrize("shape", [(1, 5, 8, 3), (1, 8, 8, 4), (8, 8, 3), (1, 1, 1, 3), (1, 0, 8, 3)])
 def test_images_that_do_not_fit_are_named(small, shape):
     module, params = small
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(ValueError, match="multiples of 2"):
         module.apply({"params": params}, jnp.zeros(shape), method="encode")
 
 
@@ -234,7 +257,7 @@ def test_bfloat16_arithmetic_keeps_float32_doors(small):
     module, params = small
     images = images_of(8, 8)
     low = dataclasses.replace(module, dtype=jnp.bfloat16)
-    mean, logvar = low.apply({"params": params}, images, method="encode")
+    mean, logvar = encode(low, params, images)
     assert mean.dtype == logvar.dtype == jnp.float32
-    assert low.apply({"params": params}, mean, method="decode").dtype == jnp.float32
-    assert 0 < relative_error(mean, module.apply({"params": params}, images, method="encode")[0]) < 0.05
+    assert decode(low, params, mean).dtype == jnp.float32
+    assert 0 < relative_error(mean, encode(module, params, images)[0]) < 0.1
