@@ -133,3 +133,12 @@ def test_nan_stops_with_the_last_good_checkpoint(tmp_path):
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run/export").exists()
     assert read_rows(tmp_path / "run/metrics.jsonl")[-1]["step"] == 7
+
+
+def test_a_model_that_cannot_be_loaded_leaves_a_folder_that_can_be_used(tmp_path):
+    def broken(config, mesh):
+        raise ValueError("The tensor x is missing.")
+
+    with pytest.raises(loop.config_lib.ConfigError, match=r"^The tensor x is missing\.$"):
+        loop.run(toy_stage.toy_config(seed=1), tmp_path / "run", load=broken, save=toy_stage.save)
+    toy_stage.run(tmp_path / "run", steps=1)

@@ -63,10 +63,13 @@ def run(
         except (ValueError, FileNotFoundError) as error:
             raise config_lib.ConfigError(f"config.stages.{name}: {error}") from error
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     config_lib.check_same_run(config, workdir / "config.json")
-    config_lib.write_config(config, workdir / "config.json")
-    return _Run(config, workdir, mesh, load or load_bundle, save or save_bundle).go()
+    use_compilation_cache(workdir)
+    try:
+        initial = (load or load_bundle)(config, mesh)
+    except ValueError as error:
+        raise config_lib.ConfigError(str(error)) from error
+    return _Run(config, workdir, mesh, initial, save or save_bundle).go()
 
 
 def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
@@ -120,8 +123,8 @@ class _Signals:
 class _Run:
     """One call of `run`: what its steps share."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, load: Callable, save: Callable):
-        self.config, self.workdir, self.mesh, self.load, self.save_bundle = config, workdir, mesh, load, save
+    def __init__(self, config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, initial: Any, save: Callable):
+        self.config, self.workdir, self.mesh, self.initial, self.save_bundle = config, workdir, mesh, initial, save
         self.names = list(config.schedule)
         self.offsets = [sum(config.stages[n].steps for n in self.names[:i]) for i in range(len(self.names))]
         self.drawn = time.monotonic()
@@ -132,9 +135,7 @@ class _Run:
         tqdm.write(sentence, file=sys.stderr)
 
     def go(self) -> Path:
-        use_compilation_cache(self.workdir)
-        export = self.workdir / "export"
-        initial = self.load(self.config, self.mesh)
+        export, initial = self.workdir / "export", self.initial
         stage, first, step, state = None, 0, 0, None
 
         def like(record: dict[str, Any]) -> Any:
@@ -146,6 +147,9 @@ class _Run:
             record, state = found
             first, step = record["stage_index"], record["step"]
             self.say(f"Continuing after step {step} of stage '{self.names[first]}' in {self.workdir}.")
+        stage = stage or self.stage_at(first, initial)
+        # Only now, so that a mistake which shows up while starting can be corrected in the same folder.
+        config_lib.write_config(self.config, self.workdir / "config.json")
         self.metrics = Metrics(self.workdir, self.offsets[first] + step)
         with _Signals() as self.signals:
             bundle = None
