@@ -1,8 +1,8 @@
 """UniPic2-Tiny, second part: text encoders and Kontext transformer jointly, from nothing, T2I and edits alternating.
 
-Starts from the model that configs/tiny_vae.py exports: `--config.init=DIR`. `base` gives every tag and edit type the same share;
-edits are learned long before text-to-image, so `hard` spends two batches of three on text-to-image and draws more of what
-is still wrong: positions, colour binding, moves.
+Starts from the model that configs/tiny_vae.py exports: `--config.init=DIR`. `base` gives every tag and edit type but the
+hardest the same share; edits are learned long before text-to-image, so `hard` spends two batches of three on text-to-image
+and draws more of what is still wrong: positions, colour binding, moves, and moves relative to another object.
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs.shapes import evaluations
 from unipic2_jax.training.config import make_config
 
-HARD = {"position": 3.0, "color_attr": 3.0, "two_object": 2.0, "counting": 2.0, "move": 6.0}
+HARD = {"position": 3.0, "color_attr": 3.0, "two_object": 2.0, "counting": 2.0, "move": 6.0, "arrange": 6.0}
 
 
 def flow_stage(steps: int, smoke: bool, **fields) -> dict:
@@ -43,7 +43,9 @@ def get_config(arg: str = "") -> ConfigDict:
     """`arg` is empty, or 'smoke' for a few steps."""
     smoke = {"": False, "smoke": True}[arg]
     stages = {
-        "base": flow_stage(5000, smoke, data={"kind": "shapes"}, optimizer={"schedule": "constant"}),
+        "base": flow_stage(
+            5000, smoke, data={"kind": "shapes", "weights": {"arrange": 0.0}}, optimizer={"schedule": "constant"}
+        ),
         "hard": flow_stage(7000, smoke, data={"kind": "shapes", "weights": HARD}, tasks=("t2i", "t2i", "edit")),
     }
     return make_config({"model": "tiny", "schedule": ("base", "hard"), "stages": stages})

@@ -1,6 +1,6 @@
 """Edits of the shapes world: an instruction, the scene before and a scene after, and the score of any result.
 
-Six types in ImgEdit's spirit. The score follows GEdit-Bench: instruction success and preservation of the rest apart, and
+Seven types in ImgEdit's spirit. The score follows GEdit-Bench: instruction success and preservation of the rest apart, and
 their geometric mean. Free choices (where an added object goes, how large it is) are left to the model.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from unipic2_jax.data.shapes.prompts import held_out, shows_held_out
+from unipic2_jax.data.shapes.prompts import RELATIONS, held_out, relations, shows_held_out
 from unipic2_jax.data.shapes.world import (
     BACKGROUNDS,
     CELL_NAMES,
@@ -25,7 +25,7 @@ from unipic2_jax.data.shapes.world import (
     random_scene,
 )
 
-EDIT_TYPES = ("add", "remove", "replace", "recolor", "background", "move")
+EDIT_TYPES = ("add", "remove", "replace", "recolor", "background", "move", "arrange")
 MAX_OBJECTS = 4
 
 
@@ -34,7 +34,7 @@ class ShapesEdit:
     """An instruction with a source scene and one scene that fulfils it.
 
     `metadata` holds what the score needs: 'type' and, by type, 'cell' (of the object that is edited), 'color', 'shape',
-    'background', 'to' (the cell that it moves to).
+    'background', 'to' (the cell that it moves to), 'relation' and 'anchor' (to which cell's object it moves relatively).
     """
 
     prompt: str
@@ -66,7 +66,9 @@ def _candidate(rng: np.random.Generator, kind: str) -> tuple[ShapesEdit, str]:
         options = [option for option in options if option not in but]
         return options[rng.integers(len(options))]
 
-    least, most = {"add": (0, MAX_OBJECTS - 1), "remove": (2, MAX_OBJECTS)}.get(kind, (1, MAX_OBJECTS))
+    least, most = {"add": (0, MAX_OBJECTS - 1), "remove": (2, MAX_OBJECTS), "arrange": (2, MAX_OBJECTS)}.get(
+        kind, (1, MAX_OBJECTS)
+    )
     source = random_scene(rng, int(rng.integers(least, most + 1)))
     ground = source.background
     metadata: dict[str, Any] = {"type": kind}
@@ -104,10 +106,27 @@ def _candidate(rng: np.random.Generator, kind: str) -> tuple[ShapesEdit, str]:
         metadata["to"] = to
         text, key = f"move the {old.name} to the {CELL_NAMES[to]}", f"move {old.name} to {to}"
         moved = dataclasses.replace(old, cell=to)
-        return ShapesEdit(text, metadata, source, source.replace(old.cell, None).replace(to, moved)), key
+        return ShapesEdit(text, metadata, source, _moved(source, old, moved)), key
+    elif kind == "arrange":
+        anchors = [thing for thing in unique if thing != old]
+        if not anchors:
+            return _candidate(rng, kind)
+        anchor, relation = draw(anchors), draw(RELATIONS)
+        moved = [dataclasses.replace(old, cell=cell) for cell in source.free_cells]
+        moved = [thing for thing in moved if relation in relations(thing, anchor)]
+        if not moved or relation in relations(old, anchor):
+            return _candidate(rng, kind)
+        metadata |= {"relation": relation, "anchor": anchor.cell}
+        text = f"move the {old.name} {relation} the {anchor.name}"
+        key = f"arrange {old.name} {relation} {anchor.name}"
+        return ShapesEdit(text, metadata, source, _moved(source, old, draw(moved))), key
     else:
         raise ValueError(f"'{kind}' is not an edit type of the shapes world; use one of {', '.join(EDIT_TYPES)}.")
     return ShapesEdit(text, metadata, source, source.replace(old.cell, new)), key
+
+
+def _moved(scene: Scene, old: Thing, new: Thing) -> Scene:
+    return scene.replace(old.cell, None).replace(new.cell, new)
 
 
 def random_edit(rng: np.random.Generator, kind: str | None = None, split: str = "train") -> ShapesEdit:
@@ -166,6 +185,12 @@ def score_edit(result: Scene, source: Scene, metadata: dict[str, Any]) -> EditSc
         arrived = result.at(metadata["to"])
         clauses = [at is None, arrived == dataclasses.replace(source.at(edited), cell=metadata["to"])]
         allowed = {metadata["to"]}
+    elif kind == "arrange":
+        before, anchor = source.at(edited), source.at(metadata["anchor"])
+        arrived = [new for cell in free if (new := result.at(cell)) == dataclasses.replace(before, cell=cell)]
+        right = [new for new in arrived if metadata["relation"] in relations(new, anchor)]
+        clauses = [at is None, bool(arrived), bool(right)]
+        allowed = {new.cell for new in (right or arrived)[:1]}
     else:
         raise ValueError(f"'{kind}' is not an edit type of the shapes world; use one of {', '.join(EDIT_TYPES)}.")
     unchanged = [result.at(thing.cell) == thing for thing in others]
