@@ -34,7 +34,7 @@ demo: $(VENV)/.run
 	@echo; cat runs/demo/report.md | sed -n '1,20p'; echo; echo "Everything is in runs/demo: report.md, curves.png, samples/, export/."
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(RUN) -m pytest -m slow
