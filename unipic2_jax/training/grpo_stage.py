@@ -78,6 +78,7 @@ class GRPOStage(Stage):
         config.negative_prompt = ""
         config.reference = "stage_start"  # stage_start | base
         config.reference_mode = "sample"  # of the source image's latents: sample | mode
+        config.same_latent = False  # a group starts from one noise: rewards then differ by the stochastic steps alone
         config.use_ema = True  # evaluate and keep the moving average rather than the last LoRA
         config.batch_branches = False  # both branches of guidance in one call: faster to compile, twice the memory
         config.max_failed_steps = 10  # consecutive steps in which every reward failed
@@ -173,8 +174,9 @@ class GRPOStage(Stage):
 
     def _draw_noise(self, key: jax.Array) -> jax.Array:
         factor = self.bundle.vae.config.downsampling
-        size = (self.config.height // factor, self.config.width // factor)
-        return jax.random.normal(key, (self.samples, *size, self.transformer.config.in_channels), jnp.float32)
+        size = (self.config.height // factor, self.config.width // factor, self.transformer.config.in_channels)
+        groups = self.config.num_prompts if self.config.same_latent else self.samples
+        return jnp.repeat(jax.random.normal(key, (groups, *size), jnp.float32), self.samples // groups, axis=0)
 
     def _place(self, tree: Any) -> Any:
         """One row per prompt, split over the devices when that comes out even."""
