@@ -180,3 +180,15 @@ def test_eight_devices_do_what_one_does():
         timeout=600,
     )
     assert done.returncode == 0 and done.stdout.startswith("equal"), done.stderr[-2000:]
+
+
+def test_a_group_may_share_its_first_noise(stage):
+    key = jax.random.key(0)
+    groups = np.asarray(stage._draw_noise(key)).reshape(stage.config.num_prompts, stage.grpo.group_size, -1)
+    assert (groups[:, 0] != groups[:, 1]).any(axis=-1).all()
+    stage.config.same_latent = True
+    try:
+        groups = np.asarray(stage._draw_noise(key)).reshape(groups.shape)
+    finally:
+        stage.config.same_latent = False
+    assert (groups == groups[:, :1]).all() and (groups[0] != groups[1]).any()
