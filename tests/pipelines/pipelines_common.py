@@ -60,11 +60,11 @@ def small_bundle(sizes=SIZES, seed=0):
         name = path[-1].key
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         if name == "scale":
-            return 1 + 0.1 * noise
+            return 1 + np.float32(0.1) * noise
         if name == "pos_embed":
-            return 0.5 * noise
+            return np.float32(0.5) * noise
         fan_in = np.prod(leaf.shape[-4:-1]) if name == "kernel" else 25
-        return noise / np.sqrt(fan_in)
+        return (noise / np.sqrt(fan_in)).astype(np.float32)
 
     abstract = jax.eval_shape(lambda key: bundles.init_params(*modules, key), jax.random.key(0))
     params = jax.tree_util.tree_map_with_path(draw, abstract)

@@ -229,7 +229,7 @@ class Pipeline:
                 # Every reference must be usable, although the first one alone decides on the size.
                 fitted = pictures.fit_longer_edge(reference.size[::-1], bundle.edit_size, bundle.patch_pixels)
                 own = own or fitted
-        size = tuple(given or default for given, default in zip((height, width), own))
+        size = tuple(default if given is None else given for given, default in zip((height, width), own))
         pictures.check_size(*size, bundle.patch_pixels)
         if max(size) > bundle.largest_size:
             raise ValueError(
