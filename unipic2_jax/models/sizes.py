@@ -63,7 +63,7 @@ TINY = ModelSizes(
         joint_attention_dim=128,
         caption_projection_dim=128,
         pooled_projection_dim=128,
-        pos_embed_max_size=12,
+        pos_embed_max_size=6,
         dual_attention_layers=(0, 1),
     ),
     vae=VAEConfig(block_out_channels=(12, 24, 48, 64), layers_per_block=1, norm_num_groups=4, sample_size=48),
