@@ -330,6 +330,6 @@ def _lora_to_torch(src: Path, dst: Path) -> list[str]:
     file = dst if dst.suffix == ".safetensors" else dst / lora.FILE_NAME
     header = manifest.metadata
     if lora.METADATA_KEY not in header and values["alpha"] != values["rank"]:
-        header = lora.metadata(values["rank"], values["alpha"])
+        header = lora.metadata(values["rank"], values["alpha"], kept)
     io.write_file(file, tensors, header)
     return [f"{file}: rank {values['rank']}, alpha {values['alpha']:g}, {len(io.read_header(file)[0]) // 2} matrices"]

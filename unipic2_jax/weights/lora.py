@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,10 @@ def rules(config: MMDiTConfig) -> tuple[Rule, ...]:
     return tuple(table_)
 
 
-def metadata(rank: int, alpha: float) -> dict[str, str]:
+def metadata(rank: int, alpha: float, kept: Iterable[Rule]) -> dict[str, str]:
     """The header that makes diffusers scale by alpha / rank. Targets are 'attn.X': a bare 'to_q' would take attn2's too."""
-    targets = sorted(f"attn.{'to_out.0' if name == 'to_out' else name}" for name in LORA_TARGETS)
+    ours = {rule.path.split("/")[-2] for rule in kept}
+    targets = sorted(f"attn.{'to_out.0' if name == 'to_out' else name}" for name in ours)
     fields = {
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
@@ -70,7 +71,7 @@ def save_lora(
     file = destination if destination.suffix == ".safetensors" else destination / FILE_NAME
     present = set(table.flatten(lora))
     kept = tuple(rule for rule in rules(config) if rule.path in present)
-    return io.write_file(file, table.to_torch(kept, lora, dtype), metadata(_rank(lora), alpha))
+    return io.write_file(file, table.to_torch(kept, lora, dtype), metadata(_rank(lora), alpha, kept))
 
 
 def load_lora(
