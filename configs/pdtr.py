@@ -67,8 +67,8 @@ def get_config(arg: str = "") -> ConfigDict:
         stages = {task: full_stage(task) for task in ("edit", "t2i")}
         return make_config({"init": None, "model": "sd35_medium", "schedule": ("edit", "t2i"), "stages": stages})
     smoke, long = "smoke" in words, "long" in words
-    steps = 2 if smoke else 1000 if long else 80
+    steps = 2 if smoke else 1000 if long else 60
     stages = {task: tiny_stage(task, steps, 2 if smoke else 14) for task in ("edit", "t2i")}
     for stage in stages.values():
-        stage["evaluations"] = evaluations(6 if smoke else 200, 1 if smoke else 4)
+        stage["evaluations"] = evaluations(6, 1) if smoke else evaluations(200, 4) if long else evaluations(120, 4, 12)
     return make_config({"init": str(TINY), "model": "tiny", "schedule": ("edit", "t2i"), "stages": stages})

@@ -46,6 +46,12 @@ def get_config(arg: str = "") -> ConfigDict:
         "base": flow_stage(
             5000, smoke, data={"kind": "shapes", "weights": {"arrange": 0.0}}, optimizer={"schedule": "constant"}
         ),
-        "hard": flow_stage(7000, smoke, data={"kind": "shapes", "weights": HARD}, tasks=("t2i", "t2i", "edit")),
+        "hard": flow_stage(
+            3000,
+            smoke,
+            data={"kind": "shapes", "weights": HARD},
+            tasks=("t2i", "t2i", "edit"),
+            optimizer={"schedule": "constant"},
+        ),
     }
     return make_config({"model": "tiny", "schedule": ("base", "hard"), "stages": stages})

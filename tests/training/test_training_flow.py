@@ -1,0 +1,137 @@
+"""Flow and autoencoder stages on a toy: they learn, they touch only what they should, they are functions of their step."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import toy_grpo
+
+from unipic2_jax.data.examples import EXAMPLES, Example, make_examples
+from unipic2_jax.parallel.mesh import make_mesh
+from unipic2_jax.training.autoencoder_stage import AutoencoderStage
+from unipic2_jax.training.config import ConfigError, make_stage
+from unipic2_jax.training.flow_stage import FlowStage
+from unipic2_jax.training.stage import StageContext
+
+
+class ToyExamples:
+    """Pictures of one grey value, which the caption's letter tells; an edit's reference is the negative."""
+
+    def __init__(self, seed=0, task="t2i"):
+        self.seed, self.task = seed, task
+
+    def example(self, index):
+        letter = int(np.random.default_rng([self.seed, index]).integers(8))
+        image = np.full((toy_grpo.SIZE, toy_grpo.SIZE, 3), 20 + 30 * letter, np.uint8)
+        return Example(image, "abcdefgh"[letter] * 3, (255 - image,) if self.task == "edit" else ())
+
+
+EXAMPLES["toy"] = ToyExamples
+
+
+def make(kind, tmp_path, devices=1, **fields):
+    values = {"kind": kind, "steps": 40, "data": {"kind": "toy"}, "batch_size": 8, **fields}
+    config = make_stage(values)
+    mesh = make_mesh(jax.devices()[:devices])
+    bundle = toy_grpo.load(mesh=mesh)
+    if kind == "autoencoder":
+        bundle = dataclasses.replace(bundle, params={**bundle.params})
+    cls = {"flow": FlowStage, "autoencoder": AutoencoderStage}[kind]
+    cls.check(config, mesh)
+    return cls(config, bundle, StageContext(kind, 0, 0, mesh, tmp_path))
+
+
+def train(stage, steps):
+    state, losses = stage.init(), []
+    for step in range(steps):
+        state, metrics = stage.step(state, step)
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    optimizer = {"lr": 3e-3, "trainable": "^(transformer|conditioner)/", "weight_decay": 0.0}
+    return make("flow", tmp_path_factory.mktemp("flow"), optimizer=optimizer, pool=256, ema_decay=0.9)
+
+
+def test_flow_learns_alternates_and_leaves_the_rest_alone(flow):
+    state, losses = train(flow, 40)
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
+    _, first = flow.step(flow.init(), 0)
+    _, second = flow.step(flow.init(), 1)
+    assert "loss_t2i" in first and "loss_edit" in second and "loss_edit" not in first
+    finished, started = flow.finish(state).params, flow.bundle.params
+    same = lambda name: all(
+        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(finished[name]), jax.tree.leaves(started[name]))
+    )
+    assert same("vae") and not same("transformer") and not same("conditioner")
+    table = lambda params: np.asarray(params["transformer"]["pos_embed"]["pos_embed"])
+    assert np.array_equal(table(finished), table(started))
+    assert jax.tree.structure(finished) == jax.tree.structure(started)
+
+
+def test_flow_keeps_the_moving_average(flow):
+    state, _ = train(flow, 3)
+    kept = flow.finish(state).params["conditioner"]["table"]
+    assert np.array_equal(kept, state.ema["conditioner"]["table"])
+    assert not np.array_equal(kept, state.trained["conditioner"]["table"])
+
+
+def test_a_flow_step_is_a_function_of_state_and_number(flow):
+    state = flow.init()
+    (one, a), (two, b) = flow.step(state, 5), flow.step(state, 5)
+    assert a == b and all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two)))
+    assert flow.step(state, 7)[1]["loss"] != a["loss"]
+
+
+def test_without_a_pool_no_example_comes_twice(flow, tmp_path):
+    seen = []
+
+    class Watched(ToyExamples):
+        def example(self, index):
+            seen.append((self.task, index))
+            return super().example(index)
+
+    flow.config.pool, kept = 0, flow.examples
+    flow.examples = {task: Watched(0, task) for task in ("t2i", "edit")}
+    try:
+        for step in range(4):
+            flow._batch(("t2i", "edit")[step % 2], step)
+    finally:
+        flow.config.pool, flow.examples = 256, kept
+    assert len(seen) == len(set(seen)) == 32
+
+
+def test_autoencoder_learns_and_measures_its_latents(tmp_path):
+    stage = make("autoencoder", tmp_path, optimizer={"lr": 1e-2}, measure=32)
+    state, losses = train(stage, 30)
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    result = stage.evaluate(state, 30)
+    assert result["metrics"]["psnr"] > 0 and result["images"]["reconstructions"].size[0] > 0
+    bundle = stage.finish(state)
+    latents = stage._measure(state)[2]
+    config = bundle.vae.config
+    assert np.mean((latents - config.shift_factor) * config.scaling_factor) == pytest.approx(0, abs=1e-4)
+    assert np.std((latents - config.shift_factor) * config.scaling_factor) == pytest.approx(1, rel=1e-3)
+    assert bundle.params["transformer"] is stage.bundle.params["transformer"]
+
+
+def test_what_a_configuration_must_not_say(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        make("flow", tmp_path, data={"kind": "nowhere"})
+    with pytest.raises(ValueError, match="does not take"):
+        make_examples({"kind": "toy", "colour": 1}, 0, "t2i")
+    with pytest.raises(ValueError, match="task 'video'"):
+        make_examples({"kind": "toy"}, 0, "video")
+    with pytest.raises(ConfigError, match="tasks is empty"):
+        make("flow", tmp_path, tasks=())
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        make("flow", tmp_path, optimizer={"trainable": "^nothing/"})
+    with pytest.raises(ValueError, match="logit-normal|unknown"):
+        make("flow", tmp_path, timesteps={"kind": "beta"})
