@@ -18,6 +18,14 @@ from unipic2_jax.training.config import make_config
 REWARDS = {"edit": "editreward", "t2i": "geneval"}
 
 
+# One turn through the training prompts at tiny scale: what the base often gets wrong comes more often, because a group whose
+# samples are all right, or all wrong, teaches nothing.
+TURNS = {
+    "edit": ("add", "arrange", "replace", "recolor", "arrange", "replace", "move"),
+    "t2i": ("counting", "position", "color_attr", "two_object", "counting", "position", "single_object"),
+}
+
+
 def full_stage(task: str) -> dict:
     """A stage with the paper's hyper-parameters, which are the defaults of the GRPO stage."""
     return {
@@ -36,7 +44,7 @@ def tiny_stage(task: str, steps: int, num_prompts: int = 14) -> dict:
         "kind": "grpo",
         "steps": steps,
         "save_every": 20,
-        "source": {"kind": "shapes", "task": task},
+        "source": {"kind": "shapes", "task": task, "tags": TURNS[task]},
         "rewards": {f"shapes_{task}": {"weight": 1.0}},
         **SIZE,
         "num_prompts": num_prompts,

@@ -138,3 +138,10 @@ def test_source_goes_through_the_tags_and_never_repeats_a_step():
 def test_scenes_survive_json():
     for scene in scenes(20):
         assert scene_from_dict(scene_to_dict(scene)) == scene
+
+
+def test_source_takes_turns_as_told():
+    records = ShapesSource(task="edit", tags=("move", "arrange", "move")).batch(0, 4)
+    assert [record.metadata["tag"] for record in records] == ["move", "arrange", "move", "move"]
+    with pytest.raises(ValueError, match="has no tag 'colors'"):
+        ShapesSource(task="edit", tags=("colors",))

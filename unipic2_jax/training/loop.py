@@ -92,6 +92,7 @@ def use_compilation_cache(workdir: str | os.PathLike) -> None:
     """Keeps compiled programs in $JAX_COMPILATION_CACHE_DIR, else beside the runs, so that a second start is quick."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute().parent / ".cache" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 class _Signals:
@@ -216,7 +217,8 @@ class _Run:
             return
         result = stage.evaluate(state, place["step"])
         self.metrics.evaluation(place, result)
-        shown = {name: float(value) for name, value in result.get("metrics", {}).items()}
+        # Tags are left to the report.
+        shown = {name: float(value) for name, value in result.get("metrics", {}).items() if name.count("/") < 2}
         if shown:
             values = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
             self.say(f"{place['stage']}, step {place['step']}: {values}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,15 @@ class ShapesSource:
     Attributes:
       task: 't2i' or 'edit'.
       split: 'train', or 'heldout' for combinations that no training example shows.
+      tags: the turn, when it is not once through all tags; a tag may come several times.
     """
 
-    def __init__(self, seed: int = 0, task: str = "t2i", split: str = "train"):
+    def __init__(self, seed: int = 0, task: str = "t2i", split: str = "train", tags: Sequence[str] = ()):
         if task not in TASKS:
             raise ValueError(f"The shapes source has no task '{task}'; use one of {', '.join(TASKS)}.")
-        self.seed, self.task, self.split = seed, task, split
+        if unknown := set(tags) - set(TASKS[task]):
+            raise ValueError(f"The task '{task}' has no tag '{unknown.pop()}'; use some of {', '.join(TASKS[task])}.")
+        self.seed, self.task, self.split, self.tags = seed, task, split, tuple(tags) or TASKS[task]
 
     def batch(self, step: int, count: int) -> list[PromptRecord]:
         """Records step * count ... of the endless sequence."""
@@ -48,7 +51,7 @@ class ShapesSource:
 
     def _record(self, index: int) -> PromptRecord:
         rng = np.random.default_rng([self.seed, list(TASKS).index(self.task), self.split == "heldout", index])
-        kind = TASKS[self.task][index % len(TASKS[self.task])]
+        kind = self.tags[index % len(self.tags)]
         if self.task == "t2i":
             found: ShapesPrompt | ShapesEdit = random_prompt(rng, kind, self.split)
             return PromptRecord(found.prompt, None, found.metadata)
