@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from unipic2_jax.training.config import ConfigError, unknown_override
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"The argument {argv[1]} is not a flag; write --config.field=value.")
     from unipic2_jax.training import loop
 
+    logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators it did not find
     try:
         loop.run(_CONFIG.value, _WORKDIR.value)
     except (ConfigError, loop.TrainingError, FileNotFoundError) as error:
