@@ -45,6 +45,20 @@ class _Request:
     noise: np.ndarray | None  # [h, w, C]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Settings:
+    """What all pictures of a call share."""
+
+    params: dict[str, Any]
+    lora: Any
+    sigmas: np.ndarray
+    guidance_scale: float
+    sample_references: bool
+    resize_references: bool
+    as_latents: bool
+    segments: int  # into how many programs the sampling loop is cut
+
+
 class Pipeline:
     """Text-to-image and editing with one model. The jitted programs are compiled once per shape and kept.
 
@@ -111,7 +125,7 @@ class Pipeline:
           lora: LoRA tree for the transformer.
           batch_size: at most this many pictures at a time; all of one size at once by default.
           progress: show a progress bar.
-          on_image: called with (k, picture k) as soon as it is made, so that nothing is lost when a long call is stopped.
+          on_image: called with (k, picture k) as soon as it is made, but not for latents.
 
         Raises:
           ValueError, TypeError, FileNotFoundError: one sentence about the argument, before anything is computed.
@@ -127,8 +141,16 @@ class Pipeline:
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
-        sigmas = self.bundle.scheduler.sigmas(num_inference_steps)
-        params = {**self.bundle.params, **(params or {})}
+        settings = _Settings(
+            {**self.bundle.params, **(params or {})},
+            lora,
+            np.asarray(self.bundle.scheduler.sigmas(num_inference_steps)),
+            guidance_scale,
+            sample_references=reference_mode == "sample",
+            resize_references=resize_references,
+            as_latents=output_type == "latent",
+            segments=_segments(num_inference_steps) if progress else 1,
+        )
         requests = self._requests(
             prompt, image, negative_prompt, height, width, seed, num_images_per_prompt, latents, output_type
         )
@@ -140,38 +162,27 @@ class Pipeline:
             chunk = batch_size or len(members)
             batches += [(members[i : i + chunk], min(chunk, len(members))) for i in range(0, len(members), chunk)]
 
-        results: list[np.ndarray | None] = [None] * len(requests)
-        steps = _segments(num_inference_steps) if progress else 1
+        results: list[Any] = [None] * len(requests)
         with tqdm(total=len(batches) * num_inference_steps, unit="step", disable=not progress) as bar:
             for members, padded in batches:
                 # A short last batch is filled up, so that it does not cost another compilation.
                 padded = members + [members[-1]] * (self._padded(padded) - len(members))
-                made = self._make(
-                    [requests[i] for i in padded],
-                    params,
-                    lora,
-                    np.asarray(sigmas),
-                    guidance_scale,
-                    reference_mode == "sample",
-                    resize_references,
-                    output_type == "latent",
-                    steps,
-                    bar,
-                )
+                made = self._make([requests[i] for i in padded], settings, bar)
                 for index, picture in zip(members, made):
                     if not np.isfinite(picture).all():
                         raise ValueError(
                             f"The model gave NaN or infinite values for the prompt {requests[index].prompt!r}; "
                             "check the checkpoint, or load it with dtype float32."
                         )
-                    results[index] = picture
-                    if on_image is not None and output_type != "latent":
-                        on_image(index, *pictures.to_pictures(picture[None]))
+                    pil = None if settings.as_latents else pictures.to_pictures(picture[None])[0]
+                    results[index] = pil if output_type == "pil" else picture
+                    if on_image is not None and pil is not None:
+                        on_image(index, pil)
         if output_type == "latent":
             return PipelineOutput(np.stack(results).transpose(0, 3, 1, 2))
         if output_type == "np":
             return PipelineOutput(np.stack(results))
-        return PipelineOutput([picture for result in results for picture in pictures.to_pictures(result[None])])
+        return PipelineOutput(results)
 
     def _requests(
         self, prompt, image, negative_prompt, height, width, seed, num_images_per_prompt, latents, output_type
@@ -247,9 +258,7 @@ class Pipeline:
         """Splits arrays with a leading batch axis over the mesh."""
         return tree if self.mesh is None else jax.tree.map(lambda x: shard_batch(x, self.mesh), tree)
 
-    def _make(
-        self, requests, params, lora, sigmas, guidance_scale, sample_references, resize, as_latents, segments, bar
-    ) -> np.ndarray:
+    def _make(self, requests: list[_Request], settings: _Settings, bar: tqdm) -> np.ndarray:
         """Pictures [B, H, W, 3] in [0, 1], or latents [B, h, w, C], for requests of one size."""
         bundle = self.bundle
         height, width = requests[0].size
@@ -259,40 +268,38 @@ class Pipeline:
         given = requests[0].noise is not None
         noise = np.stack([request.noise for request in requests]) if given else self._noise(keys, shape)
 
-        guided = guidance_scale > 1
+        guided = settings.guidance_scale > 1
         texts = [request.prompt for request in requests]
         if guided:
             texts += [request.negative for request in requests]
-        conditioning = unconditional = self._text(texts, params["conditioner"])
-        conditioning = jax.tree.map(lambda x: x[: len(requests)], conditioning)
-        unconditional = jax.tree.map(lambda x: x[len(requests) :], unconditional) if guided else None
-        references, sizes = self._reference_latents(
-            requests, params["vae"], keys if sample_references else None, resize
-        )
+        both = self._text(texts, settings.params["conditioner"])
+        conditioning = jax.tree.map(lambda x: x[: len(requests)], both)
+        unconditional = jax.tree.map(lambda x: x[len(requests) :], both) if guided else None
+        references, sizes = self._reference_latents(requests, settings, keys)
 
         latents, conditioning, unconditional, references, sizes = self._place(
             (noise, conditioning, unconditional, references, sizes)
         )
-        stride = (len(sigmas) - 1) // segments
-        for i in range(0, len(sigmas) - 1, stride):
+        steps = len(settings.sigmas) - 1
+        stride = steps // settings.segments
+        for i in range(0, steps, stride):
             latents = self._denoise(
-                params["transformer"],
+                settings.params["transformer"],
                 latents,
-                sigmas[i : i + stride + 1],
+                settings.sigmas[i : i + stride + 1],
                 conditioning,
                 unconditional,
-                jnp.float32(guidance_scale),
+                jnp.float32(settings.guidance_scale),
                 references,
                 sizes,
-                lora,
+                settings.lora,
             )
             if not bar.disable:
                 latents.block_until_ready()
             bar.update(stride)
-        if as_latents:
+        if settings.as_latents:
             return np.asarray(latents)
-        decoded = np.asarray(self._decode(params["vae"], latents))
-        return pictures.to_unit(decoded)
+        return pictures.to_unit(self._decode(settings.params["vae"], latents))
 
     def _text(self, texts: list[str], params: Any) -> sampling.Conditioning:
         """Encodes each different text once: (context [B, S, J], pooled [B, P])."""
@@ -301,7 +308,7 @@ class Pipeline:
         return context[index], pooled[index]
 
     def _reference_latents(
-        self, requests: list[_Request], params: Any, keys: jax.Array | None, resize: bool
+        self, requests: list[_Request], settings: _Settings, keys: jax.Array
     ) -> tuple[jax.Array | None, np.ndarray | None]:
         """References' latents [B, R, h, w, C] and their sizes [B, R, 2] in latent pixels (None: all alike)."""
         bundle = self.bundle
@@ -313,7 +320,7 @@ class Pipeline:
         for i, request in enumerate(requests):
             for r, reference in enumerate(request.references):
                 size = request.size
-                if not resize:
+                if not settings.resize_references:
                     size = pictures.fit_longer_edge(reference.size[::-1], bundle.edit_size, bundle.patch_pixels)
                 slots.setdefault(size, []).append((i, r))
         scale = bundle.vae_scale
@@ -324,9 +331,9 @@ class Pipeline:
             rows, columns = np.asarray(places).T
             # Several pictures share a reference: it is encoded once.
             unique, index = _unique([requests[i].references[r] for i, r in places], key=id)
-            moments = self._encode_images(params, pictures.to_model(unique, height, width))
+            moments = self._encode_images(settings.params["vae"], pictures.to_model(unique, height, width))
             mean, logvar = (moment[index] for moment in moments)
-            latents = self._references(mean, logvar, None if keys is None else keys[rows], columns)
+            latents = self._references(mean, logvar, keys[rows] if settings.sample_references else None, columns)
             h, w = latents.shape[1:3]
             out = out.at[rows, columns, :h, :w].set(latents)
             sizes[rows, columns] = h, w
