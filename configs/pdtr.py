@@ -53,10 +53,9 @@ def tiny_stage(task: str, steps: int, num_prompts: int = 14) -> dict:
         "same_latent": True,
         "grpo": {
             "num_steps": 10,
-            "group_size": 12,
-            "guidance_scale": 2.5,
-            "stop_gradient_uncond": True,
-            "window": {"size": 2, "low": 0, "high": 5},
+            "group_size": 16,
+            "guidance_scale": 1.0,
+            "window": {"size": 3, "low": 0, "high": 6},
             "updates_per_rollout": 1,
             "ema_decay": 0.9,
             "ema_interval": 1,
@@ -75,8 +74,8 @@ def get_config(arg: str = "") -> ConfigDict:
         stages = {task: full_stage(task) for task in ("edit", "t2i")}
         return make_config({"init": None, "model": "sd35_medium", "schedule": ("edit", "t2i"), "stages": stages})
     smoke, long = "smoke" in words, "long" in words
-    steps = 2 if smoke else 1000 if long else 60
+    steps = 2 if smoke else 1000 if long else 80
     stages = {task: tiny_stage(task, steps, 2 if smoke else 14) for task in ("edit", "t2i")}
     for stage in stages.values():
-        stage["evaluations"] = evaluations(6, 1) if smoke else evaluations(200, 4) if long else evaluations(120, 4, 12)
+        stage["evaluations"] = evaluations(6, 1) if smoke else evaluations(200, 4) if long else evaluations(120, 4)
     return make_config({"init": str(TINY), "model": "tiny", "schedule": ("edit", "t2i"), "stages": stages})

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 
 from launch import cli
 from unipic2_jax.pipelines import TINY
@@ -19,12 +19,13 @@ _GATES = flags.DEFINE_bool("gates", False, "Exit with 1 unless the scores lie wh
 _PROMPTS = flags.DEFINE_integer("prompts", 200, "Held-out prompts per task.", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("samples", 4, "Pictures per prompt.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 20, "Sampling steps.", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", 2.5, "Guidance scale; 1 switches guidance off.")
+_GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Guidance scale; 1 switches guidance off.")
 
 
 def main(argv: list[str]) -> None:
     """Prints the scores, and the gates that they miss."""
     del argv
+    logging.set_verbosity(logging.WARNING)
     from unipic2_jax.evaluation import shapes
     from unipic2_jax.pipelines.bundle import load_bundle
 
