@@ -57,11 +57,11 @@ def tiny_stage(task: str, steps: int, num_prompts: int = 14) -> dict:
             "guidance_scale": 1.0,
             "window": {"size": 3, "low": 0, "high": 6},
             "updates_per_rollout": 1,
-            "ema_decay": 0.9,
+            "ema_decay": 0.95,
             "ema_interval": 1,
         },
-        "lora": {"rank": 32, "alpha": 64.0},
-        "optimizer": {"lr": 4e-3, "warmup": min(5, steps - 1)},
+        "lora": {"rank": 8, "alpha": 16.0},
+        "optimizer": {"lr": 1e-3, "warmup": min(5, steps - 1)},
     }
 
 
@@ -74,7 +74,7 @@ def get_config(arg: str = "") -> ConfigDict:
         stages = {task: full_stage(task) for task in ("edit", "t2i")}
         return make_config({"init": None, "model": "sd35_medium", "schedule": ("edit", "t2i"), "stages": stages})
     smoke, long = "smoke" in words, "long" in words
-    steps = 2 if smoke else 1000 if long else 80
+    steps = 2 if smoke else 1000 if long else 50
     stages = {task: tiny_stage(task, steps, 2 if smoke else 14) for task in ("edit", "t2i")}
     for stage in stages.values():
         stage["evaluations"] = evaluations(6, 1) if smoke else evaluations(200, 4) if long else evaluations(120, 4)
