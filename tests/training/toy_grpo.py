@@ -16,7 +16,7 @@ from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
 from unipic2_jax.rewards.base import REWARDS, Scores
 from unipic2_jax.training.config import make_config
 
-SIZE = 8  # pixels; 4 x 4 latents, 4 tokens
+SIZE = 4  # pixels; 4 x 4 latents, 4 tokens
 
 
 class WordConditioner:
@@ -90,18 +90,19 @@ def load(config=None, mesh=None):
             sample_size=4,
             in_channels=4,
             out_channels=4,
-            num_layers=3,
+            num_layers=2,
             attention_head_dim=8,
             num_attention_heads=2,
             joint_attention_dim=16,
             caption_projection_dim=16,
             pooled_projection_dim=8,
             pos_embed_max_size=4,
-            dual_attention_layers=(0,),
-        )
+            dual_attention_layers=(),
+        ),
+        remat=False,
     )
     vae = AutoencoderKL(
-        VAEConfig(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=2, sample_size=SIZE)
+        VAEConfig(latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2, sample_size=SIZE)
     )
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = jax.eval_shape(
