@@ -105,7 +105,7 @@ def test_command_line_mistakes_get_one_sentence(tmp_path):
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=600, env=environment
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=1800, env=environment
     )
     assert done.stdout.split() == ["1"] * len(MISTAKES), done.stdout + done.stderr
     for number, (_, words) in enumerate(MISTAKES):

@@ -151,7 +151,9 @@ from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training import grpo_stage
 from unipic2_jax.training.stage import StageContext
 
-config = toy_grpo.config(edit=toy_grpo.stage(edit=True, evaluations={{}}, num_prompts=8)).stages.edit
+# A large epsilon keeps Adam from turning rounding errors of gradients near zero into whole steps.
+optimizer = {{"lr": 0.3, "eps": 0.1}}
+config = toy_grpo.config(edit=toy_grpo.stage(edit=True, evaluations={{}}, num_prompts=8, optimizer=optimizer)).stages.edit
 found = []
 for count in (1, 8):
     mesh = make_mesh(jax.devices()[:count])
@@ -162,7 +164,7 @@ for count in (1, 8):
     found.append((jax.device_get(state.lora), metrics))
     assert len(jax.tree.leaves(state)[0].sharding.device_set) == count
 for one, eight in zip(jax.tree.leaves(found[0][0]), jax.tree.leaves(found[1][0])):
-    np.testing.assert_allclose(one, eight, atol=2e-3)
+    assert np.linalg.norm(one) > 0 and np.linalg.norm(one - eight) <= 2e-3 * np.linalg.norm(one)
 for name in ("loss", "reward", "kl", "ratio_mean"):
     np.testing.assert_allclose(found[0][1][name], found[1][1][name], rtol=1e-3, atol=1e-5)
 print("equal", found[0][1]["reward"])
@@ -177,7 +179,7 @@ def test_eight_devices_do_what_one_does():
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0 and done.stdout.startswith("equal"), done.stderr[-2000:]
 
