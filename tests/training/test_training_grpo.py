@@ -163,8 +163,11 @@ for count in (1, 8):
         state, metrics = stage.step(state, step)
     found.append((jax.device_get(state.lora), metrics))
     assert len(jax.tree.leaves(state)[0].sharding.device_set) == count
+# The text stream ends in the last block, where its query projection has no effect and its LoRA stays 0.
 for one, eight in zip(jax.tree.leaves(found[0][0]), jax.tree.leaves(found[1][0])):
-    assert np.linalg.norm(one) > 0 and np.linalg.norm(one - eight) <= 2e-3 * np.linalg.norm(one)
+    difference = np.linalg.norm(one - eight)
+    assert difference <= 2e-3 * np.linalg.norm(one), (one.shape, difference, np.linalg.norm(one))
+assert np.linalg.norm(found[0][0]["blocks"]["attn"]["to_q"]["b"]) > 0
 for name in ("loss", "reward", "kl", "ratio_mean"):
     np.testing.assert_allclose(found[0][1][name], found[1][1][name], rtol=1e-3, atol=1e-5)
 print("equal", found[0][1]["reward"])
