@@ -212,7 +212,7 @@ def test_report_compares_first_and_last_of_each_stage(tmp_path):
         record("t2i", 1, 0, {"s": after}),
     ]
     found = compare_stages(records)
-    assert set(found) == {"edit"}
+    assert set(found) == {"edit", "all stages"} and found["all stages"] == found["edit"]  # t2i has only begun
     comparison = found["edit"]["s"]
     assert (comparison.prompts, comparison.dropped) == (3, 1)
     assert comparison.difference == pytest.approx((0.2 + 0.3 + 0.2) / 3) and comparison.risen

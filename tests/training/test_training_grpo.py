@@ -104,6 +104,20 @@ def run(workdir):
     return loop.run(config, workdir, load=toy_grpo.load, save=toy_grpo.save, mesh=make_mesh(jax.devices()[:1]))
 
 
+def test_a_stage_is_not_measured_again_where_the_one_before_ended(tmp_path, monkeypatch):
+    calls = []
+    evaluate = grpo_stage.GRPOStage.evaluate
+    monkeypatch.setattr(
+        grpo_stage.GRPOStage, "evaluate", lambda self, state, step: calls.append(step) or evaluate(self, state, step)
+    )
+    config = toy_grpo.config(edit=toy_grpo.stage(), t2i=toy_grpo.stage())
+    loop.run(config, tmp_path, load=toy_grpo.load, save=toy_grpo.save, mesh=make_mesh(jax.devices()[:1]))
+    records = read_evaluations(tmp_path)
+    assert calls == [0, 3, 3] and [(r["stage"], r["step"]) for r in records][2] == ("t2i", 0)
+    assert records[2]["scores"] == records[1]["scores"] and records[2]["metrics"] == records[1]["metrics"]
+    assert records[3]["scores"] != records[2]["scores"]
+
+
 def test_two_stages_stopped_within_each_end_with_the_same_bits(tmp_path):
     """The second stage continues the first one's LoRA, so that has to survive as well."""
     whole = run(tmp_path / "whole")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -215,7 +216,7 @@ class _Run:
         """Evaluates unless this evaluation is recorded already."""
         if self.metrics.record_path(place["stage_index"], place["stage"], place["step"]).exists():
             return
-        result = stage.evaluate(state, place["step"])
+        result = self.known_already(stage, place) or stage.evaluate(state, place["step"])
         self.metrics.evaluation(place, result)
         # Tags are left to the report.
         shown = {name: float(value) for name, value in result.get("metrics", {}).items() if name.count("/") < 2}
@@ -225,6 +226,18 @@ class _Run:
         if time.monotonic() - self.drawn > CURVES_EVERY:
             draw_curves(self.workdir)
             self.drawn = time.monotonic()
+
+    def known_already(self, stage: Stage, place: dict[str, Any]) -> dict[str, Any] | None:
+        """What the stage before ended with, when it was measured on the same evaluations: this stage starts there."""
+        index = place["stage_index"]
+        if place["step"] or not index or not stage.config.get("evaluations"):
+            return None
+        name = self.names[index - 1]
+        before = self.config.stages[name]
+        if before.get("evaluations") != stage.config.evaluations:
+            return None
+        record = json.loads(self.metrics.record_path(index - 1, name, before.steps).read_text())
+        return {"metrics": record["metrics"], "scores": record["scores"]}
 
     def check_finite(self, stage: Stage, step: int, metrics: dict[str, float]) -> None:
         """Stops the run at the first value that is not a number; the state of that step is never saved."""

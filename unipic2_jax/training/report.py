@@ -12,21 +12,26 @@ from unipic2_jax.training.metrics import read_evaluations
 
 
 def compare_stages(records: list[dict[str, Any]]) -> dict[str, dict[str, Comparison]]:
-    """{stage: {score: comparison of its first and last evaluation}} from evaluation records (see metrics.py)."""
+    """{stage: {score: comparison of its first and last evaluation}} from evaluation records (see metrics.py).
+
+    With several stages, a last entry 'all stages' compares the first evaluation of all with the last.
+    """
     stages: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for record in records:
         stages.setdefault((record["stage_index"], record["stage"]), []).append(record)
-    table = {}
-    for (_, stage), evaluations in sorted(stages.items()):
-        first, last = evaluations[0], evaluations[-1]
-        if first is last:
-            continue
-        table[stage] = {
+    pairs = {stage: (found[0], found[-1]) for (_, stage), found in sorted(stages.items())}
+    if len(pairs) > 1:
+        ends = list(pairs.values())
+        pairs["all stages"] = (ends[0][0], ends[-1][1])
+    return {
+        stage: {
             name: paired_bootstrap(_scores(first, name), _scores(last, name))
             for name in first["scores"]
             if name in last["scores"] and _has_pairs(first, last, name)
         }
-    return table
+        for stage, (first, last) in pairs.items()
+        if first is not last
+    }
 
 
 def table(comparisons: dict[str, dict[str, Comparison]]) -> str:
