@@ -39,8 +39,8 @@ def full_stage(task: str) -> dict:
 
 
 # Rollouts of the tiny stages. A group shares its first noise and differs by one stochastic step, so that all of what its
-# rewards differ by is credited to the step that is trained. Which steps: those where gradients of independent batches agree
-# most. An edit is decided by the first ones, a picture from text is mended later (smears, half objects).
+# rewards differ by is credited to the step that is trained. Which steps was found by trying: an edit is decided by the first
+# ones, while a picture from text is mended later (smears, half objects), and early noise tells little about it.
 ROLLOUT = {
     "edit": {"num_steps": 6, "window": {"size": 1, "low": 0, "high": 4}},
     "t2i": {"num_steps": 8, "window": {"size": 1, "low": 3, "high": 6}},

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 OURS = tuple(
     str(Path(__file__).resolve().parents[1] / name) for name in ("unipic2_jax", "launch", "convert", "configs")
 )
 
 flags.DEFINE_bool("traceback", False, "Show the full traceback of an error that would otherwise be one sentence.")
+
+
+def quiet() -> None:
+    """Keeps libraries from telling what they did not find (accelerators, PyTorch); call it before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.set_verbosity(logging.WARNING)
 
 
 def is_user_error(error: BaseException) -> bool:
@@ -32,6 +39,7 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     """Runs `main(argv)` under absl; an error of input ends with its sentence on stderr and exit code 2."""
 
     def guarded(argv: Sequence[str]) -> None:
+        quiet()
         try:
             if len(argv) > 1:
                 raise ValueError(f"Unexpected argument {argv[1]!r}: every value needs its flag; see --help.")

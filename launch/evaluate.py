@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from launch import cli
 from unipic2_jax.pipelines import TINY
@@ -25,7 +25,6 @@ _GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Guidance scale; 1 switches guid
 def main(argv: list[str]) -> None:
     """Prints the scores, and the gates that they miss."""
     del argv
-    logging.set_verbosity(logging.WARNING)
     from unipic2_jax.evaluation import shapes
     from unipic2_jax.pipelines.bundle import load_bundle
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
+from launch import cli
 from unipic2_jax.training.config import ConfigError, unknown_override
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: a file of configs/, with ':variant' after its name.")
@@ -57,9 +58,9 @@ def main(argv: list[str]) -> None:
     """Runs the recipe."""
     if len(argv) > 1:
         sys.exit(f"The argument {argv[1]} is not a flag; write --config.field=value.")
+    cli.quiet()
     from unipic2_jax.training import loop
 
-    logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators it did not find
     try:
         loop.run(_CONFIG.value, _WORKDIR.value)
     except (ConfigError, loop.TrainingError, FileNotFoundError) as error:
