@@ -31,7 +31,7 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 
 demo: $(VENV)/.run
 	$(RUN) -m launch.train --config=configs/pdtr.py:tiny --workdir=runs/demo
-	@echo; cat runs/demo/report.md | sed -n '1,20p'; echo; echo "Everything is in runs/demo: report.md, curves.png, samples/, export/."
+	@echo; sed '/^## Evaluations/,$$d' runs/demo/report.md; echo "Everything is in runs/demo: report.md, curves.png, samples/, export/."
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest -n 2 --dist loadfile
