@@ -105,6 +105,8 @@ def draw_curves(workdir: Path) -> Path | None:
     for column, (index, stage) in enumerate(stages):
         for row_number, name in enumerate(names):
             axis = axes[row_number][column]
+            if "/" in name and column:  # held-out scores of the stages are compared
+                axis.sharey(axes[row_number][0])
             points = [(r["step"], r[name]) for r in train if r["stage_index"] == index and name in r]
             if points:
                 steps, values = np.array(points).T
@@ -119,6 +121,7 @@ def draw_curves(workdir: Path) -> Path | None:
                 axis.plot(*np.array(dots).T, "o-", color="#d94801", markersize=4)
             if not points and not dots:
                 axis.set_axis_off()
+                continue
             axis.set_title(f"{stage}: {name}", fontsize=9)
             axis.tick_params(labelsize=7)
         axes[-1][column].set_xlabel("step", fontsize=8)
@@ -128,14 +131,21 @@ def draw_curves(workdir: Path) -> Path | None:
 
 
 # Substrings of the metrics worth a curve; the rest is in TensorBoard.
-SHOWN = ("loss", "reward", "score", "kl", "gradient_norm", "clip_fraction", "zero_variance", "psnr", "readable")
+SHOWN = ("loss", "reward", "kl", "gradient_norm", "clip_fraction", "zero_variance", "psnr", "readable")
 
 
 def _curve_names(rows: list[dict[str, Any]]) -> list[str]:
-    names = {key for row in rows for key in row if any(word in key for word in SHOWN)}
-    hidden = {name for name in names if name.endswith("_std") or name.startswith("seconds")}
-    rank = lambda name: (next(i for i, word in enumerate(("reward", "score", "loss", "")) if word in name), name)
-    return sorted(names - hidden, key=rank)[:12]
+    """Held-out scores first (not their details), then what training logged; what never left 0 shows nothing."""
+    values: dict[str, set[float]] = {}
+    for row in rows:
+        for key in row:
+            if "/" in key or any(word in key for word in SHOWN):
+                values.setdefault(key, set()).add(row[key])
+    scores = [name for name in values if "/" in name]
+    details = {name for name in scores if any(name.startswith(other) and name != other for other in scores)}
+    hidden = {name for name in values if name.endswith("_std") or name.startswith("seconds") or values[name] == {0.0}}
+    rank = lambda name: (next(i for i, word in enumerate(("/", "reward", "loss", "")) if word in name), name)
+    return sorted(values.keys() - hidden - details, key=rank)[:12]
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
