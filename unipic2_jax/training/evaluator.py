@@ -174,7 +174,7 @@ class Evaluator:
         return {name: float(values.mean()) for name, values in valid.items() if values.size}
 
     def _sheet(self, images: np.ndarray) -> Image.Image:
-        """A row a prompt, the source picture first when there is one."""
+        """The samples of a prompt side by side, its source picture first when there is one; a row holds whole prompts."""
         shown, captions = [], []
         samples = min(4, self.config.samples)
         for number, record in enumerate(self.records[: self.config.pictures]):
@@ -184,4 +184,5 @@ class Evaluator:
             first = number * self.config.samples
             shown += list(images[first : first + samples])
             captions += [record.prompt] * samples
-        return contact_sheet(shown, captions, columns=samples + (self.records[0].image is not None))
+        together = samples + (self.records[0].image is not None)
+        return contact_sheet(shown, captions, columns=together * max(1, 6 // together))
