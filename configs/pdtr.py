@@ -50,8 +50,8 @@ ROLLOUT = {
 # Steps and learning rate of the variants. The paper's 3e-4 is for many more steps; text-to-image, whose rewards are noisier,
 # takes smaller ones so that editing does not suffer.
 LENGTH = {
-    "demo": {"edit": (110, 1e-3), "t2i": (150, 7e-4)},
-    "long": {"edit": (300, 7e-4), "t2i": (500, 5e-4)},
+    "demo": {"edit": (110, 1e-3), "t2i": (120, 5.5e-4)},
+    "long": {"edit": (300, 7e-4), "t2i": (400, 4e-4)},
     "smoke": {"edit": (2, 1e-3), "t2i": (2, 1e-3)},
 }
 
