@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -21,7 +20,7 @@ from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training import config as config_lib
 from unipic2_jax.training.checkpoints import Checkpoints
 from unipic2_jax.training.config import TrainingError
-from unipic2_jax.training.metrics import Metrics, draw_curves
+from unipic2_jax.training.metrics import Metrics, draw_curves, read_evaluations
 from unipic2_jax.training.report import write_report
 from unipic2_jax.training.stage import Stage, StageContext, stage_class
 
@@ -232,12 +231,12 @@ class _Run:
         index = place["stage_index"]
         if place["step"] or not index or not stage.config.get("evaluations"):
             return None
-        name = self.names[index - 1]
-        before = self.config.stages[name]
+        before = self.config.stages[self.names[index - 1]]
         if before.get("evaluations") != stage.config.evaluations:
             return None
-        record = json.loads(self.metrics.record_path(index - 1, name, before.steps).read_text())
-        return {"metrics": record["metrics"], "scores": record["scores"]}
+        ended = (index - 1, before.steps)
+        found = [r for r in read_evaluations(self.workdir) if (r["stage_index"], r["step"]) == ended]
+        return {part: found[0][part] for part in ("metrics", "scores")} if found else None
 
     def check_finite(self, stage: Stage, step: int, metrics: dict[str, float]) -> None:
         """Stops the run at the first value that is not a number; the state of that step is never saved."""
