@@ -20,7 +20,7 @@ from unipic2_jax.flow.schedule import sigmas as make_sigmas
 from unipic2_jax.flow.sde import SDEConfig
 from unipic2_jax.rl.advantages import group_advantages
 from unipic2_jax.rl.config import GRPOConfig
-from unipic2_jax.rl.rollout import draw_window, guided_policies, rollout
+from unipic2_jax.rl.rollout import draw_window, guided_policies, once_per_group, rollout
 from unipic2_jax.rl.update import accumulate_gradients, init_state, make_loss, make_rollout, make_update
 
 STEPS, BATCH = 6, 8
@@ -147,6 +147,42 @@ def test_window_is_stochastic_and_trained_only_inside():
     assert_trees_close(gradients_of(config, spoiled)[0], gradients, rtol=0)
     moved = first._replace(latents=first.latents.at[3].add(0.1))
     assert optax.global_norm(optax.tree.sub(gradients_of(config, moved)[0], gradients)) > 1e-4
+
+
+@pytest.mark.parametrize("size", (1, 2))
+def test_what_a_group_shares_is_computed_once(size):
+    config = dataclasses.replace(BASE, window=(size, (0, 4)), kl_beta=0.5, clip_range=0.1)
+    noise, inputs = (jax.tree.map(lambda x: jnp.repeat(x[:2], 4, axis=0), tree) for tree in (NOISE, INPUTS))
+    batches = []
+
+    def counting(params, lora, latents, *rest):
+        batches.append(latents.shape[0])
+        return network(params, lora, latents, *rest)
+
+    lora, starts = perturb(LORA), set()
+    plain, shared = make_rollout(network, config), make_rollout(counting, config, shared_groups=2)
+    for seed in range(8):
+        arguments = (PARAMS, lora, inputs, noise, jax.random.key(seed), SIGMAS)
+        want, got = plain(*arguments), shared(*arguments)
+        assert_trees_close(got, want, rtol=1e-5, atol=1e-6)
+        starts.add(int(got.steps[0]))
+    assert len(starts) >= 3 and np.abs(got.latents[-1, 0] - got.latents[-1, 1]).max() > 1e-3
+    # Behind the window every sample is computed; before it and at its first step one of each group.
+    assert sorted(batches) == ([2, 2, 8] if size == 1 else [2, 2, 8, 8])
+
+    if size == 1:
+        optimizer = optax.sgd(0.1)
+        updates = [make_update(policy, optimizer, config) for policy in (network, once_per_group(counting, 2))]
+        batches.clear()
+        states, metrics = zip(*(u(PARAMS, init_state(lora, optimizer), None, got, ADVANTAGES, inputs) for u in updates))
+        assert_trees_close(states[0], states[1], rtol=1e-5, atol=1e-6)
+        assert_trees_close(metrics[0], metrics[1], rtol=1e-4, atol=1e-5)
+        assert set(batches) == {2} and metrics[1]["gradient_norm"] > 0
+
+
+def test_groups_must_be_equal():
+    with pytest.raises(ValueError, match="8 samples cannot be 3 groups"):
+        once_per_group(network, 3)(PARAMS, LORA, NOISE, SIGMAS[0], INPUTS)
 
 
 def test_windows_cover_their_range():

@@ -173,9 +173,8 @@ def test_flops_agree_with_what_the_compiler_counts(references):
 
 
 def test_grpo_flops():
-    assert grpo_step_flops(10, 4, steps=10, trained_steps=9, branches=2, trained_branches=2, reference=True) == (
-        10 * 4 * (20 + 9 * 2 * 3)
-    )
+    assert grpo_step_flops(10, sampled=80, trained=72, reference=True) == 10 * (80 + 72 * 3)
+    assert grpo_step_flops(10, sampled=80, trained=72, reference=False) == 10 * (80 + 72 * 2)
 
 
 def test_records_are_cut_to_the_resumed_step(tmp_path):

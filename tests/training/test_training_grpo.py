@@ -211,3 +211,28 @@ def test_a_group_may_share_its_first_noise(stage):
     finally:
         stage.config.same_latent = False
     assert (groups == groups[:, :1]).all() and (groups[0] != groups[1]).any()
+
+
+def test_sharing_a_group_s_beginning_changes_nothing_but_the_time(tmp_path, monkeypatch):
+    window = {"num_steps": 4, "window": {"size": 1, "low": 0, "high": 3}, "kl_beta": 0.5}
+    config = toy_grpo.config(edit=toy_grpo.stage(edit=True, same_latent=True, grpo=window)).stages.edit
+    mesh = make_mesh(jax.devices()[:1])
+    context = StageContext("edit", 0, 0, mesh, tmp_path)
+
+    def run():
+        stage = grpo_stage.GRPOStage(config, toy_grpo.load(mesh=mesh), context)
+        assert stage.shared and stage.shared_update
+        return stage.init().lora, *stage.step(stage.init(), 0)
+
+    stage_start, state, metrics = run()
+    for module in ("training.grpo_stage", "rl.update"):
+        monkeypatch.setattr(f"unipic2_jax.{module}.once_per_group", lambda policy, groups: policy)
+    _, plain_state, plain = run()
+    # Rounding may turn a pixel, and with it a reward, by one of 255.
+    same = ("reward", "loss", "kl", "ratio_max", "gradient_norm")
+    np.testing.assert_allclose([metrics[k] for k in same], [plain[k] for k in same], rtol=0.01, atol=1e-5)
+    assert metrics["log_prob_difference_max"] < 1e-5 and metrics["gradient_norm"] > 0
+    changes, want = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.lora)]) for s in (state, plain_state))
+    start = np.concatenate([np.ravel(x) for x in jax.tree.leaves(stage_start)])
+    changes, want = changes - start, want - start
+    assert changes @ want > 0.99 * np.linalg.norm(changes) * np.linalg.norm(want) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,6 +68,24 @@ def guided_policies(
     return (outside if config.cfg_in_window else cond_only), outside
 
 
+def once_per_group(policy_fn: PolicyFn, groups: int) -> PolicyFn:
+    """The same policy for a batch in which each of `groups` contiguous groups is one sample many times over.
+
+    Where a group shares its first noise that is so up to its first stochastic step, and at that step in training too:
+    the samples differ by the noise that is added after the network. One evaluation then serves the whole group.
+    """
+
+    def policy(params, lora, latents, sigma, inputs):
+        copies = latents.shape[0] // groups
+        if latents.shape[0] != groups * copies or not copies:
+            raise ValueError(f"{latents.shape[0]} samples cannot be {groups} groups of equal size.")
+        first = lambda x: x.reshape(groups, copies, *x.shape[1:])[:, 0] if jnp.ndim(x) else x
+        velocity = policy_fn(params, lora, first(latents), first(sigma), jax.tree.map(first, inputs))
+        return jnp.repeat(velocity, copies, axis=0)
+
+    return policy
+
+
 def draw_window(key: jax.Array, config: GRPOConfig) -> jax.Array:
     """The first step of a rollout's window, int32 scalar, uniform over the places where it fits; 0 without one."""
     if config.window is None:
@@ -83,6 +102,7 @@ def rollout(
     config: GRPOConfig,
     window_start: jax.Array | int = 0,
     outside_fn: VelocityFn | None = None,
+    shared_fns: tuple[VelocityFn, VelocityFn] | None = None,
 ) -> Trajectory:
     """Samples a batch, one step after the other in a scan.
 
@@ -94,6 +114,8 @@ def rollout(
       config: with a window, steps outside it are deterministic.
       window_start: from `draw_window`; may be traced. Not used without a window.
       outside_fn: velocity of the steps outside the window; `velocity_fn` by default.
+      shared_fns: cheaper equals of (velocity_fn, outside_fn) for the window's first step and the steps before it, where
+        the samples of a group are still the same (`once_per_group`); None: there are none.
 
     Returns:
       A `Trajectory`; the samples are `latents[-1]`.
@@ -108,21 +130,35 @@ def rollout(
     start = jnp.asarray(window_start if config.window is not None else 0, jnp.int32)
     outside_fn = velocity_fn if outside_fn is None else outside_fn
 
-    def stochastic(x, key, sigma, sigma_next):
+    def stochastic(velocity_fn, x, key, sigma, sigma_next):
         x_next, mean, _, log_prob = sde_step(key, velocity_fn(x, sigma), x, sigma, sigma_next, sigmas[1], config.sde)
         return x_next, log_prob, mean
 
-    def deterministic(x, key, sigma, sigma_next):
-        x_next = euler_step(outside_fn(x, sigma), x, sigma, sigma_next)
+    def deterministic(velocity_fn, x, key, sigma, sigma_next):
+        x_next = euler_step(velocity_fn(x, sigma), x, sigma, sigma_next)
         return x_next, jnp.zeros(x.shape[:1], jnp.float32), x_next
 
+    after, inside = functools.partial(deterministic, outside_fn), functools.partial(stochastic, velocity_fn)
+    if shared_fns is None:
+        kinds = [after, inside]
+    else:
+        first_fn, before_fn = shared_fns
+        first, before = functools.partial(stochastic, first_fn), functools.partial(deterministic, before_fn)
+        # A window of one step has nothing behind its first: one network less to compile.
+        kinds = [after, first, before, inside][: 3 if config.trained_steps == 1 else 4]
+
+    def kind(index):
+        is_inside = (index >= start) & (index < start + config.trained_steps)
+        if shared_fns is None:
+            return is_inside.astype(jnp.int32)
+        return jnp.select([index < start, index == start, is_inside], [2, 1, 3], 0)
+
     def step(x, scanned):
-        index, key, sigma, sigma_next = scanned
+        index, *rest = scanned
         if config.window is None:
-            x_next, log_prob, mean = stochastic(x, key, sigma, sigma_next)
+            x_next, log_prob, mean = stochastic(velocity_fn, x, *rest)
         else:
-            inside = (index >= start) & (index < start + config.trained_steps)
-            x_next, log_prob, mean = jax.lax.cond(inside, stochastic, deterministic, x, key, sigma, sigma_next)
+            x_next, log_prob, mean = jax.lax.switch(kind(index), kinds, x, *rest)
         return x_next, (x_next, log_prob, mean if config.guard else None)
 
     x = initial_noise.astype(jnp.float32)

@@ -12,7 +12,7 @@ import optax
 from unipic2_jax.rl.config import GRPOConfig
 from unipic2_jax.rl.ema import ema_update
 from unipic2_jax.rl.objective import grpo_loss
-from unipic2_jax.rl.rollout import PolicyFn, Trajectory, draw_window, rollout
+from unipic2_jax.rl.rollout import PolicyFn, Trajectory, draw_window, once_per_group, rollout
 
 # (lora, batch) -> (scalar loss, metrics [B] each)
 LossFn = Callable[[Any, dict[str, Any]], tuple[jax.Array, dict[str, jax.Array]]]
@@ -153,21 +153,29 @@ def _combine(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def make_rollout(
-    policy_fn: PolicyFn, config: GRPOConfig, outside_fn: PolicyFn | None = None, **jit_options: Any
+    policy_fn: PolicyFn,
+    config: GRPOConfig,
+    outside_fn: PolicyFn | None = None,
+    shared_groups: int | None = None,
+    **jit_options: Any,
 ) -> Callable[..., Trajectory]:
     """A jitted `(params, lora, inputs, initial_noise [B, ...], key, sigmas [T + 1]) -> Trajectory`.
 
     The key gives the window and the noise. `outside_fn` is the policy of deterministic steps (`guided_policies`).
+    `shared_groups` says that the initial noise and the inputs are those of so many contiguous groups, the same within
+    each: with a window, nothing is then computed twice before the samples part.
     """
+    outside_fn = policy_fn if outside_fn is None else outside_fn
+    shared = shared_groups is not None and config.window is not None
 
     def run(params, lora, inputs, initial_noise, key, sigmas):
         window_key, noise_key = jax.random.split(key)
-        velocity, outside = (
-            None if fn is None else lambda x, sigma, fn=fn: fn(params, lora, x, sigma, inputs)
-            for fn in (policy_fn, outside_fn)
-        )
+        bound = lambda fn: lambda x, sigma: fn(params, lora, x, sigma, inputs)
+        policies = (policy_fn, outside_fn)
+        shared_fns = tuple(bound(once_per_group(fn, shared_groups)) for fn in policies) if shared else None
         start = draw_window(window_key, config)
-        return rollout(velocity, initial_noise, noise_key, sigmas, config, start, outside)
+        velocity, outside = map(bound, policies)
+        return rollout(velocity, initial_noise, noise_key, sigmas, config, start, outside, shared_fns)
 
     return jax.jit(run, **jit_options)
 

@@ -27,9 +27,7 @@ def forward_flops(config: MMDiTConfig, target_tokens: int, text_tokens: int, ref
     return total
 
 
-def grpo_step_flops(
-    forward: int, samples: int, steps: int, trained_steps: int, branches: int, trained_branches: int, reference: bool
-) -> int:
+def grpo_step_flops(forward: int, sampled: int, trained: int, reference: bool) -> int:
     """One GRPO iteration: sampling, the policy's forward and backward pass, the reference's forward pass.
 
     The backward pass of a LoRA policy is one more forward's worth: gradients go through the frozen matrices and not
@@ -37,12 +35,7 @@ def grpo_step_flops(
 
     Args:
       forward: of one sample and branch, from `forward_flops`.
-      samples: per iteration.
-      steps, trained_steps: of the sampler, and how many of them are trained.
-      branches: evaluations per sampling step, 2 with guidance.
-      trained_branches: the same for trained steps.
+      sampled, trained: evaluations (samples x steps x branches of guidance) of the sampler and of the trainer.
       reference: whether a reference policy is evaluated.
     """
-    sampling = (steps - trained_steps) * branches + trained_steps * trained_branches
-    training = trained_steps * trained_branches * (3 if reference else 2)
-    return forward * samples * (sampling + training)
+    return forward * (sampled + trained * (3 if reference else 2))

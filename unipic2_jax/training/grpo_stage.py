@@ -20,7 +20,7 @@ from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
 from unipic2_jax.rl.advantages import combine_rewards, group_advantages
 from unipic2_jax.rl.config import GRPOConfig
-from unipic2_jax.rl.rollout import guided_policies
+from unipic2_jax.rl.rollout import guided_policies, once_per_group
 from unipic2_jax.rl.update import PolicyState, init_state, make_rollout, make_update
 from unipic2_jax.training.config import ConfigError, TrainingError, stage_fields
 from unipic2_jax.training.evaluator import (
@@ -133,9 +133,16 @@ class GRPOStage(Stage):
         policy, outside = guided_policies(self._network, self.grpo, config.batch_branches)
         self._encode = jax.jit(self._encode_batch, out_shardings=sharded)
         self._noise = jax.jit(self._draw_noise, out_shardings=sharded)
-        self._rollout = make_rollout(policy, self.grpo, outside)
+        # Samples of a group that share their first noise are one sample until the window's first step.
+        self.shared = config.same_latent and self.grpo.window is not None
+        self._rollout = make_rollout(policy, self.grpo, outside, config.num_prompts if self.shared else None)
         self._decode = jax.jit(lambda params, latents: sampling.decode_latents(bundle.vae, params, latents))
-        self._update = make_update(policy, self.optimizer, self.grpo)
+        # Updates and micro-batches take an equal part of every group, if they can.
+        self.micro_batch = self.grpo.micro_batch or self.samples // self.grpo.updates_per_rollout
+        one_step = self.grpo.trained_steps == 1
+        self.shared_update = self.shared and one_step and self.micro_batch % config.num_prompts == 0
+        trained = once_per_group(policy, config.num_prompts) if self.shared_update else policy
+        self._update = make_update(trained, self.optimizer, self.grpo)
         tuned = dataclasses.replace(bundle, transformer=self.transformer)
         self.evaluators = [
             Evaluator(name, read_evaluation(name, fields), tuned, context.mesh)
@@ -235,7 +242,7 @@ class GRPOStage(Stage):
             "seconds_reward": scored - rolled_out,
             "seconds_update": updated - scored,
             "samples_per_second": self.samples / (updated - started),
-            "model_tflops_per_second": self._flops(sources is not None) / busy / 1e12,
+            "model_tflops_per_second": self._flops(sources is not None, int(trajectory.steps[0])) / busy / 1e12,
         }
         return state, metrics
 
@@ -262,16 +269,21 @@ class GRPOStage(Stage):
                 metrics |= {f"reward_{name}": float(valid.mean()), f"reward_{name}_std": float(valid.std())}
         return advantages, {name: value for name, value in metrics.items() if not np.isnan(value)}
 
-    def _flops(self, edits: bool) -> int:
+    def _flops(self, edits: bool, first: int) -> int:
+        """Of the transformer in one step whose window begins at step `first`."""
         config, grpo = self.transformer.config, self.grpo
         pixels = self.bundle.vae.config.downsampling * config.patch_size
         tokens = (self.config.height // pixels) * (self.config.width // pixels)
         forward = forward_flops(config, tokens, self.bundle.conditioner.context_length, tokens if edits else 0)
         branches = 1 if grpo.guidance_scale == 1 else 2
-        trained_branches = branches if grpo.cfg_in_window else 1
-        return grpo_step_flops(
-            forward, self.samples, grpo.num_steps, grpo.trained_steps, branches, trained_branches, grpo.kl_beta > 0
-        )
+        inside = branches if grpo.cfg_in_window else 1
+        sampled = self.samples * ((grpo.num_steps - grpo.trained_steps) * branches + grpo.trained_steps * inside)
+        if self.shared:
+            sampled -= (self.samples - self.config.num_prompts) * (first * branches + inside)
+        trained = self.samples * grpo.trained_steps * inside
+        if self.shared_update:
+            trained = self.samples // self.micro_batch * self.config.num_prompts * inside
+        return grpo_step_flops(forward, sampled, trained, grpo.kl_beta > 0)
 
     def _kept(self, state: PolicyState) -> Any:
         return state.ema if self.config.use_ema else state.lora
