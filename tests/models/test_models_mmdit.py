@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import math
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +12,6 @@ import pytest
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig, position_table
 from unipic2_jax.weights import table
 from unipic2_jax.weights.mmdit import rules
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for kontext_reference, which lies beside the mirrored folders
 
 SMALL = MMDiTConfig(
     sample_size=8,

@@ -1,8 +1,6 @@
 """Editing: against a PyTorch loop over diffusers' own networks, and what people hand in as pictures."""
 
 import io
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,8 +37,6 @@ def psnr(a, b):
 def reference_edit(theirs, prompts, references, latents):
     """Images [N, H, W, 3] in [0, 1] of UniPic 2's editing: clean latents of the references in front of the target."""
     import torch
-
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # kontext_reference lies beside the mirrored folders
     from kontext_reference import kontext_forward
 
     with torch.no_grad():

@@ -20,6 +20,7 @@ from unipic2_jax.models.config import ModelConfig
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 
 # Configs older than transformers 4.31 name 2 as the end-of-text id whatever the vocabulary is; the largest id is meant.
@@ -68,11 +69,15 @@ CLIP_BIGG = CLIPTextConfig(
 
 
 class CLIPAttention(nn.Module):
-    """Causal self-attention, [B, S, D] -> [B, S, D]."""
+    """Self-attention, [B, S, D] -> [B, S, D].
 
-    config: CLIPTextConfig
+    `config` is CLIP's or another that has its names (MetaQuery's connector); `causal` hides what comes later.
+    """
+
+    config: Any
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -84,16 +89,16 @@ class CLIPAttention(nn.Module):
             for name in ("q_proj", "k_proj", "v_proj")
         )
         length = x.shape[1]
-        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        mixed = attention(query, key, value, mask=causal).reshape(x.shape)
+        mask = jnp.tril(jnp.ones((length, length), bool))[None, None] if self.causal else None
+        mixed = attention(query, key, value, mask=mask).reshape(x.shape)
         out_std = (2 * c.num_hidden_layers * c.hidden_size) ** -0.5  # every residual branch starts small
         return dense(kernel_init=nn.initializers.normal(out_std), name="out_proj")(mixed)
 
 
 class CLIPMLP(nn.Module):
-    """Two dense layers, [B, S, D] -> [B, S, D]."""
+    """Two dense layers, [B, S, D] -> [B, S, D]. `config` as in `CLIPAttention`."""
 
-    config: CLIPTextConfig
+    config: Any
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

@@ -117,6 +117,7 @@ def write(
     """
     folder, rules = Path(folder).absolute(), tuple(rules)
     table.check(rules, source, abstract)
+    source = table.canonical(rules, source)
     folder.mkdir(parents=True, exist_ok=True)
     leaves, by_path = table.flatten(abstract), {rule.path: rule for rule in rules if rule.path}
     with tempfile.TemporaryDirectory(prefix=".assembling-", dir=folder) as scratch:

@@ -15,10 +15,13 @@ import jax.numpy as jnp
 
 from unipic2_jax.models.clip import CLIPTextConfig, CLIPTextModelWithProjection
 from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.models.connector import MetaQuery, MetaQueryConfig
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
+from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig
+from unipic2_jax.models.qwen_vision import VisionInput
 from unipic2_jax.models.t5 import T5Config, T5Encoder
 from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
-from unipic2_jax.weights import clip, mmdit, t5, vae
+from unipic2_jax.weights import clip, connector, mmdit, qwen, t5, vae
 from unipic2_jax.weights.table import Rule
 
 
@@ -60,6 +63,19 @@ def _init_t5(config: T5Config, key: jax.Array) -> dict[str, Any]:
     return T5Encoder(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
+def _init_qwen(config: Qwen2_5_VLConfig, key: jax.Array) -> dict[str, Any]:
+    tower = config.vision_config
+    window = jnp.zeros((1, 1, tower.window_slots), jnp.int32)
+    patches = jnp.zeros((*window.shape, tower.patch_dim))
+    ids = jnp.zeros((1, 1), jnp.int32)
+    vision = VisionInput(patches, jnp.stack([window, window], axis=-1), window, ids)
+    return Qwen2_5_VL(config).init(key, ids, jnp.zeros((3, 1, 1), jnp.int32), jnp.ones((1, 1), bool), vision)["params"]
+
+
+def _init_metaquery(config: MetaQueryConfig, key: jax.Array) -> dict[str, Any]:
+    return MetaQuery(config).init(key, jnp.zeros((1, config.num_queries, config.llm_hidden_size)))["params"]
+
+
 NETWORKS = {
     network.config.CLASS_NAME: network
     for network in (
@@ -67,6 +83,8 @@ NETWORKS = {
         Network(VAEConfig, vae.rules, _init_vae),
         Network(CLIPTextConfig, clip.rules, _init_clip),
         Network(T5Config, t5.rules, _init_t5),
+        Network(Qwen2_5_VLConfig, qwen.rules, _init_qwen),
+        Network(MetaQueryConfig, connector.rules, _init_metaquery),
     )
 }
 

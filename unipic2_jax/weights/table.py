@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,13 +33,15 @@ class Rule:
 
     With `layers`, `torch` holds `{i}` and torch layer i sits at index `i - layers.start` of the leaf's leading axis.
     An empty `path` names a tensor that some files carry and no network uses (a constant buffer, a tied copy): it may be
-    present or absent.
+    present or absent. `aliases` are names that other versions of the original give the same tensor; they are read, never
+    written.
     """
 
     torch: str
     path: str
     transform: str = "copy"
     layers: range | None = None
+    aliases: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.transform not in TRANSFORMS:
@@ -56,6 +58,12 @@ class Rule:
         else:
             for index, i in enumerate(self.layers):
                 yield self.torch.replace("{i}", str(i)), index
+
+    def alias_names(self) -> Iterator[tuple[str, str]]:
+        """(alias, torch name) for every tensor of this row."""
+        for alias in self.aliases:
+            for i, (name, _) in zip(self.layers or (0,), self.names()):
+                yield alias.replace("{i}", str(i)), name
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The stored shape of one tensor, from the shape of its leaf."""
@@ -122,6 +130,39 @@ def expected_shapes(rules: Iterable[Rule], abstract: Mapping[str, Any]) -> dict[
     return shapes
 
 
+class _Renamed(Mapping[str, Any]):
+    """Tensors under the names of a table where the file has some under aliases."""
+
+    def __init__(self, source: Mapping[str, Any], stored: Mapping[str, str]):
+        self._source, self._stored = source, dict(stored)
+        self.metadata = getattr(source, "metadata", {})
+
+    def __getitem__(self, name: str) -> Any:
+        return self._source[self._stored.get(name, name)]
+
+    def __iter__(self) -> Iterator[str]:
+        names = {stored: name for name, stored in self._stored.items()}
+        return (names.get(stored, stored) for stored in self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def origin(self, name: str | None = None) -> str:
+        """As `io.Checkpoint.origin`."""
+        return _origin(self._source)(self._stored.get(name, name))
+
+
+def _origin(source: Mapping[str, Any]) -> Callable[..., str]:
+    return getattr(source, "origin", lambda name=None: "The source")
+
+
+def canonical(rules: Iterable[Rule], source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`source` under the table's own names: a tensor that is there under an alias only is found under its name."""
+    pairs = ((alias, name) for rule in rules for alias, name in rule.alias_names())
+    stored = {name: alias for alias, name in pairs if alias in source and name not in source}
+    return _Renamed(source, stored) if stored else source
+
+
 def unused_names(rules: Iterable[Rule]) -> set[str]:
     """Names that a file may carry and no network uses (rules with an empty path)."""
     return {name for rule in rules if not rule.path for name, _ in rule.names()}
@@ -130,7 +171,8 @@ def unused_names(rules: Iterable[Rule]) -> set[str]:
 def check(rules: Iterable[Rule], source: Mapping[str, Any], abstract: Mapping[str, Any]) -> None:
     """Raises one sentence (ValueError) for the first missing, extra or mis-shaped tensor. Reads headers only."""
     rules = tuple(rules)
-    shapes, origin = expected_shapes(rules, abstract), getattr(source, "origin", lambda name=None: "The source")
+    source = canonical(rules, source)
+    shapes, origin = expected_shapes(rules, abstract), _origin(source)
     missing = [name for name in shapes if name not in source]
     extra = sorted(set(source) - set(shapes) - unused_names(rules))
     if missing:
@@ -184,7 +226,7 @@ def to_flax(
     """
     rules = tuple(rules)
     check(rules, source, abstract)
-    leaves = flatten(abstract)
+    source, leaves = canonical(rules, source), flatten(abstract)
     shardings = flatten(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(leaves, sharding)
     by_path = {rule.path: rule for rule in rules if rule.path}
     return unflatten(
