@@ -83,3 +83,44 @@ def batch(config, rows, seed=0):
     ids = np.array([[0] * (length - len(p)) + p for p in prompts], np.int32)
     valid = np.arange(length)[None] >= length - np.array([len(p) for p in prompts])[:, None]
     return ids, valid, {k: (np.concatenate(p), np.array(g)) for k, (p, g) in media.items()}
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant."
+    "<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}"
+    "{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def processor(config):
+    """A tokenizer of single characters with Qwen's special tokens and a template like its own, and an image processor."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from unipic2_jax.pipelines.vlm import VLMProcessor
+
+    words = [chr(i) for i in range(32, 127)] + ["\n"]
+    vocab = {word: i for i, word in enumerate(words)}
+    special = {"<|im_start|>": 100, "<|im_end|>": 101, "<|endoftext|>": 102, "<unk>": 103}
+    special |= {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO, "<|vision_start|>": START, "<|vision_end|>": END}
+    for i in range(END + 1):
+        if i not in {**vocab, **special}.values():
+            vocab[f"<unused{i}>"] = i
+    tokenizer = Tokenizer(models.WordLevel({**vocab, **special}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.add_special_tokens(list(special))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
+    )
+    tower = config.vision_config
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=tower.patch_size,
+        merge_size=tower.spatial_merge_size,
+        temporal_patch_size=tower.temporal_patch_size,
+        min_pixels=64,
+        max_pixels=1024,
+    )
+    return VLMProcessor(config, fast, pictures)
