@@ -12,7 +12,7 @@ UV := $(RUN) -m uv pip install --quiet --python $(RUN)
 .PHONY: help demo test test-slow lint format tiny clean
 
 help:
-	@echo "make demo       reinforce the shipped tiny model: editing, then text-to-image (about 11 minutes on 2 cores)"
+	@echo "make demo       reinforce the shipped tiny model: editing, then text-to-image (about 10 minutes on 2 cores)"
 	@echo "make test       the default test suite        make test-slow  the long tests"
 	@echo "make lint       ruff                          make tiny       retrain the shipped tiny model (2 to 3 hours)"
 
