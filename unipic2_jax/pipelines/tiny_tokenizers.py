@@ -55,7 +55,12 @@ def byte_characters() -> dict[int, str]:
 
 
 def clip_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges under which every word becomes one token.
+    """Byte-pair merges under which every word becomes one token of CLIP, whose last piece is marked as a word's end."""
+    return byte_pair_merges([[*word[:-1], word[-1] + WORD_END] for word in words])
+
+
+def byte_pair_merges(words: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    """Byte-pair merges under which every word, given as its pieces, becomes one token.
 
     Each word is merged with the rules found so far and its remaining pieces are joined by new ones. New rules rank
     last, so a word that was whole stays whole.
@@ -63,7 +68,7 @@ def clip_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     merges: list[tuple[str, str]] = []
     ranks: dict[tuple[str, str], int] = {}
     for word in words:
-        pieces = [*word[:-1], word[-1] + WORD_END]
+        pieces = list(word)
         while len(pieces) > 1:
             pair = min(itertools.pairwise(pieces), key=lambda p: ranks.get(p, len(ranks)))
             if pair not in ranks:

@@ -19,17 +19,20 @@ from unipic2_jax.models.qwen_vision import VisionInput, pack_images
 from unipic2_jax.pipelines.images import to_pil
 
 ROLES = ("system", "user", "assistant")
-IMAGE_TOKEN = "<|image_pad|>"
+IMAGE_TOKEN, END_OF_TURN = "<|image_pad|>", "<|im_end|>"
 # What the template says where no message is the system's; the published scripts take it out.
 DEFAULT_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-LEAST_TOKENS = 32
+LEAST_TOKENS = 16
 
 # One message as transformers writes it: {'role': ..., 'content': text or [{'type': 'text' | 'image', ...}, ...]}.
 Message = Mapping[str, Any]
 
 
 class VLMInput(NamedTuple):
-    """A batch for `Qwen2_5_VL`, padded on the left: ids and validity [B, T], positions [3, B, T], images or None."""
+    """A batch for `Qwen2_5_VL`, padded on the left: ids and validity [B, T], positions [B, 3, T], images or None.
+
+    The batch leads every array, so that rows can be taken, repeated and split over devices without knowing which is which.
+    """
 
     input_ids: jax.Array
     positions: jax.Array
@@ -107,48 +110,83 @@ class VLMProcessor:
         system_prompt: bool = True,
         mrope: bool = True,
         pixels: float | None = None,
-        length: int | None = None,
+        text_length: int | None = None,
         windows: int | None = None,
     ) -> VLMInput:
-        """Prepares a batch of conversations for their next answer.
+        """Prepares a batch of conversations for their next answer; arguments and errors as `with_answers`."""
+        return self._prepare(conversations, None, system_prompt, mrope, pixels, text_length, windows)[0]
+
+    def with_answers(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        answers: Sequence[str],
+        *,
+        system_prompt: bool = True,
+        mrope: bool = True,
+        pixels: float | None = None,
+        text_length: int | None = None,
+        windows: int | None = None,
+    ) -> tuple[VLMInput, np.ndarray]:
+        """Conversations with their answers, and which tokens are the answers' (with the end of the turn): bool [B, T].
 
         Args:
           conversations: messages of each; an image is {'type': 'image', 'image': picture, path or array}.
           system_prompt: whether the template may add its default one.
           mrope: 3-D positions; False: plain ones, as the published editing script has them.
           pixels: resize every image to about this many pixels, keeping its shape; None: the image processor's limits.
-          length, windows: pad to these numbers of tokens and of vision windows; None: to the next of a few sizes.
+          text_length, windows: pad to so many tokens beside the images' own, and to so many vision windows; None: to the
+            next of a few sizes.
 
         Raises:
-          ValueError: for an unknown role or content, images that do not fit their places, or a prompt beyond `length`.
+          ValueError: for an unknown role or content, images that do not fit their places, or a prompt that is too long.
         """
+        return self._prepare(conversations, answers, system_prompt, mrope, pixels, text_length, windows)
+
+    def _prepare(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        answers: Sequence[str] | None,
+        system_prompt: bool,
+        mrope: bool,
+        pixels: float | None,
+        text_length: int | None,
+        windows: int | None,
+    ) -> tuple[VLMInput, np.ndarray]:
         texts, pictures = zip(*(self._render(messages, system_prompt) for messages in conversations))
         patches, grids = self._patches([picture for row in pictures for picture in row], pixels)
         counts = iter(int(np.prod(grid)) // self.config.vision_config.merged for grid in grids)
-        prompts = []
+        prompts, room = [], 0
         for text, row in zip(texts, pictures):
             first, *rest = text.split(IMAGE_TOKEN)
             if len(rest) != len(row):
                 raise ValueError(
                     f"A prompt has {len(rest)} image token(s) for {len(row)} image(s); leave {IMAGE_TOKEN} out of texts."
                 )
-            prompts.append(first + "".join(IMAGE_TOKEN * next(counts) + part for part in rest))
-        ids = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+            own = [next(counts) for _ in rest]
+            room = max(room, sum(own))
+            prompts.append(first + "".join(IMAGE_TOKEN * count + part for count, part in zip(own, rest)))
+        spell = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Apart, since that is how they meet when an answer is written.
+        written = [[] for _ in prompts] if answers is None else [spell(answer + END_OF_TURN) for answer in answers]
+        ids = [spell(prompt) + answer for prompt, answer in zip(prompts, written, strict=True)]
+        answered = [len(answer) for answer in written]
         longest = max(map(len, ids))
-        length = bucket(longest, LEAST_TOKENS) if length is None else length
+        length = bucket(longest, LEAST_TOKENS) if text_length is None else text_length + room
         if longest > length:
             raise ValueError(f"A prompt of {longest} tokens is longer than the {length} reserved; shorten it.")
         pad = self.tokenizer.pad_token_id or 0
         input_ids = np.array([[pad] * (length - len(row)) + row for row in ids], np.int32)
         valid = np.arange(length)[None] >= length - np.array([len(row) for row in ids])[:, None]
         positions = mrope_positions(self.config, input_ids, valid, grids) if mrope else text_positions(valid)
+        positions = np.ascontiguousarray(positions.transpose(1, 0, 2))
+        is_answer = np.arange(length)[None] >= length - np.array(answered)[:, None]
         if not len(grids):
-            return VLMInput(input_ids, positions, valid, None)
+            return VLMInput(input_ids, positions, valid, None), is_answer
         media = {self.config.image_token_id: (patches, grids)}
         vision = pack_images(self.config.vision_config, input_ids, media, windows)
         if windows is None:
             vision = pack_images(self.config.vision_config, input_ids, media, bucket(vision.frames.shape[1]))
-        return VLMInput(input_ids, positions, valid, vision)
+        return VLMInput(input_ids, positions, valid, vision), is_answer
 
     def _render(self, messages: Sequence[Message], system_prompt: bool) -> tuple[str, list[Image.Image]]:
         """The template's text of a conversation, one image token an image, and its images."""
@@ -181,6 +219,6 @@ class VLMProcessor:
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """Tokens that end an answer: the tokenizer's end, and the end of a turn or of text where it has them."""
-        names = ("<|im_end|>", "<|endoftext|>")
+        names = (END_OF_TURN, "<|endoftext|>")
         found = {self.tokenizer.convert_tokens_to_ids(name) for name in names} | {self.tokenizer.eos_token_id}
         return tuple(sorted(found - {None, self.tokenizer.unk_token_id}))

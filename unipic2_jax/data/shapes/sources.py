@@ -1,4 +1,6 @@
-"""The shapes world as `data.prompts.PromptSource` for reinforcement and evaluation, and as `data.examples.ExampleSource`."""
+"""The shapes world as `data.prompts.PromptSource` for reinforcement and evaluation, as `data.examples.ExampleSource`, and as
+`data.questions.QuestionSource`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ import numpy as np
 
 from unipic2_jax.data.examples import Example
 from unipic2_jax.data.prompts import PromptRecord
+from unipic2_jax.data.questions import Question
 from unipic2_jax.data.shapes.edits import EDIT_TYPES, ShapesEdit, random_edit
 from unipic2_jax.data.shapes.pool import dense_scene, edit_example, prompt_example
 from unipic2_jax.data.shapes.prompts import ShapesPrompt, random_prompt
+from unipic2_jax.data.shapes.questions import QUESTION_TAGS, random_question
 from unipic2_jax.data.shapes.world import Scene, Thing, render
 from unipic2_jax.rewards.geneval import TAGS
 
@@ -80,3 +84,20 @@ class ShapesExamples:
             edit = edit_example(self.seed, index, self.weights)
             return Example(render(edit.target), edit.prompt, (render(edit.source),))
         return Example(render(dense_scene(self.seed, index)))
+
+
+class ShapesQuestions:
+    """Questions about scenes, one kind after the other.
+
+    Attributes:
+      split: 'train', or 'heldout' for scenes that show a combination that no training scene shows.
+    """
+
+    def __init__(self, seed: int = 0, split: str = "train"):
+        self.seed, self.split = seed, split
+
+    def question(self, index: int) -> Question:
+        """Question number `index`."""
+        rng = np.random.default_rng([self.seed, self.split == "heldout", index])
+        found = random_question(rng, QUESTION_TAGS[index % len(QUESTION_TAGS)], self.split)
+        return Question(render(found.scene), found.question, found.answer, found.tag)

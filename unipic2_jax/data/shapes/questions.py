@@ -1,0 +1,129 @@
+"""Questions about scenes of the shapes world, with the one answer that counts as right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import numpy as np
+
+from unipic2_jax.data.shapes.prompts import PLURALS, shows_held_out
+from unipic2_jax.data.shapes.world import CELL_NAMES, CLASSES, Scene, Thing, random_scene
+
+NUMBER_WORDS = ("zero", "one", "two", "three", "four")
+MAX_THINGS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesQuestion:
+    """A question about what `scene` shows, its answer, and its kind (one of `QUESTION_TAGS`)."""
+
+    scene: Scene
+    tag: str
+    question: str
+    answer: str
+
+
+def describe(thing: Thing, *, size: bool = False) -> str:
+    """'red circle at the top left', with its size if wanted."""
+    return f"{thing.size + ' ' if size else ''}{thing.name} at the {CELL_NAMES[thing.cell]}"
+
+
+def _article(name: str) -> str:
+    return f"a {name}"
+
+
+def _caption(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    del rng
+    names = [_article(describe(thing)) for thing in scene.things]
+    listed = " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+    return "describe the image.", f"{listed} on {scene.background}"
+
+
+def _count(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    shapes = [*CLASSES, *(thing.shape for thing in scene.things)]
+    shape = shapes[rng.integers(len(shapes))]
+    count = sum(thing.shape == shape for thing in scene.things)
+    return f"how many {PLURALS[shape]} are there?", NUMBER_WORDS[count]
+
+
+def _alone(things: tuple[Thing, ...], key: Callable[[Thing], str]) -> list[Thing]:
+    """Things that no other one shares `key` with."""
+    keys = [key(thing) for thing in things]
+    return [thing for thing, own in zip(things, keys) if keys.count(own) == 1]
+
+
+def _pick(rng: np.random.Generator, things: list[Thing]) -> Thing | None:
+    return things[rng.integers(len(things))] if things else None
+
+
+def _where(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    thing = _pick(rng, _alone(scene.things, lambda t: t.name))
+    return thing and (f"where is the {thing.name}?", f"at the {CELL_NAMES[thing.cell]}")
+
+
+def _color(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    thing = _pick(rng, _alone(scene.things, lambda t: t.shape))
+    return thing and (f"what color is the {thing.shape}?", thing.color)
+
+
+def _box(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    thing = _pick(rng, _alone(scene.things, lambda t: t.name))
+    if thing is None:
+        return None
+    box = {"bbox_2d": [int(edge) for edge in thing.box], "label": thing.name}
+    return f"locate the {thing.name}. answer in json.", json.dumps([box])
+
+
+def _read(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    del rng
+    return "list every object.", ", ".join(describe(thing, size=True) for thing in scene.things)
+
+
+_MAKERS = {"caption": _caption, "count": _count, "where": _where, "color": _color, "box": _box, "read": _read}
+QUESTION_TAGS = tuple(_MAKERS)
+# Words of questions and answers that no prompt has.
+QUESTION_WORDS = (
+    *(
+        "answer",
+        "are",
+        "at",
+        "bbox",
+        "color",
+        "d",
+        "describe",
+        "every",
+        "how",
+        "image",
+        "in",
+        "is",
+        "json",
+        "label",
+        "list",
+    ),
+    *("locate", "many", "object", "one", "there", "what", "where", "zero"),
+)
+
+
+def random_question(rng: np.random.Generator, tag: str | None = None, split: str = "train") -> ShapesQuestion:
+    """A question of a kind (any by default). Scenes of 'heldout' show a combination that is held out, those of 'train' none.
+
+    Raises:
+      ValueError: for an unknown kind or split.
+    """
+    if tag is not None and tag not in _MAKERS:
+        raise ValueError(f"'{tag}' is not a kind of question; use one of {', '.join(QUESTION_TAGS)}.")
+    if split not in ("train", "heldout"):
+        raise ValueError(f"'{split}' is not a split of the shapes world; use 'train' or 'heldout'.")
+    tag = QUESTION_TAGS[rng.integers(len(QUESTION_TAGS))] if tag is None else tag
+    while True:
+        scene = random_scene(rng, int(rng.integers(1, MAX_THINGS + 1)))
+        if tag == "count" and rng.integers(2):
+            # Objects of one class, or large counts would hardly ever be right.
+            shape = CLASSES[rng.integers(len(CLASSES))]
+            scene = Scene(scene.background, tuple(dataclasses.replace(thing, shape=shape) for thing in scene.things))
+        if shows_held_out(scene) != (split == "heldout"):
+            continue
+        if made := _MAKERS[tag](rng, scene):
+            return ShapesQuestion(scene, tag, *made)
