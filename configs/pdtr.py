@@ -4,6 +4,8 @@
 
     --config.init=DIR --config.stages.edit.source.path=edits.jsonl --config.stages.t2i.source.path=prompts.jsonl
 
+`configs/pdtr.py:model=metaquery` is the same for a MetaQuery model; `--config.vlm=DIR` names its Qwen2.5-VL.
+
 `configs/pdtr.py:tiny` is the same two stages on the shipped UniPic2-Tiny in the shapes world, in minutes on a CPU;
 `configs/pdtr.py:tiny,long` gives it up to two hours, `configs/pdtr.py:tiny,smoke` a few seconds.
 """
@@ -12,6 +14,7 @@ from ml_collections import ConfigDict
 
 from configs.shapes import SIZE, evaluations
 from unipic2_jax.pipelines import TINY
+from unipic2_jax.pipelines.metaquery import EDIT_NEGATIVE
 from unipic2_jax.training.config import make_config
 
 # The paper's rewards of the two stages; GenEval's wants a detector, EditReward a trained judge.
@@ -26,7 +29,7 @@ TURNS = {
 }
 
 
-def full_stage(task: str) -> dict:
+def full_stage(task: str, negative_prompt: str = "") -> dict:
     """A stage with the paper's hyper-parameters, which are the defaults of the GRPO stage."""
     return {
         "kind": "grpo",
@@ -34,6 +37,7 @@ def full_stage(task: str) -> dict:
         "source": {"kind": "jsonl", "path": ""},
         "rewards": {REWARDS[task]: {"weight": 1.0}},
         "num_prompts": 16,
+        "negative_prompt": negative_prompt,
         "grpo": {"micro_batch": 32},
     }
 
@@ -74,16 +78,23 @@ def tiny_stage(task: str, steps: int, lr: float, num_prompts: int = 14) -> dict:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg` is a comma-separated list of 'tiny', 'long', 'smoke'."""
+    """`arg` is a comma-separated list of 'tiny', 'long', 'smoke', 'model=metaquery'."""
     words = {word for word in arg.split(",") if word}
-    if unknown := words - {"tiny", "long", "smoke"}:
-        raise ValueError(f"configs/pdtr.py has no variant '{unknown.pop()}'; combine tiny, long and smoke.")
+    if unknown := words - {"tiny", "long", "smoke", "model=metaquery"}:
+        raise ValueError(
+            f"configs/pdtr.py has no variant '{unknown.pop()}'; combine tiny, long and smoke, or take model=metaquery."
+        )
     if "tiny" not in words:
-        stages = {task: full_stage(task) for task in ("edit", "t2i")}
-        return make_config({"init": None, "model": "sd35_medium", "schedule": ("edit", "t2i"), "stages": stages})
+        metaquery = "model=metaquery" in words
+        negatives = {"edit": EDIT_NEGATIVE if metaquery else "", "t2i": ""}
+        stages = {task: full_stage(task, negative) for task, negative in negatives.items()}
+        model = {"model": "unipic2_metaquery", "vlm_dtype": "bfloat16"} if metaquery else {"model": "sd35_medium"}
+        return make_config({"init": None, **model, "schedule": ("edit", "t2i"), "stages": stages})
+    if "model=metaquery" in words:
+        raise ValueError("There is no tiny MetaQuery model yet; leave out tiny or model=metaquery.")
     smoke, long = "smoke" in words, "long" in words
     length = LENGTH["smoke" if smoke else "long" if long else "demo"]
     stages = {task: tiny_stage(task, *length[task], 2 if smoke else 14) for task in ("edit", "t2i")}
     for stage in stages.values():
-        stage["evaluations"] = evaluations(6, 1) if smoke else evaluations(200, 4) if long else evaluations(750, 2)
+        stage["evaluations"] = evaluations(6, 1) if smoke else evaluations(750, 2)
     return make_config({"init": str(TINY), "model": "tiny", "schedule": ("edit", "t2i"), "stages": stages})

@@ -11,6 +11,8 @@ shows each source before its edits.
 
 from __future__ import annotations
 
+import sys
+
 from absl import flags
 
 from launch import cli
@@ -18,6 +20,9 @@ from unipic2_jax import pipelines
 from unipic2_jax.pipelines import jobs
 
 MODEL = flags.DEFINE_string("model", pipelines.TINY, "Model folder in diffusers layout, or hub id.")
+VLM = flags.DEFINE_string(
+    "vlm", None, "Qwen2.5-VL of a MetaQuery model, folder or hub id; vlm/ in the model if not given."
+)
 IMAGE = flags.DEFINE_multi_string("image", [], "Picture to edit; several are references of the same edit.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to change; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "JSONL file of edits.")
@@ -27,7 +32,7 @@ WIDTH = flags.DEFINE_integer("width", None, "Pixels; follows the first picture i
 STEPS = flags.DEFINE_integer("steps", 50, "Sampling steps.")
 GUIDANCE = flags.DEFINE_float("guidance", 3.5, "Guidance scale; 1 switches guidance off.")
 SEED = flags.DEFINE_integer("seed", 0, "Picture k has the seed SEED + k.")
-NEGATIVE = flags.DEFINE_string("negative", "", "What not to draw.")
+NEGATIVE = flags.DEFINE_string("negative", None, "What not to draw; the model's own if not given.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures per edit.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "At most this many pictures at a time.")
 KEEP_ASPECT = flags.DEFINE_bool("keep_aspect", False, "Keep references in their own aspect ratio instead of resizing.")
@@ -62,7 +67,8 @@ def main(argv: list[str]) -> None:
         "resize_references": not KEEP_ASPECT.value,
     }
     work = jobs.load_images(work)
-    pipe = pipelines.load(MODEL.value, DTYPE.value)
+    pipe = pipelines.load(MODEL.value, DTYPE.value, vlm=VLM.value)
+    print(f"{MODEL.value}: {pipe.bundle.conditioner.description}", file=sys.stderr)
     for path in jobs.run(pipe, work, target, progress=True, **options):
         print(path)
 

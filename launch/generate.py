@@ -10,6 +10,8 @@ it gets every picture, a contact sheet, and `images.jsonl` with the prompt and s
 
 from __future__ import annotations
 
+import sys
+
 from absl import flags
 
 from launch import cli
@@ -17,6 +19,9 @@ from unipic2_jax import pipelines
 from unipic2_jax.pipelines import jobs
 
 MODEL = flags.DEFINE_string("model", pipelines.TINY, "Model folder in diffusers layout, or hub id.")
+VLM = flags.DEFINE_string(
+    "vlm", None, "Qwen2.5-VL of a MetaQuery model, folder or hub id; vlm/ in the model if not given."
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, 'Prompts: one per line, or JSONL with "prompt" in each line.')
 OUT = flags.DEFINE_string("out", "out.png", "Picture file (.png, .jpg, .webp) or folder to write.")
@@ -25,7 +30,7 @@ WIDTH = flags.DEFINE_integer("width", None, "Pixels; the model's default if not 
 STEPS = flags.DEFINE_integer("steps", 50, "Sampling steps.")
 GUIDANCE = flags.DEFINE_float("guidance", 3.5, "Guidance scale; 1 switches guidance off.")
 SEED = flags.DEFINE_integer("seed", 0, "Picture k has the seed SEED + k.")
-NEGATIVE = flags.DEFINE_string("negative", "", "What not to draw.")
+NEGATIVE = flags.DEFINE_string("negative", None, "What not to draw; the model's own if not given.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures per prompt.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "At most this many pictures at a time.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of weights and arithmetic.")
@@ -51,7 +56,8 @@ def main(argv: list[str]) -> None:
         "num_images_per_prompt": NUM_IMAGES.value,
         "batch_size": BATCH_SIZE.value,
     }
-    pipe = pipelines.load(MODEL.value, DTYPE.value)
+    pipe = pipelines.load(MODEL.value, DTYPE.value, vlm=VLM.value)
+    print(f"{MODEL.value}: {pipe.bundle.conditioner.description}", file=sys.stderr)
     for path in jobs.run(pipe, work, target, progress=True, **options):
         print(path)
 

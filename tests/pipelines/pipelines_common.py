@@ -37,23 +37,22 @@ SIZES = ModelSizes(
         vocab_size=TINY.text_encoder_3.vocab_size, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4
     ),
     shift=3.0,
-    max_sequence_length=12,
+    settings={"max_sequence_length": 12},
 )
 
 
 @functools.cache
-def tokenizers():
+def text_tokenizers():
     """Those of the shapes world."""
     with tempfile.TemporaryDirectory() as folder:
         build_tokenizers(WORDS, CLIP.max_position_embeddings, folder)
         return load_tokenizers(folder)
 
 
-def small_bundle(sizes=SIZES, seed=0):
+def small_bundle(sizes=SIZES, seed=0, tokenizers=None):
     """Drawn with numpy: compiling the initialisers would cost more than the tests. No parameter is left at zero, as the
     output layer's and the modulations' are at first, because nothing would reach the picture then."""
-    configs = {name: getattr(sizes, name) for name in bundles.COMPONENTS}
-    modules = bundles.make_modules(configs, tokenizers(), sizes.max_sequence_length, np.dtype("float32"))
+    modules = bundles.make_modules(sizes.networks, tokenizers or text_tokenizers(), sizes.settings, np.dtype("float32"))
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from pipelines_common import SIZES, small_bundle, tokenizers
+from pipelines_common import SIZES, small_bundle, text_tokenizers
 
 from unipic2_jax import pipelines
 from unipic2_jax.pipelines import bundle as bundles
@@ -40,7 +40,7 @@ def test_round_trip_is_exact(bundle, saved):
     for name in ("transformer", "vae"):
         assert getattr(loaded, name).config == getattr(bundle, name).config
     assert loaded.scheduler == bundle.scheduler
-    assert loaded.conditioner.max_sequence_length == SIZES.max_sequence_length
+    assert loaded.conditioner.max_sequence_length == SIZES.settings["max_sequence_length"]
     tokens = [b.conditioner.tokenize(["a red circle", "zebra"]) for b in (loaded, bundle)]
     assert_same_params(*tokens)
     assert (loaded.default_size, loaded.edit_size, loaded.patch_pixels, loaded.largest_size) == (24, 24, 8, 64)
@@ -60,7 +60,7 @@ def test_our_own_checkpoint_reads_the_same(saved, bundle, tmp_path):
     assert not list((tmp_path / "native").glob("*/*.safetensors"))
     loaded = pipelines.load_bundle(tmp_path / "native")
     assert_same_params(loaded.params, bundle.params)
-    assert loaded.conditioner.max_sequence_length == SIZES.max_sequence_length
+    assert loaded.conditioner.max_sequence_length == SIZES.settings["max_sequence_length"]
 
 
 def test_t5_may_be_left_out_only_on_record(folder):
@@ -151,8 +151,8 @@ def test_a_hub_id(saved, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert bundles.find_model("someone/some-model") == saved
     assert asked["name"] == "someone/some-model"
-    # Nothing executable is fetched.
-    assert {pattern.rsplit(".")[-1] for pattern in asked["allow"]} == {"json", "txt", "safetensors"}
+    # Nothing executable is fetched; a chat template (jinja) is rendered in a sandbox.
+    assert {pattern.rsplit(".")[-1] for pattern in asked["allow"]} == {"json", "txt", "safetensors", "jinja"}
 
     def refuse(*args, **kwargs):
         raise ConnectionError("no route\nto the hub")
@@ -172,7 +172,10 @@ def test_what_does_not_fit_a_file_is_not_written(bundle, tmp_path):
 
 
 def test_unknown_sizes_and_dtypes(saved):
-    with pytest.raises(ValueError, match="size 'huge' is unknown; choose one of sd35_medium, tiny"):
+    with pytest.raises(
+        ValueError,
+        match="size 'huge' is unknown; choose one of sd35_medium, unipic2_metaquery, unipic2_metaquery_3b, tiny, tiny_metaquery",
+    ):
         pipelines.init_bundle("huge")
     with pytest.raises(ValueError, match="dtype 'int8' is not supported"):
         pipelines.load_bundle(saved, "int8")
@@ -180,14 +183,12 @@ def test_unknown_sizes_and_dtypes(saved):
         import dataclasses
 
         small = dataclasses.replace(SIZES.text_encoder, vocab_size=100)
-        bundles.make_modules(
-            {**{n: getattr(SIZES, n) for n in bundles.COMPONENTS}, "text_encoder": small}, tokenizers(), 12, "float32"
-        )
+        bundles.make_modules({**SIZES.networks, "text_encoder": small}, text_tokenizers(), SIZES.settings, "float32")
 
 
 @pytest.mark.slow
 def test_random_weights():
-    first, again, other = (pipelines.init_bundle(SIZES, seed, tokenizers=tokenizers()) for seed in (0, 0, 1))
+    first, again, other = (pipelines.init_bundle(SIZES, seed, tokenizers=text_tokenizers()) for seed in (0, 0, 1))
     assert_same_params(first.params, again.params)
     kernel = lambda b: b.params["vae"]["decoder"]["conv_in"]["kernel"]
     assert not np.array_equal(kernel(first), kernel(other))

@@ -29,10 +29,10 @@ def source(tmp_path_factory):
     return file
 
 
-def command(name, *arguments):
+def command(name, *arguments, text_in=None):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
     line = [sys.executable, "-m", f"launch.{name}", *(f"--{a}" for a in arguments)]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT, input=text_in)
 
 
 def test_generate_into_a_folder(model, tmp_path):

@@ -1,6 +1,8 @@
 """Conversations for Qwen2.5-VL, and MetaQuery's conditioner against the published scripts' steps in PyTorch."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -8,13 +10,18 @@ import pytest
 from connector_reference import SMALL as CONNECTOR
 from connector_reference import reference as connector_reference
 from PIL import Image
+from pipelines_common import SIZES as TEXT_SIZES
+from pipelines_common import small_bundle
 from qwen_reference import IMAGE, SMALL, processor, reference, tensors
 
+from unipic2_jax import pipelines
 from unipic2_jax.models.connector import MetaQuery
 from unipic2_jax.models.qwen import Qwen2_5_VL
+from unipic2_jax.pipelines import bundle as bundles
 from unipic2_jax.pipelines.metaquery import MetaQueryConditioner
 from unipic2_jax.pipelines.vlm import VLMProcessor, bucket
 from unipic2_jax.weights import connector as connector_weights
+from unipic2_jax.weights import convert, io
 from unipic2_jax.weights import qwen as qwen_weights
 from unipic2_jax.weights.registry import NETWORKS
 from unipic2_jax.weights.table import to_flax
@@ -47,18 +54,18 @@ def test_conversations_of_different_lengths_and_images_make_one_batch():
     )
     # 16 x 8 pixels are 2 x 1 merged tokens of 8 x 8, 24 x 24 are 3 x 3.
     assert (batch.input_ids == IMAGE).sum(axis=1).tolist() == [0, 2 + 9]
-    assert batch.input_ids.shape[1] == bucket(int(batch.valid[1].sum()), 32) and not batch.valid[0, 0]
+    assert batch.input_ids.shape[1] == bucket(int(batch.valid[1].sum()), 16) and not batch.valid[0, 0]
     assert (batch.vision.tokens[1] >= 0).sum() == 11 and (batch.vision.tokens[0] == -1).all()
     # The 3-D positions restart nowhere: the text behind an image continues behind its longer edge.
     assert batch.positions.max() < batch.valid.sum(axis=1).max()
     plain = PROCESSOR([[user("ab")]], mrope=False, system_prompt=False)
     assert text(plain, 0).startswith("<|im_start|>user\nab") and plain.vision is None
-    assert (plain.positions[0] == plain.positions[2]).all() and plain.positions.max() == plain.valid.sum() - 1
+    assert (plain.positions[:, 0] == plain.positions[:, 2]).all() and plain.positions.max() == plain.valid.sum() - 1
 
 
 def test_prompts_of_many_lengths_have_few_shapes():
-    sizes = {bucket(n, 32) for n in range(1, 1025)}
-    assert len(sizes) <= 18 and all(bucket(n) >= n and bucket(n) <= max(1.25 * n, n + 1) for n in range(1, 3000))
+    sizes = {bucket(n, 16) for n in range(1, 1025)}
+    assert len(sizes) <= 22 and all(bucket(n) >= n and bucket(n) <= max(1.25 * n, n + 1) for n in range(1, 3000))
     shapes = {PROCESSOR([[user("a" * n)]]).input_ids.shape for n in range(0, 60, 7)}
     assert len(shapes) <= 3
 
@@ -86,7 +93,7 @@ def test_conversations_that_cannot_work_say_why(messages, message):
     with pytest.raises(ValueError, match=message):
         PROCESSOR([messages])
     with pytest.raises(ValueError, match="longer than the 8 reserved"):
-        PROCESSOR([[user("a long prompt")]], length=8)
+        PROCESSOR([[user("a long prompt")]], text_length=8)
 
 
 def test_parts_of_different_models_are_refused():
@@ -108,7 +115,7 @@ def test_context_and_pooled_equal_the_published_steps(edit):
     ours = conditioner()
     prompts = ["make it red", "blurry, low quality, and a longer prompt"]
     image = picture(32, 16) if edit else None
-    tokens = ours.tokenize(prompts, [image] * 2 if edit else None)
+    tokens = ours.tokenize(prompts, [[image]] * 2 if edit else None)
     shown = text(tokens, 0).replace("<|image_pad|>", "")
     start = "<|vision_start|><|vision_end|>" if edit else "Generateanimage:"
     assert shown == f"<|im_start|>user\n{start}makeitred<|im_end|>\n<|im_start|>assistant\n"
@@ -128,7 +135,7 @@ def test_context_and_pooled_equal_the_published_steps(edit):
         want = head(hidden[:, -queries:])
     params = {
         "vlm": to_flax(qwen_weights.rules(CONFIG), tensors(vlm), NETWORKS[CONFIG.CLASS_NAME].abstract(CONFIG)),
-        "connector": to_flax(
+        "conditioner": to_flax(
             connector_weights.rules(CONNECTOR),
             {k: v.detach().numpy() for k, v in head.state_dict().items()},
             NETWORKS[CONNECTOR.CLASS_NAME].abstract(CONNECTOR),
@@ -142,5 +149,73 @@ def test_context_and_pooled_equal_the_published_steps(edit):
     if edit:
         # Released weights are used with plain positions; the other mode differs.
         other = conditioner("mrope")
-        changed = jax.jit(other.apply)(params, other.tokenize(prompts, [image] * 2))
+        changed = jax.jit(other.apply)(params, other.tokenize(prompts, [[image]] * 2))
         assert np.abs(changed[0] - got[0]).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A whole model of small networks with MetaQuery's conditioner, saved."""
+    sizes = dataclasses.replace(
+        TEXT_SIZES,
+        **{name: None for name in TEXT_SIZES.networks if name.startswith("text_encoder")},
+        conditioner=dataclasses.replace(
+            CONNECTOR,
+            joint_attention_dim=TEXT_SIZES.transformer.joint_attention_dim,
+            pooled_projection_dim=TEXT_SIZES.transformer.pooled_projection_dim,
+        ),
+        vlm=CONFIG,
+        settings={"vision_scale": 1.0, "max_sequence_length": 90, "edit_negative": "bad"},
+    )
+    made = small_bundle(sizes, tokenizers=PROCESSOR)
+    return bundles.save_bundle(made, tmp_path_factory.mktemp("metaquery") / "model"), made
+
+
+def test_a_folder_in_the_published_layout_is_read_back(folder):
+    folder, made = folder
+    assert {p.name for p in folder.iterdir()} == {
+        "transformer", "vae", "conditioner", "vlm", "scheduler", "unipic2.json"
+    }  # fmt: skip
+    loaded = bundles.load_bundle(folder)
+    assert type(loaded.conditioner) is MetaQueryConditioner and loaded.conditioner.vision_scale == 1.0
+    for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(made.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    settings = json.loads((folder / "unipic2.json").read_text())
+    own = {"vision_scale": 1.0, "max_sequence_length": 90, "edit_negative": "bad"}
+    assert settings == {"positions": "1d", **own}
+
+
+def test_the_pipeline_takes_either_conditioner(folder):
+    pipe = pipelines.load(folder[0])
+    options = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np", "num_images_per_prompt": 1}
+    first, again, other = (pipe(p, **options).images for p in ("a cat", "a cat", "a dog"))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-4
+    # The language model sees the picture: another one changes the edit through the context, too.
+    edits = [pipe("red", image=picture(16, 16, seed), **options).images for seed in (0, 1)]
+    assert np.abs(edits[0] - edits[1]).max() > 1e-4
+    plain = pipe("red", image=picture(16, 16, 0), negative_prompt="", **options).images
+    assert np.abs(edits[0] - plain).max() > 1e-5  # an edit has a negative prompt of its own
+
+
+def test_conversion_keeps_names_and_bits(folder, tmp_path):
+    convert.from_torch(folder[0], tmp_path / "native")
+    convert.to_torch(tmp_path / "native", tmp_path / "back")
+    for part in ("conditioner", "vlm", "transformer", "vae"):
+        before, after = (io.open_folder(base / part) for base in (folder[0], tmp_path / "back"))
+        assert set(before) == set(after)
+        assert all(np.array_equal(np.asarray(before[k]), np.asarray(after[k])) for k in before)
+    assert (tmp_path / "back/vlm/tokenizer_config.json").is_file()
+    native = bundles.load_bundle(tmp_path / "native")
+    for a, b in zip(jax.tree.leaves(native.params), jax.tree.leaves(folder[1].params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_folders_that_lack_a_part_say_which(folder, tmp_path):
+    shutil.copytree(folder[0], tmp_path / "model")
+    (tmp_path / "model/unipic2.json").write_text('{"positoins": "1d"}')
+    with pytest.raises(ValueError, match="has the field 'positoins'"):
+        bundles.load_bundle(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model/vlm")
+    with pytest.raises(FileNotFoundError, match="lacks the folder vlm/"):
+        bundles.load_bundle(tmp_path / "model")

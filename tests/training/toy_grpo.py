@@ -23,8 +23,9 @@ class WordConditioner:
     """One embedding per character code."""
 
     context_length = 3
+    reads_images = False
 
-    def tokenize(self, prompts):
+    def tokenize(self, prompts, images=None):
         return {"ids": np.array([[ord(c) % 16 for c in prompt.ljust(3)[:3]] for prompt in prompts], np.int32)}
 
     def apply(self, params, tokens):

@@ -183,6 +183,15 @@ def mrope_positions(
     return positions
 
 
+def example_inputs(config: Qwen2_5_VLConfig) -> tuple[Any, ...]:
+    """The smallest arguments of `Qwen2_5_VL` that reach every parameter: one token, one window."""
+    tower = config.vision_config
+    window = jnp.zeros((1, 1, tower.window_slots), jnp.int32)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    vision = VisionInput(jnp.zeros((*window.shape, tower.patch_dim)), jnp.stack([window, window], axis=-1), window, ids)
+    return ids, jnp.zeros((3, 1, 1), jnp.int32), jnp.ones((1, 1), bool), vision
+
+
 def init_cache(config: Qwen2_5_VLConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache for `length` places."""
     shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)

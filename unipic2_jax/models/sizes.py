@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from unipic2_jax.models.clip import CLIP_BIGG, CLIP_L, CLIPTextConfig
+from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.models.connector import ConnectorConfig, MetaQueryConfig
 from unipic2_jax.models.mmdit import MMDiTConfig
+from unipic2_jax.models.qwen import QWEN2_5_VL_3B, QWEN2_5_VL_7B, Qwen2_5_VLConfig
+from unipic2_jax.models.qwen_vision import Qwen2_5_VLVisionConfig
 from unipic2_jax.models.t5 import T5Config
 from unipic2_jax.models.vae import VAEConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
-    """The networks of one model, under the folder names of diffusers, and what the pipeline needs beside them.
+    """The networks of one model, under their folder names, and what the pipeline needs beside them.
+
+    A model has either the three text encoders of SD3 or MetaQuery's conditioner and language model.
 
     Attributes:
       shift: of the flow-matching schedule.
-      max_sequence_length: T5 tokens in the context.
+      settings: of the conditioner, beside its networks.
     """
 
     transformer: MMDiTConfig
     vae: VAEConfig
-    text_encoder: CLIPTextConfig
-    text_encoder_2: CLIPTextConfig
-    text_encoder_3: T5Config
     shift: float
-    max_sequence_length: int
+    settings: Mapping[str, Any]
+    text_encoder: CLIPTextConfig | None = None
+    text_encoder_2: CLIPTextConfig | None = None
+    text_encoder_3: T5Config | None = None
+    conditioner: MetaQueryConfig | None = None
+    vlm: Qwen2_5_VLConfig | None = None
+
+    @property
+    def networks(self) -> dict[str, ModelConfig]:
+        """The configs by folder."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if isinstance(value, ModelConfig)}
 
 
 SD35_MEDIUM = ModelSizes(
@@ -35,7 +51,20 @@ SD35_MEDIUM = ModelSizes(
     text_encoder_2=CLIP_BIGG,
     text_encoder_3=T5Config(),
     shift=3.0,
-    max_sequence_length=256,
+    settings={"max_sequence_length": 256},
+)
+
+# UniPic2-MetaQuery, and the same on the smaller language model.
+UNIPIC2_METAQUERY = ModelSizes(
+    transformer=MMDiTConfig(),
+    vae=VAEConfig(),
+    conditioner=MetaQueryConfig(),
+    vlm=QWEN2_5_VL_7B,
+    shift=3.0,
+    settings={},
+)
+UNIPIC2_METAQUERY_3B = dataclasses.replace(
+    UNIPIC2_METAQUERY, conditioner=MetaQueryConfig(llm_hidden_size=2048), vlm=QWEN2_5_VL_3B
 )
 
 _TINY_CLIP = CLIPTextConfig(
@@ -71,7 +100,57 @@ TINY = ModelSizes(
     text_encoder_2=dataclasses.replace(_TINY_CLIP, hidden_act="gelu"),
     text_encoder_3=T5Config(vocab_size=116, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),
     shift=5.0,
-    max_sequence_length=11,
+    settings={"max_sequence_length": 11},
 )
 
-SIZES = {"sd35_medium": SD35_MEDIUM, "tiny": TINY}
+# UniPic2-Tiny with a language model of its own instead of the text encoders. Vocabulary and special tokens are those of
+# pipelines/tiny_vlm.py for the words of the shapes world.
+TINY_METAQUERY = ModelSizes(
+    transformer=TINY.transformer,
+    vae=TINY.vae,
+    conditioner=MetaQueryConfig(
+        num_queries=16,
+        llm_hidden_size=128,
+        pooled_projection_dim=128,
+        joint_attention_dim=128,
+        connector_config=ConnectorConfig(
+            hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4
+        ),
+    ),
+    vlm=Qwen2_5_VLConfig(
+        vocab_size=568,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        mrope_section=(4, 6, 6),
+        tie_word_embeddings=True,
+        vision_start_token_id=564,
+        vision_end_token_id=565,
+        image_token_id=566,
+        video_token_id=567,
+        # 48 x 48 pixels are 6 x 6 patches are 3 x 3 merged tokens, one for each cell.
+        vision_config=Qwen2_5_VLVisionConfig(
+            depth=4,
+            hidden_size=96,
+            intermediate_size=192,
+            num_heads=4,
+            patch_size=8,
+            window_size=32,
+            out_hidden_size=128,
+            fullatt_block_indexes=(1, 3),
+        ),
+    ),
+    shift=TINY.shift,
+    settings={"vision_scale": 1.0, "max_sequence_length": 32, "edit_negative": ""},
+)
+
+SIZES = {
+    "sd35_medium": SD35_MEDIUM,
+    "unipic2_metaquery": UNIPIC2_METAQUERY,
+    "unipic2_metaquery_3b": UNIPIC2_METAQUERY_3B,
+    "tiny": TINY,
+    "tiny_metaquery": TINY_METAQUERY,
+}

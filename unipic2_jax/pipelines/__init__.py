@@ -17,6 +17,8 @@ TINY = str(Path(__file__).resolve().parents[1] / "assets" / "tiny")
 __all__ = ["TINY", "Bundle", "Pipeline", "PipelineOutput", "init_bundle", "load", "load_bundle", "save_bundle"]
 
 
-def load(source: str | os.PathLike = TINY, dtype: Any = None, mesh: Mesh | None = None) -> Pipeline:
+def load(
+    source: str | os.PathLike = TINY, dtype: Any = None, mesh: Mesh | None = None, vlm: str | os.PathLike | None = None
+) -> Pipeline:
     """The pipeline of a model folder or hub id; arguments and errors as `load_bundle`."""
-    return Pipeline(load_bundle(source, dtype, mesh), mesh)
+    return Pipeline(load_bundle(source, dtype, mesh, vlm), mesh)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,27 +17,39 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unipic2_jax.data.shapes.pool import WORDS
+from unipic2_jax.data.shapes.questions import QUESTION_WORDS
+from unipic2_jax.data.shapes.world import IMAGE_SIZE
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.models.clip import CLIPTextConfig, CLIPTextModelWithProjection
+from unipic2_jax.models.connector import MetaQuery, MetaQueryConfig
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
+from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig
 from unipic2_jax.models.sizes import SIZES, ModelSizes
 from unipic2_jax.models.t5 import T5Config, T5Encoder
 from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
 from unipic2_jax.parallel.mesh import replicated
-from unipic2_jax.pipelines.conditioner import TextConditioner, load_tokenizers
+from unipic2_jax.pipelines.conditioner import Conditioner, TextConditioner, load_tokenizers
+from unipic2_jax.pipelines.metaquery import MetaQueryConditioner
 from unipic2_jax.pipelines.tiny_tokenizers import build_tokenizers
-from unipic2_jax.weights import clip, io, mmdit, native, t5, table, vae
+from unipic2_jax.pipelines.tiny_vlm import build_vlm_processor
+from unipic2_jax.pipelines.vlm import VLMProcessor
+from unipic2_jax.weights import clip, connector, io, mmdit, native, qwen, t5, table, vae
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-# Folder -> (config class, name table). The folders are those of diffusers.
+# Folder -> (config class, name table). The folders are those of diffusers and of the published MetaQuery checkpoints.
 COMPONENTS = {
     "transformer": (MMDiTConfig, mmdit.rules),
     "vae": (VAEConfig, vae.rules),
     "text_encoder": (CLIPTextConfig, clip.rules),
     "text_encoder_2": (CLIPTextConfig, clip.rules),
     "text_encoder_3": (T5Config, t5.rules),
+    "conditioner": (MetaQueryConfig, connector.rules),
+    "vlm": (Qwen2_5_VLConfig, qwen.rules),
 }
+TEXT_LAYOUT = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+METAQUERY_LAYOUT = ("transformer", "vae", "conditioner", "vlm")
+# Those that transformers wrote rather than diffusers: another stem, another kind of config.json.
+TRANSFORMERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vlm")
 # What diffusers does not know about a model; it leaves files of other names alone.
 EXTRAS_FILE = "unipic2.json"
 # The published scripts resize an edit's longer edge to this.
@@ -46,7 +58,8 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0}
 DTYPES = ("float32", "bfloat16", "float16")
 # Weights come as safetensors only: nothing that is downloaded is ever executed.
 HUB_PATTERNS = [f"{name}/*.{kind}" for name in (*COMPONENTS, *TOKENIZERS) for kind in ("json", "txt", "safetensors")]
-HUB_PATTERNS += ["scheduler/*.json", "model_index.json", EXTRAS_FILE]
+HUB_PATTERNS += ["scheduler/*.json", "model_index.json", "vlm/*.jinja", EXTRAS_FILE]
+VLM_PATTERNS = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,7 +67,7 @@ class Bundle:
     """Modules, parameters and schedule of one model.
 
     Attributes:
-      params: {'transformer': ..., 'vae': ..., 'conditioner': {'text_encoder': ..., ...}}.
+      params: {'transformer': ..., 'vae': ..., 'conditioner': {'text_encoder': ..., ...}}, the conditioner's by folder.
 
     Raises:
       ValueError: when the networks do not fit each other.
@@ -62,7 +75,7 @@ class Bundle:
 
     transformer: MMDiT
     vae: AutoencoderKL
-    conditioner: TextConditioner
+    conditioner: Conditioner
     scheduler: FlowMatchConfig
     params: dict[str, Any]
 
@@ -75,7 +88,7 @@ class Bundle:
         ):
             if ours != theirs:
                 raise ValueError(
-                    f"The transformer's {what} is {ours} but the text encoders or the VAE give {theirs}; "
+                    f"The transformer's {what} is {ours} but the conditioner or the VAE gives {theirs}; "
                     "these folders are from different models."
                 )
 
@@ -109,27 +122,39 @@ class Bundle:
         return self.transformer.config.pos_embed_max_size * self.patch_pixels
 
 
-def make_conditioner(configs: Mapping[str, Any], tokenizers: Mapping[str, Any], width: int, **options: Any):
-    """The text conditioner for the configs of the three text encoders (the third may be absent).
+def make_conditioner(
+    configs: Mapping[str, Any],
+    tokenizers: Any,
+    width: int,
+    settings: Mapping[str, Any],
+    dtype: Any,
+    vlm_dtype: Any = None,
+) -> Conditioner:
+    """The conditioner that these configs, by folder name, are of: MetaQuery's, or text encoders (T5 may be absent).
 
     Args:
-      configs: by folder name. tokenizers: by folder name, transformers objects. width: joint_attention_dim.
-      options: `dtype`, `param_dtype`, and `max_sequence_length`.
+      tokenizers: for text encoders transformers' tokenizers by folder name, for MetaQuery a `VLMProcessor`.
+      width: joint_attention_dim.
+      settings: the conditioner's own fields, as `unipic2.json` holds them.
     """
-    length = options.pop("max_sequence_length")
+    kinds = {"dtype": dtype, "param_dtype": dtype}
+    if "conditioner" in configs:
+        vlm_dtype = dtype if vlm_dtype is None else vlm_dtype
+        vlm = Qwen2_5_VL(configs["vlm"], dtype=vlm_dtype, param_dtype=vlm_dtype)
+        return MetaQueryConditioner(vlm, MetaQuery(configs["conditioner"], **kinds), tokenizers, **settings)
     third = configs.get("text_encoder_3")
     return TextConditioner(
-        CLIPTextModelWithProjection(configs["text_encoder"], **options),
-        CLIPTextModelWithProjection(configs["text_encoder_2"], **options),
-        None if third is None else T5Encoder(third, **options),
+        CLIPTextModelWithProjection(configs["text_encoder"], **kinds),
+        CLIPTextModelWithProjection(configs["text_encoder_2"], **kinds),
+        None if third is None else T5Encoder(third, **kinds),
         *(tokenizers[name] for name in TOKENIZERS[:2]),
         None if third is None else tokenizers["tokenizer_3"],
-        max_sequence_length=length,
         joint_attention_dim=width,
+        **settings,
     )
 
 
-def init_params(transformer: MMDiT, vae: AutoencoderKL, conditioner: TextConditioner, key: jax.Array) -> dict[str, Any]:
+def init_params(transformer: MMDiT, vae: AutoencoderKL, conditioner: Conditioner, key: jax.Array) -> dict[str, Any]:
     """Random parameters of all networks: the tree of `Bundle.params`."""
     config = transformer.config
     keys = jax.random.split(key, 3)
@@ -151,48 +176,79 @@ def init_bundle(
     tokenizers: Mapping[str, Any] | str | os.PathLike | None = None,
     mesh: Mesh | None = None,
     dtype: Any = None,
+    parts: Mapping[str, str | os.PathLike] | None = None,
+    vlm_dtype: Any = None,
 ) -> Bundle:
-    """A model with random weights.
+    """A model with random weights, or one put together: networks of other models, and random weights for the rest.
 
     Args:
       sizes: `models.sizes.SIZES[...]`, or the name of one.
       seed: a number or a PRNG key.
-      tokenizers: by folder name, or a folder that holds them (`tokenizer/` ...). None builds those of the shapes world,
-        which fit the tiny model only.
+      tokenizers: as `make_conditioner` takes them, or a folder that holds them (`tokenizer/` ..., `vlm/`). None builds
+        those of the shapes world, which fit the tiny models only.
       mesh: parameters are replicated over it; None: the default device.
       dtype: of parameters and arithmetic; float32 by default.
+      parts: networks that are read, by folder name: 'transformer', 'vae', 'vlm' (with its tokenizer) ... -> the folder of
+        that network, whose config.json overrules `sizes`.
+      vlm_dtype: of the language model; None: `dtype`.
 
     Raises:
-      ValueError: when the size is unknown, or the tokenizers do not fit the text encoders.
+      FileNotFoundError: a part is missing.
+      ValueError: when the size is unknown, or tokenizers or parts do not fit.
     """
     if isinstance(sizes, str):
         if sizes not in SIZES:
             raise ValueError(f"The model size {sizes!r} is unknown; choose one of {', '.join(SIZES)}.")
         sizes = SIZES[sizes]
-    if tokenizers is None:
+    folders = {name: Path(folder) for name, folder in (parts or {}).items()}
+    if unknown := [name for name in folders if name not in sizes.networks]:
+        raise ValueError(f"A model of this size has no part {unknown[0]!r}; it has {', '.join(sizes.networks)}.")
+    if missing := [folder for folder in folders.values() if not (folder / "config.json").is_file()]:
+        raise FileNotFoundError(f"The part {missing[0]} has no config.json; name the folder of one network.")
+    configs = {**sizes.networks, **{name: _read_config(name, folder) for name, folder in folders.items()}}
+    if tokenizers is None and "vlm" in folders:
+        tokenizers = VLMProcessor.load(folders["vlm"], configs["vlm"])
+    if isinstance(tokenizers, (str, os.PathLike)):
+        tokenizers = _load_tokenizers(Path(tokenizers), sizes.networks)
+    elif tokenizers is None and sizes.vlm is not None:
+        tokenizers = build_vlm_processor((*WORDS, *QUESTION_WORDS), sizes.vlm, IMAGE_SIZE**2)
+    elif tokenizers is None:
         with tempfile.TemporaryDirectory() as folder:
             build_tokenizers(WORDS, sizes.text_encoder.max_position_embeddings, folder)
             tokenizers = load_tokenizers(folder)
-    elif isinstance(tokenizers, (str, os.PathLike)):
-        tokenizers = load_tokenizers(tokenizers)
-    configs = {name: getattr(sizes, name) for name in COMPONENTS}
-    modules = make_modules(configs, tokenizers, sizes.max_sequence_length, _dtype(dtype))
+    dtype = check_dtype(dtype)
+    vlm_dtype = dtype if vlm_dtype is None else check_dtype(vlm_dtype)
+    modules = make_modules(configs, tokenizers, sizes.settings, dtype, vlm_dtype)
     key = jax.random.key(seed) if isinstance(seed, (int, np.integer)) else seed
     sharding = None if mesh is None else replicated(mesh)
+
+    def fresh(key):
+        return {name: tree for name, tree in _by_folder(init_params(*modules, key)).items() if name not in folders}
+
+    loaded = _load_folders(folders, configs, modules, sharding, dtype, vlm_dtype)
     # It runs once, so compiling fast matters and running fast does not.
-    init = jax.jit(lambda key: init_params(*modules, key), out_shardings=sharding, compiler_options=FAST_COMPILE)
-    params = init(key)
-    return Bundle(*modules, FlowMatchConfig(shift=sizes.shift), params)
+    made = jax.jit(fresh, out_shardings=sharding, compiler_options=FAST_COMPILE)(key)
+    return Bundle(*modules, FlowMatchConfig(shift=sizes.shift), _by_group({**made, **loaded}))
 
 
-def load_bundle(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None = None) -> Bundle:
+def load_bundle(
+    source: str | os.PathLike,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    vlm: str | os.PathLike | None = None,
+    vlm_dtype: Any = None,
+) -> Bundle:
     """Reads a model folder in diffusers layout, with safetensors or with what `convert.from_torch` writes.
+
+    A folder with `conditioner/` is a MetaQuery model, any other one has text encoders.
 
     Args:
       source: the folder, or the id of a model on the Hugging Face hub ('owner/name'), of which only safetensors, JSON
         and text files are fetched.
       dtype: of parameters and arithmetic: float32 (default), bfloat16 or float16, whatever the files hold.
       mesh: parameters are replicated over it; None: the default device.
+      vlm: where a MetaQuery model's language model is, folder or hub id; None: `vlm/` in the model folder.
+      vlm_dtype: of the language model, which is frozen; None: `dtype`.
 
     Raises:
       FileNotFoundError: the folder or a part of it is missing.
@@ -200,63 +256,78 @@ def load_bundle(source: str | os.PathLike, dtype: Any = None, mesh: Mesh | None 
         read.
     """
     folder = find_model(source)
-    dtype = _dtype(dtype)
-    names = _component_names(folder)
-    configs = {name: COMPONENTS[name][0].from_dict(_read_json(folder / name / "config.json")) for name in names}
+    dtype = check_dtype(dtype)
+    folders = _component_folders(folder, vlm)
+    configs = {name: _read_config(name, at) for name, at in folders.items()}
     scheduler = FlowMatchConfig.load(folder / "scheduler")
-    extras = _read_json(folder / EXTRAS_FILE) if (folder / EXTRAS_FILE).is_file() else {}
-    for name in TOKENIZERS:
-        if name.replace("tokenizer", "text_encoder") in names and not (folder / name).is_dir():
-            raise FileNotFoundError(f"The model folder {folder} lacks {name}/; copy it from the original checkpoint.")
-    length = int(extras.get("max_sequence_length", 256))
-    modules = make_modules(configs, load_tokenizers(folder), length, dtype)
+    settings = _read_json(folder / EXTRAS_FILE) if (folder / EXTRAS_FILE).is_file() else {}
+    known = (MetaQueryConditioner if "conditioner" in configs else TextConditioner).SETTINGS
+    if unknown := [name for name in settings if name not in known]:
+        raise ValueError(f"{folder / EXTRAS_FILE} has the field {unknown[0]!r}; a model of this kind knows {known}.")
+    vlm_dtype = dtype if vlm_dtype is None else check_dtype(vlm_dtype)
+    modules = make_modules(configs, _load_tokenizers(folder, configs, folders), settings, dtype, vlm_dtype)
+    sharding = None if mesh is None else replicated(mesh)
+    loaded = _load_folders(folders, configs, modules, sharding, dtype, vlm_dtype)
+    return Bundle(*modules, scheduler, _by_group(loaded))
 
+
+def _read_config(name: str, folder: Path) -> Any:
+    return COMPONENTS[name][0].from_dict(_read_json(folder / "config.json"))
+
+
+def _load_folders(
+    folders: Mapping[str, Path], configs: Mapping[str, Any], modules: Any, sharding: Any, dtype: Any, vlm_dtype: Any
+) -> dict[str, Any]:
+    """Parameters of these networks, by folder name."""
     abstract = _by_folder(jax.eval_shape(lambda key: init_params(*modules, key), jax.random.key(0)))
     # All headers are checked before the first tensor is read: a full model takes minutes.
-    parts = {name: (folder / name, COMPONENTS[name][1](configs[name]), abstract[name]) for name in names}
+    parts = {name: (at, COMPONENTS[name][1](configs[name]), abstract[name]) for name, at in folders.items()}
     for part in parts.values():
         native.check_component(*part)
-    sharding = None if mesh is None else replicated(mesh)
-    loaded = {name: native.load_component(*part, sharding, dtype) for name, part in parts.items()}
-    params = {name: loaded.pop(name) for name in ("transformer", "vae")}
-    return Bundle(*modules, scheduler, {**params, "conditioner": loaded})
+    dtypes = {"vlm": vlm_dtype}
+    return {name: native.load_component(*part, sharding, dtypes.get(name, dtype)) for name, part in parts.items()}
 
 
-def save_bundle(bundle: Bundle, folder: str | os.PathLike, dtype: Any = "float32") -> Path:
+def save_bundle(bundle: Bundle, folder: str | os.PathLike, dtype: Any = "float32", with_vlm: bool = True) -> Path:
     """Writes a folder that `load_bundle` and diffusers' `StableDiffusion3Pipeline.from_pretrained` read.
 
     Args:
       dtype: of the files: float32, float16 or bfloat16; None keeps each parameter's own.
+      with_vlm: write a MetaQuery model's language model, too, which no training changes.
 
     Raises:
       ValueError: when a parameter does not fit `dtype` (too large for float16, or not finite).
     """
     folder = Path(folder)
-    dtype = None if dtype is None else _dtype(dtype)
+    dtype = None if dtype is None else check_dtype(dtype)
     params = _by_folder(bundle.params)
-    modules = {"transformer": bundle.transformer, "vae": bundle.vae, **_text_modules(bundle.conditioner)}
+    modules = {"transformer": bundle.transformer, "vae": bundle.vae, **bundle.conditioner.modules}
     for name, module in modules.items():
+        if name == "vlm" and not with_vlm:
+            continue
         config = module.config
         tensors = _finite(table.to_torch(COMPONENTS[name][1](config), params[name], dtype), name)
-        is_text = name in TEXT_ENCODERS
-        stem = io.TRANSFORMERS_STEM if is_text else io.DIFFUSERS_STEM
+        by_transformers = name in TRANSFORMERS
+        stem = io.TRANSFORMERS_STEM if by_transformers else io.DIFFUSERS_STEM
         with np.errstate(over="ignore"):  # reported by _finite, as an error
             io.write_folder(folder / name, stem, tensors)
         values = {"_class_name": config.CLASS_NAME, **config.to_dict()}
-        if is_text:
+        if by_transformers:
             kind = {"architectures": [config.CLASS_NAME], "model_type": config.MODEL_TYPE}
             values = {**kind, **config.to_dict(), **({} if dtype is None else {"dtype": str(dtype)})}
         _write_json(folder / name / "config.json", values)
     bundle.scheduler.save(folder / "scheduler")
-    bundle.conditioner.save_tokenizers(folder)
-    extras = {"max_sequence_length": bundle.conditioner.max_sequence_length}
-    _write_json(folder / EXTRAS_FILE, extras)
-    _write_json(folder / "model_index.json", _model_index(modules))
+    conditioner = bundle.conditioner
+    _write_json(folder / EXTRAS_FILE, {name: getattr(conditioner, name) for name in conditioner.SETTINGS})
+    if with_vlm or "vlm" not in modules:
+        conditioner.save_tokenizers(folder)
+    if "vlm" not in modules:  # no class of diffusers holds the other layout as a whole
+        _write_json(folder / "model_index.json", _model_index(modules))
     return folder
 
 
-def find_model(source: str | os.PathLike) -> Path:
-    """The local folder of a model: `source` itself, or the snapshot of a hub id.
+def find_model(source: str | os.PathLike, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
+    """The local folder of a model: `source` itself, or the snapshot of a hub id, of which `patterns` are fetched.
 
     Raises:
       FileNotFoundError: when there is neither.
@@ -271,7 +342,7 @@ def find_model(source: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(os.fspath(source), allow_patterns=HUB_PATTERNS, ignore_patterns=["*.fp16*"]))
+        return Path(snapshot_download(os.fspath(source), allow_patterns=list(patterns), ignore_patterns=["*.fp16*"]))
     # Whatever went wrong between here and the hub (connection, licence, name) is told in the hub's own words.
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -281,42 +352,62 @@ def find_model(source: str | os.PathLike) -> Path:
         ) from error
 
 
-def make_modules(configs: Mapping[str, Any], tokenizers: Mapping[str, Any], length: int, dtype: Any):
-    """(transformer, vae, conditioner) for configs by folder name; `length` is the conditioner's max_sequence_length."""
+def make_modules(
+    configs: Mapping[str, Any], tokenizers: Any, settings: Mapping[str, Any], dtype: Any, vlm_dtype: Any = None
+):
+    """(transformer, vae, conditioner) for configs by folder name; the rest is `make_conditioner`'s."""
     options = {"dtype": dtype, "param_dtype": dtype}
     width = configs["transformer"].joint_attention_dim
-    conditioner = make_conditioner(configs, tokenizers, width, max_sequence_length=length, **options)
+    conditioner = make_conditioner(configs, tokenizers, width, settings, dtype, vlm_dtype)
     return MMDiT(configs["transformer"], **options), AutoencoderKL(configs["vae"], **options), conditioner
 
 
-def _text_modules(conditioner: TextConditioner) -> dict[str, Any]:
-    modules = dict(zip(TEXT_ENCODERS, (conditioner.clip_l, conditioner.clip_g, conditioner.t5), strict=True))
-    return {name: module for name, module in modules.items() if module is not None}
+def _load_tokenizers(folder: Path, configs: Mapping[str, Any], folders: Mapping[str, Path] | None = None) -> Any:
+    if "vlm" in configs:
+        return VLMProcessor.load(folders["vlm"] if folders else folder / "vlm", configs["vlm"])
+    for name in TOKENIZERS:
+        if name.replace("tokenizer", "text_encoder") in configs and not (folder / name).is_dir():
+            raise FileNotFoundError(f"The model folder {folder} lacks {name}/; copy it from the original checkpoint.")
+    return load_tokenizers(folder)
+
+
+def _by_group(folders: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_by_folder`."""
+    whole = {name: folders[name] for name in ("transformer", "vae")}
+    return {**whole, "conditioner": {name: tree for name, tree in folders.items() if name not in whole}}
 
 
 def _by_folder(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"transformer": params["transformer"], "vae": params["vae"], **params["conditioner"]}
 
 
-def _dtype(dtype: Any) -> np.dtype:
+def check_dtype(dtype: Any) -> np.dtype:
+    """A dtype for parameters and arithmetic; None is float32. Raises ValueError for one that is not supported."""
     name = "float32" if dtype is None else str(jnp.dtype(dtype))
     if name not in DTYPES:
         raise ValueError(f"The dtype {name!r} is not supported for a model; choose one of {', '.join(DTYPES)}.")
     return jnp.dtype(name)
 
 
-def _component_names(folder: Path) -> list[str]:
-    """The networks of a model folder; T5 may be left out only where model_index.json says so."""
+def _component_folders(folder: Path, vlm: str | os.PathLike | None) -> dict[str, Path]:
+    """Where the networks of a model are; T5 may be left out only where model_index.json says so."""
     index = _read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    names = [name for name in COMPONENTS if name != "text_encoder_3" or index.get(name, True) not in (None, [None] * 2)]
-    for name in names:
-        if not (folder / name / "config.json").is_file():
-            what = f"{name}/config.json" if (folder / name).is_dir() else f"the folder {name}/"
+    layout = METAQUERY_LAYOUT if (folder / "conditioner").is_dir() else TEXT_LAYOUT
+    names = [name for name in layout if name != "text_encoder_3" or index.get(name, True) not in (None, [None] * 2)]
+    folders = {name: folder / name for name in names}
+    if vlm is not None:
+        if "vlm" not in folders:
+            raise ValueError(f"The model folder {folder} has text encoders and takes no language model; leave vlm out.")
+        folders["vlm"] = find_model(vlm, VLM_PATTERNS)
+    for name, at in folders.items():
+        if not (at / "config.json").is_file():
+            what = f"{name}/config.json" if at.is_dir() else f"the folder {name}/"
+            more = "; put Qwen2.5-VL there, or name its folder with vlm" if name == "vlm" else ""
             raise FileNotFoundError(
-                f"The model folder {folder} lacks {what}; a model in diffusers layout holds {', '.join(names)}, "
-                "scheduler and the tokenizers."
+                f"The model folder {folder} lacks {what}; a model of this kind holds {', '.join(names)}, "
+                f"scheduler and the tokenizers{more}."
             )
-    return names
+    return folders
 
 
 def _model_index(modules: Iterable[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""SD3's text conditioner: three text encoders turn prompts into what the MMDiT is conditioned on."""
+"""What the MMDiT is conditioned on: the interface of a conditioner, and SD3's, which is three text encoders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,68 @@ logger = logging.getLogger(__name__)
 
 # Tokenizers without a length of their own report a number of this order.
 _UNBOUNDED = 10**6
+
+
+class Conditioner(Protocol):
+    """Turns prompts, and for edits perhaps their images, into (context [B, S, J], pooled [B, P]).
+
+    `tokenize` is host work; what it gives is a tree whose leaves lead with the batch. `apply` is pure and may be jitted;
+    its `params` are the trees of `modules`, by the same names, which are the folders of a checkpoint.
+
+    Attributes:
+      reads_images: whether `tokenize` looks at the images, so that an unconditional branch needs them too.
+      joint_attention_dim, context_length, pooled_dim: J, S and P.
+      modules: the networks, by folder.
+      SETTINGS: fields that `unipic2.json` keeps.
+    """
+
+    reads_images: ClassVar[bool]
+    SETTINGS: ClassVar[tuple[str, ...]]
+    joint_attention_dim: int
+
+    @property
+    def context_length(self) -> int: ...
+
+    @property
+    def pooled_dim(self) -> int: ...
+
+    @property
+    def modules(self) -> dict[str, Any]: ...
+
+    @property
+    def description(self) -> str:
+        """What it is, in a few words for people."""
+        ...
+
+    def default_negative(self, is_edit: bool) -> str:
+        """What the unconditional branch is told where nobody says it."""
+        ...
+
+    def tokenize(self, prompts: Sequence[str] | str, images: Sequence[Sequence[Any]] | None = None) -> Any:
+        """Tokens for the prompts; `images` holds the pictures that each of them edits."""
+        ...
+
+    def apply(self, params: dict[str, Any], tokens: Any) -> tuple[jax.Array, jax.Array]: ...
+
+    def save_tokenizers(self, folder: str | Path) -> None:
+        """Writes what `tokenize` needs into a model folder."""
+        ...
+
+
+def tokenize_negative(conditioner: Conditioner, negative: str, images: Sequence[Sequence[Any]] | None) -> Any:
+    """Tokens of the unconditional branch: one row for all prompts, or one for each where images are read."""
+    if images is None or not conditioner.reads_images:
+        return conditioner.tokenize([negative])
+    return conditioner.tokenize([negative] * len(images), images)
+
+
+def check_prompts(prompts: Sequence[str] | str) -> list[str]:
+    """The prompts as a list. Raises TypeError when one is not a string."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TypeError(f"A prompt must be a string but one is {type(prompt).__name__}; pass text.")
+    return prompts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +106,9 @@ class TextConditioner:
     tokenizer_3: Any
     max_sequence_length: int = 256
     joint_attention_dim: int = 4096
+
+    reads_images: ClassVar[bool] = False
+    SETTINGS: ClassVar[tuple[str, ...]] = ("max_sequence_length",)
 
     def __post_init__(self) -> None:
         if (self.t5 is None) != (self.tokenizer_3 is None):
@@ -91,18 +156,34 @@ class TextConditioner:
         """Width of the pooled vector, P."""
         return self.clip_l.config.projection_dim + self.clip_g.config.projection_dim
 
-    def tokenize(self, prompts: Sequence[str] | str) -> dict[str, np.ndarray]:
+    @property
+    def description(self) -> str:
+        """The encoders."""
+        return f"text encoders (CLIP, CLIP{'' if self.t5 is None else ', T5'})"
+
+    def default_negative(self, is_edit: bool) -> str:
+        """Nothing, as in diffusers."""
+        del is_edit
+        return ""
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """The encoders by folder."""
+        modules = {"text_encoder": self.clip_l, "text_encoder_2": self.clip_g, "text_encoder_3": self.t5}
+        return {name: module for name, module in modules.items() if module is not None}
+
+    def tokenize(
+        self, prompts: Sequence[str] | str, images: Sequence[Sequence[Any]] | None = None
+    ) -> dict[str, np.ndarray]:
         """Prompts to int32 ids: 'clip_l' and 'clip_g' [B, clip_length], and with T5 't5' [B, max_sequence_length].
 
-        Prompts that do not fit are cut with a warning.
+        Prompts that do not fit are cut with a warning. Text encoders do not see `images`.
 
         Raises:
           TypeError: when a prompt is not a string.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise TypeError(f"A prompt must be a string but one is {type(prompt).__name__}; pass text.")
+        del images
+        prompts = check_prompts(prompts)
         tokens = {
             "clip_l": _padded_ids(self.tokenizer, prompts, self.clip_length, "tokenizer"),
             "clip_g": _padded_ids(self.tokenizer_2, prompts, self.clip_length, "tokenizer_2"),

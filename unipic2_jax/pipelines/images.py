@@ -118,10 +118,15 @@ def fit_longer_edge(size: tuple[int, int], longer_edge: int, multiple: int) -> t
     return tuple(max(factor, round(edge * scale / factor) * factor) for edge in (height, width))
 
 
+def resized(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The picture at this size (bicubic); itself when it has it."""
+    return image if image.size == (width, height) else image.resize((width, height))
+
+
 def to_model(images: Sequence[Image.Image], height: int, width: int) -> np.ndarray:
-    """RGB pictures -> float32 [B, height, width, 3] in [-1, 1]; those of another size are resized (bicubic)."""
-    resized = [image if image.size == (width, height) else image.resize((width, height)) for image in images]
-    return np.stack([np.asarray(image, np.float32) for image in resized]) / np.float32(127.5) - np.float32(1)
+    """RGB pictures -> float32 [B, height, width, 3] in [-1, 1]; those of another size are resized."""
+    fitted = [resized(image, height, width) for image in images]
+    return np.stack([np.asarray(image, np.float32) for image in fitted]) / np.float32(127.5) - np.float32(1)
 
 
 def to_unit(images: Any) -> np.ndarray:

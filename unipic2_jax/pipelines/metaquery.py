@@ -6,18 +6,28 @@ Original: UniPic 2.0's scripts `unipic2_mq_t2i.py` and `unipic2_mq_editing.py`.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
 
 from unipic2_jax.models.connector import MetaQuery
-from unipic2_jax.models.qwen import Qwen2_5_VL
+from unipic2_jax.models.qwen import Qwen2_5_VL, example_inputs
+from unipic2_jax.pipelines.conditioner import check_prompts
 from unipic2_jax.pipelines.images import to_pil
 from unipic2_jax.pipelines.vlm import VLMInput, VLMProcessor
 
 T2I_TEMPLATE = "Generate an image: {prompt}"
+EDIT_NEGATIVE = (
+    "blurry, low quality, low resolution, distorted, deformed, broken content, missing parts, damaged details, artifacts, "
+    "glitch, noise, pixelated, grainy, compression artifacts, bad composition, wrong proportion, incomplete editing, "
+    "unfinished, unedited areas."
+)
 # The tower sees an edit's image at this part of its edges: one merged token of 28 pixels for 32 of the image.
 VISION_SCALE = 28 / 32
 POSITIONS = ("1d", "mrope")
@@ -27,7 +37,8 @@ POSITIONS = ("1d", "mrope")
 class MetaQueryConditioner:
     """Prompts and source images to (context, pooled).
 
-    `tokenize` is host work; `apply` is pure and may be jitted. `params` of `apply` is `{'vlm': ..., 'connector': ...}`.
+    `tokenize` is host work; `apply` is pure and may be jitted. `params` of `apply` is `{'vlm': ..., 'conditioner': ...}`,
+    the names of the folders.
 
     Attributes:
       vlm: the language model, which only reads.
@@ -35,6 +46,8 @@ class MetaQueryConditioner:
       processor: prepares conversations.
       positions: '1d', as the released weights are used, or 'mrope', as the training code of their lineage does.
       vision_scale: edges of what the tower sees, in parts of the image's.
+      max_sequence_length: room for a prompt's text with its template; None: the next of a few sizes.
+      edit_negative: what an edit's unconditional branch is told; by default what the published script says.
     """
 
     vlm: Qwen2_5_VL
@@ -42,6 +55,11 @@ class MetaQueryConditioner:
     processor: VLMProcessor
     positions: str = "1d"
     vision_scale: float = VISION_SCALE
+    max_sequence_length: int | None = None
+    edit_negative: str = EDIT_NEGATIVE
+
+    reads_images: ClassVar[bool] = True
+    SETTINGS: ClassVar[tuple[str, ...]] = ("positions", "vision_scale", "max_sequence_length", "edit_negative")
 
     def __post_init__(self) -> None:
         ours, theirs = self.connector.config.llm_hidden_size, self.vlm.config.hidden_size
@@ -68,44 +86,76 @@ class MetaQueryConditioner:
         """Width of the pooled vector, P."""
         return self.connector.config.pooled_projection_dim
 
-    def tokenize(self, prompts: Sequence[str] | str, images: Sequence[Any] | None = None) -> VLMInput:
-        """Conversations for the prompts: `Generate an image: ...`, or the image and the raw instruction.
+    @property
+    def description(self) -> str:
+        """The language model's and the connector's sizes."""
+        layers, queries = self.vlm.config.num_hidden_layers, self.context_length
+        return f"MetaQuery (Qwen2.5-VL of {layers} layers, {queries} queries)"
+
+    def default_negative(self, is_edit: bool) -> str:
+        """Nothing for text-to-image, `edit_negative` for edits."""
+        return self.edit_negative if is_edit else ""
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """The networks by folder."""
+        return {"conditioner": self.connector, "vlm": self.vlm}
+
+    def tokenize(self, prompts: Sequence[str] | str, images: Sequence[Sequence[Any]] | None = None) -> VLMInput:
+        """Conversations for the prompts: `Generate an image: ...`, or the images and the raw instruction.
 
         Args:
-          images: one picture a prompt (or a list of several), all or none; see `images.to_pil`.
+          images: for each prompt the pictures that it edits, of the size that is made; see `images.to_pil`. A prompt
+            without one is text-to-image.
+
+        Raises:
+          ValueError: when the pictures have several sizes, or a prompt is longer than max_sequence_length.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise TypeError(f"A prompt must be a string but one is {type(prompt).__name__}; pass text.")
-        options = {"system_prompt": False, "mrope": self.positions == "mrope"}
-        if images is None:
-            texts = (T2I_TEMPLATE.format(prompt=prompt) for prompt in prompts)
-            return self.processor([[_message([], text)] for text in texts], **options)
-        rows = [[to_pil(p) for p in (row if isinstance(row, (list, tuple)) else [row])] for row in images]
+        prompts = check_prompts(prompts)
+        rows = [[to_pil(picture) for picture in row] for row in images or [()] * len(prompts)]
         if len(rows) != len(prompts):
-            raise ValueError(f"There are {len(rows)} images for {len(prompts)} prompts; give one for each.")
+            raise ValueError(f"There are images for {len(rows)} prompts of {len(prompts)}; give one entry for each.")
         sizes = {picture.size for row in rows for picture in row}
         if len(sizes) > 1:
             raise ValueError(f"The images of a batch have {len(sizes)} sizes; resize them to the target's first.")
-        width, height = sizes.pop()
-        pixels = (height * self.vision_scale) * (width * self.vision_scale)
-        return self.processor([[_message(row, text)] for row, text in zip(rows, prompts)], pixels=pixels, **options)
+        pixels = np.prod([edge * self.vision_scale for edge in sizes.pop()]) if sizes else None
+        texts = (text if row else T2I_TEMPLATE.format(prompt=text) for row, text in zip(rows, prompts))
+        return self.processor(
+            [[_message(row, text)] for row, text in zip(rows, texts)],
+            system_prompt=False,
+            mrope=self.positions == "mrope",
+            pixels=pixels,
+            text_length=self.max_sequence_length,
+        )
 
     def apply(self, params: dict[str, Any], tokens: VLMInput) -> tuple[jax.Array, jax.Array]:
         """Encodes what `tokenize` gave: context [B, S, J] and pooled [B, P]."""
-        vlm, connector = {"params": params["vlm"]}, {"params": params["connector"]}
+        vlm, connector = {"params": params["vlm"]}, {"params": params["conditioner"]}
         batch, count = tokens.input_ids.shape[0], self.context_length
         embeddings = self.vlm.apply(vlm, tokens.input_ids, tokens.vision, method="embed")
         queries = self.connector.apply(connector, batch, method="queries").astype(embeddings.dtype)
         # The queries are ordinary places behind the prompt.
-        following = jnp.max(jnp.asarray(tokens.positions), axis=(0, 2))[:, None] + 1 + jnp.arange(count)
-        positions = jnp.concatenate([tokens.positions, jnp.broadcast_to(following, (3, batch, count))], axis=-1)
+        before = rearrange(jnp.asarray(tokens.positions), "b three t -> three b t")
+        following = before.max(axis=(0, 2))[:, None] + 1 + jnp.arange(count)
+        positions = jnp.concatenate([before, jnp.broadcast_to(following, (3, batch, count))], axis=-1)
         valid = jnp.concatenate([tokens.valid, jnp.ones((batch, count), bool)], axis=-1)
         hidden, _ = self.vlm.apply(
             vlm, jnp.concatenate([embeddings, queries], axis=1), positions, valid, method="decode"
         )
         return self.connector.apply(connector, hidden[:, -count:])
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh parameters of both networks."""
+        keys = jax.random.split(key)
+        states = jnp.zeros((1, self.context_length, self.connector.config.llm_hidden_size))
+        return {
+            "conditioner": self.connector.init(keys[0], states)["params"],
+            "vlm": self.vlm.init(keys[1], *example_inputs(self.vlm.config))["params"],
+        }
+
+    def save_tokenizers(self, folder: str | os.PathLike) -> None:
+        """Writes the processor into `vlm/`."""
+        self.processor.save(Path(folder) / "vlm")
 
 
 def _message(pictures: Sequence[Any], text: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         image: Any = None,
-        negative_prompt: str | Sequence[str] | None = "",
+        negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -108,7 +108,7 @@ class Pipeline:
           image: what to edit. One picture (PIL, path, or array, see `images.to_pil`) serves all prompts. A list (or an
             array [N, H, W, 3]) holds one entry per prompt; an entry is a picture, a list of pictures when the prompt
             has several references, or None when it has none. One prompt with two references: `[[a, b]]`.
-          negative_prompt: one for all, or one per prompt.
+          negative_prompt: one for all, or one per prompt; None: the conditioner's own, which is empty for text encoders.
           height, width: pixels. Without them a generated picture has the model's default size, and an edit follows its
             first reference: longer edge 512 (or the model's default where that is smaller), edges rounded to 32.
           num_inference_steps: Euler steps.
@@ -192,11 +192,13 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("There is no prompt; give at least one.")
-        negatives = _per_prompt(negative_prompt or "", "negative_prompt", len(prompts))
+        references = _references(image, len(prompts))
+        if negative_prompt is None:
+            negative_prompt = [bundle.conditioner.default_negative(bool(own)) for own in references]
+        negatives = _per_prompt(negative_prompt, "negative_prompt", len(prompts))
         for text in (*prompts, *negatives):
             if not isinstance(text, str):
                 raise TypeError(f"A prompt must be a string, not {type(text).__name__}.")
-        references = _references(image, len(prompts))
         count = len(prompts) * num_images_per_prompt
         seeds = _seeds(seed, count)
         if latents is not None:
@@ -269,9 +271,9 @@ class Pipeline:
         noise = np.stack([request.noise for request in requests]) if given else self._noise(keys, shape)
 
         guided = settings.guidance_scale > 1
-        texts = [request.prompt for request in requests]
+        texts = [(request.prompt, request) for request in requests]
         if guided:
-            texts += [request.negative for request in requests]
+            texts += [(request.negative, request) for request in requests]
         both = self._text(texts, settings.params["conditioner"])
         conditioning = jax.tree.map(lambda x: x[: len(requests)], both)
         unconditional = jax.tree.map(lambda x: x[len(requests) :], both) if guided else None
@@ -301,10 +303,13 @@ class Pipeline:
             return np.asarray(latents)
         return pictures.to_unit(self._decode(settings.params["vae"], latents))
 
-    def _text(self, texts: list[str], params: Any) -> sampling.Conditioning:
-        """Encodes each different text once: (context [B, S, J], pooled [B, P])."""
-        unique, index = _unique(texts)
-        context, pooled = self._encode_text(params, self.bundle.conditioner.tokenize(unique))
+    def _text(self, texts: list[tuple[str, _Request]], params: Any) -> sampling.Conditioning:
+        """Encodes each different text, with what it is about, once: (context [B, S, J], pooled [B, P])."""
+        conditioner = self.bundle.conditioner
+        read = lambda request: request.references if conditioner.reads_images else ()
+        unique, index = _unique(texts, key=lambda item: (item[0], *map(id, read(item[1]))))
+        images = [[pictures.resized(image, *request.size) for image in read(request)] for _, request in unique]
+        context, pooled = self._encode_text(params, conditioner.tokenize([text for text, _ in unique], images))
         return context[index], pooled[index]
 
     def _reference_latents(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from unipic2_jax.training.config import ConfigError
+from unipic2_jax.training.optimizer import merge_params
 
 
 class Checkpoints:
@@ -116,7 +117,7 @@ class Checkpoints:
         self.log(f"Checkpoint {self.path(step)} cannot be read ({reason}); the one before it is used.")
 
     def save_params(self, index: int, params: dict[str, Any]) -> None:
-        """Saves the groups of parameters with which stage `index` starts and the run did not; once."""
+        """Saves the parameters with which stage `index` starts and the run did not; once."""
         path = self.folder / "params" / str(index)
         if path.exists() or not params:
             return
@@ -124,7 +125,7 @@ class Checkpoints:
             writer.save(path, {"params": params, "checksums": _device_checksums(params)})
 
     def load_params(self, index: int, like: dict[str, Any]) -> dict[str, Any]:
-        """`like`, its leaves being arrays of one sharding, with the groups that `save_params` saved for stage `index`.
+        """`like`, its leaves being arrays of one sharding, with what `save_params` saved for stage `index`.
 
         Raises:
           ConfigError: when the folder is damaged.
@@ -148,7 +149,7 @@ class Checkpoints:
                 f"The parameters at the start of stage {index} in {path} cannot be read ({reason}); "
                 "delete the run's folder to start from the beginning."
             ) from error
-        return {**like, **saved["params"]}
+        return merge_params(saved["params"], like)
 
     def close(self) -> None:
         """Finishes pending saves and stops the writer's threads."""

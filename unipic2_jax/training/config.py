@@ -28,6 +28,11 @@ def base_config() -> ConfigDict:
             # Folder of a model in diffusers layout, or None for random weights of the size called `model`.
             "init": config_dict.placeholder(str),
             "model": "tiny",
+            # Without `init`: networks that are read, by name ('transformer', 'vae', 'vlm', ...) -> the folder of that network.
+            "parts": {},
+            # Of a MetaQuery model: where its Qwen2.5-VL is when not in `init`/vlm, and the dtype it is kept in.
+            "vlm": config_dict.placeholder(str),
+            "vlm_dtype": config_dict.placeholder(str),
             "schedule": (),
             "stages": {},
             "keep_checkpoints": 3,

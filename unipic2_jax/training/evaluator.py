@@ -17,6 +17,7 @@ from unipic2_jax.evaluation.grids import contact_sheet
 from unipic2_jax.parallel.mesh import shard_batch
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
+from unipic2_jax.pipelines.conditioner import tokenize_negative
 from unipic2_jax.rewards.base import Reward, make_reward
 from unipic2_jax.training.config import ConfigError, nearest
 
@@ -78,8 +79,8 @@ def to_uint8(images: jax.Array) -> np.ndarray:
     return (pictures.to_unit(to_host(images)) * 255).round().astype(np.uint8)
 
 
-def stack_sources(records: list[PromptRecord], height: int, width: int) -> np.ndarray | None:
-    """The records' source images, float32 [N, height, width, 3] in [-1, 1], or None when they have none.
+def source_pictures(records: list[PromptRecord], height: int, width: int) -> list[list[Image.Image]] | None:
+    """What each record edits, as a list of one picture of this size, or None when they edit nothing.
 
     Raises:
       ConfigError: when only some have one.
@@ -89,7 +90,14 @@ def stack_sources(records: list[PromptRecord], height: int, width: int) -> np.nd
         return None
     if any(missing):
         raise ConfigError("Some prompts of a batch have an image and some have none; use one source for each kind.")
-    return pictures.to_model([Image.fromarray(record.image) for record in records], height, width)
+    return [[pictures.resized(Image.fromarray(record.image), height, width)] for record in records]
+
+
+def stack_sources(sources: list[list[Image.Image]] | None) -> np.ndarray | None:
+    """`source_pictures` as float32 [N, H, W, 3] in [-1, 1], or None."""
+    if sources is None:
+        return None
+    return pictures.to_model([row[0] for row in sources], *sources[0][0].size[::-1])
 
 
 class Evaluator:
@@ -129,18 +137,28 @@ class Evaluator:
         """uint8 [num_prompts * samples, H, W, 3], the samples of a prompt next to each other."""
         config = self.config
         total = config.num_prompts * config.samples
-        tokens = self.bundle.conditioner.tokenize([record.prompt for record in self.records])
-        negative = self.bundle.conditioner.tokenize([config.negative_prompt]) if config.guidance_scale > 1 else None
-        sources = stack_sources(self.records, config.height, config.width)
+        conditioner = self.bundle.conditioner
+        edited = source_pictures(self.records, config.height, config.width)
+        sources = stack_sources(edited)
+        tokens = conditioner.tokenize([record.prompt for record in self.records], edited)
+        guided = config.guidance_scale > 1
+        negative = tokenize_negative(conditioner, config.negative_prompt, edited) if guided else None
+        # One row serves all prompts, unless it is read together with their images.
+        own_negative = negative if conditioner.reads_images and edited is not None else None
         made = []
         for start in range(0, total, self.batch):
             # A short last batch is filled up, so that it does not cost another compilation.
             index = np.minimum(np.arange(start, start + self.batch), total - 1)
             prompts = index // config.samples
-            rows = {"tokens": tokens, "sources": None if sources is None else sources[:, None]}
+            rows = {
+                "tokens": tokens,
+                "negative": own_negative,
+                "sources": None if sources is None else sources[:, None],
+            }
             batch = shard_batch(jax.tree.map(lambda x, prompts=prompts: x[prompts], rows), self.mesh)
             seeds = shard_batch((config.seed + index).astype(np.uint32), self.mesh)
-            made.append(to_uint8(self._sample(params, lora, batch["tokens"], negative, seeds, batch["sources"])))
+            unconditional = negative if own_negative is None else batch["negative"]
+            made.append(to_uint8(self._sample(params, lora, batch["tokens"], unconditional, seeds, batch["sources"])))
         return np.concatenate(made)[:total]
 
     def run(self, params: Any, lora: Any = None) -> dict[str, Any]:

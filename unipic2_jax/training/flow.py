@@ -29,7 +29,7 @@ def flow_loss(
     Args:
       params: {'transformer': ..., 'conditioner': ...}.
       batch: 'latents' [B, h, w, C] normalised; 'tokens' and 'empty_tokens', what the conditioner's `tokenize` gave for the
-        captions and for one empty caption; 'references' [B, R, h, w, C] for edits.
+        captions and for empty ones (one for all, or one each); 'references' [B, R, h, w, C] for edits.
       key: draws noise, noise levels and which captions are dropped.
 
     Returns:

@@ -79,7 +79,7 @@ class FlowStage(Stage):
         self.sampling = TimestepSampling(**config.timesteps)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.trained, self.frozen = split_params(bundle.params, config.optimizer.trainable)
-        self.empty = bundle.conditioner.tokenize([""])
+        self.empty = None if bundle.conditioner.reads_images else bundle.conditioner.tokenize([""])
         self._encode = jax.jit(lambda params, images: encode_images(bundle.vae, params, from_uint8(images)))
         self._step = jax.jit(self._train_step, static_argnames="task")
         self.evaluators = [
@@ -93,12 +93,19 @@ class FlowStage(Stage):
         encoded = self._encode(self.bundle.params["vae"], shard_batch(images, self.context.mesh))
         return np.asarray(encoded)
 
+    def _tokens(self, examples: list[Example]) -> dict[str, Any]:
+        """Tokens of the prompts, and where they are read together with images also those of no prompt."""
+        conditioner, prompts = self.bundle.conditioner, [example.prompt for example in examples]
+        if not conditioner.reads_images:
+            return {"tokens": conditioner.tokenize(prompts)}
+        count, images = len(examples), [example.references for example in examples]
+        both = conditioner.tokenize([*prompts, *[""] * count], images * 2)
+        given, empty = (jax.tree.map(lambda x, part=part: x[part], both) for part in (slice(count), slice(count, None)))
+        return {"tokens": given, "empty_tokens": empty}
+
     def _encoded(self, examples: list[Example]) -> dict[str, Any]:
-        """A batch as `flow_loss` wants it, without the empty caption."""
-        batch = {
-            "latents": self._latents(np.stack([example.image for example in examples])),
-            "tokens": self.bundle.conditioner.tokenize([example.prompt for example in examples]),
-        }
+        """A batch as `flow_loss` wants it, but for an empty caption that all share."""
+        batch = {"latents": self._latents(np.stack([example.image for example in examples])), **self._tokens(examples)}
         if count := len(examples[0].references):
             references = np.stack([picture for example in examples for picture in example.references])
             latents = self._latents(references)
@@ -133,7 +140,7 @@ class FlowStage(Stage):
                 self.bundle.transformer,
                 self.bundle.conditioner,
                 merge_params(trained, frozen),
-                {**batch, "empty_tokens": empty},
+                {"empty_tokens": empty, **batch},
                 key,
                 sampling=self.sampling,
                 weighting=self.config.weighting,

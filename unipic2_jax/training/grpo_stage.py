@@ -18,6 +18,7 @@ from unipic2_jax.models.lora import init_lora, merge_lora
 from unipic2_jax.parallel.mesh import batch_sharding, replicated, shard_batch
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
+from unipic2_jax.pipelines.conditioner import tokenize_negative
 from unipic2_jax.rl.advantages import combine_rewards, group_advantages
 from unipic2_jax.rl.config import GRPOConfig
 from unipic2_jax.rl.rollout import guided_policies, once_per_group
@@ -28,6 +29,7 @@ from unipic2_jax.training.evaluator import (
     check_evaluation,
     make_rewards,
     read_evaluation,
+    source_pictures,
     stack_sources,
     to_uint8,
 )
@@ -174,8 +176,9 @@ class GRPOStage(Stage):
         context, pooled = apply(params["conditioner"], tokens)
         inputs = {"cond": {"context": repeat(context), "pooled": repeat(pooled), **shared}}
         if negative is not None:
-            spread = lambda x: jnp.broadcast_to(x, (self.samples, *x.shape[1:]))
             context, pooled = apply(params["conditioner"], negative)
+            one = context.shape[0] == 1
+            spread = (lambda x: jnp.broadcast_to(x, (self.samples, *x.shape[1:]))) if one else repeat
             inputs["uncond"] = {"context": spread(context), "pooled": spread(pooled), **shared}
         return inputs
 
@@ -209,11 +212,14 @@ class GRPOStage(Stage):
         config, params = self.config, self.params
         records = self.source.batch(step, config.num_prompts)
         encode_key, noise_key, rollout_key = jax.random.split(self.context.key(step), 3)
-        tokenize = self.bundle.conditioner.tokenize
-        sources = stack_sources(records, config.height, config.width)
-        tokens = self._place(tokenize([record.prompt for record in records]))
-        negative = tokenize([config.negative_prompt]) if self.grpo.guidance_scale != 1 else None
-        sources = None if sources is None else self._place(sources)
+        conditioner = self.bundle.conditioner
+        edited = source_pictures(records, config.height, config.width)
+        tokens = self._place(conditioner.tokenize([record.prompt for record in records], edited))
+        negative = None
+        if self.grpo.guidance_scale != 1:
+            negative = tokenize_negative(conditioner, config.negative_prompt, edited)
+            negative = self._place(negative) if len(jax.tree.leaves(negative)[0]) > 1 else negative
+        sources = None if edited is None else self._place(stack_sources(edited))
         inputs = self._encode(params, tokens, negative, sources, encode_key)
         noise = self._noise(noise_key)
         trajectory = self._rollout(params["transformer"], state.lora, inputs, noise, rollout_key, self.sigmas)

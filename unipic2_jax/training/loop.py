@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import traverse_util
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -69,7 +71,9 @@ def run(
         initial = (load or load_bundle)(config, mesh)
     except ValueError as error:
         raise config_lib.ConfigError(str(error)) from error
-    return _Run(config, workdir, mesh, initial, save or save_bundle).go()
+    # A language model that came from a folder of its own stays there.
+    save = save or functools.partial(save_bundle, with_vlm=config.vlm is None)
+    return _Run(config, workdir, mesh, initial, save).go()
 
 
 def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
@@ -77,15 +81,16 @@ def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
     from unipic2_jax.pipelines import bundle
 
     if config.init is not None:
-        return bundle.load_bundle(config.init, mesh=mesh)
-    return bundle.init_bundle(config.model, seed=config.seed, mesh=mesh)
+        return bundle.load_bundle(config.init, mesh=mesh, vlm=config.vlm, vlm_dtype=config.vlm_dtype)
+    parts = config.parts.to_dict()
+    return bundle.init_bundle(config.model, config.seed, mesh=mesh, parts=parts, vlm_dtype=config.vlm_dtype)
 
 
-def save_bundle(bundle: Any, folder: Path) -> None:
+def save_bundle(bundle: Any, folder: Path, with_vlm: bool = True) -> None:
     """Writes a bundle in diffusers layout."""
     from unipic2_jax.pipelines import bundle as bundle_lib
 
-    bundle_lib.save_bundle(bundle, folder)
+    bundle_lib.save_bundle(bundle, folder, with_vlm=with_vlm)
 
 
 def use_compilation_cache(workdir: str | os.PathLike) -> None:
@@ -270,8 +275,9 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         stage.export(state, folder)
         if stage.context.index + 1 < len(self.names):
-            changed = {name: tree for name, tree in bundle.params.items() if tree is not initial.params.get(name)}
-            self.checkpoints.save_params(stage.context.index + 1, changed)
+            before, after = (traverse_util.flatten_dict(b.params, sep="/") for b in (initial, bundle))
+            changed = {path: leaf for path, leaf in after.items() if leaf is not before.get(path)}
+            self.checkpoints.save_params(stage.context.index + 1, traverse_util.unflatten_dict(changed, sep="/"))
         return bundle
 
 

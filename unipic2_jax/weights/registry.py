@@ -17,8 +17,7 @@ from unipic2_jax.models.clip import CLIPTextConfig, CLIPTextModelWithProjection
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.connector import MetaQuery, MetaQueryConfig
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
-from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig
-from unipic2_jax.models.qwen_vision import VisionInput
+from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig, example_inputs
 from unipic2_jax.models.t5 import T5Config, T5Encoder
 from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
 from unipic2_jax.weights import clip, connector, mmdit, qwen, t5, vae
@@ -64,12 +63,7 @@ def _init_t5(config: T5Config, key: jax.Array) -> dict[str, Any]:
 
 
 def _init_qwen(config: Qwen2_5_VLConfig, key: jax.Array) -> dict[str, Any]:
-    tower = config.vision_config
-    window = jnp.zeros((1, 1, tower.window_slots), jnp.int32)
-    patches = jnp.zeros((*window.shape, tower.patch_dim))
-    ids = jnp.zeros((1, 1), jnp.int32)
-    vision = VisionInput(patches, jnp.stack([window, window], axis=-1), window, ids)
-    return Qwen2_5_VL(config).init(key, ids, jnp.zeros((3, 1, 1), jnp.int32), jnp.ones((1, 1), bool), vision)["params"]
+    return Qwen2_5_VL(config).init(key, *example_inputs(config))["params"]
 
 
 def _init_metaquery(config: MetaQueryConfig, key: jax.Array) -> dict[str, Any]:
