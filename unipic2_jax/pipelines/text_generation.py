@@ -46,6 +46,9 @@ class SamplingConfig:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0.")
 
 
+GREEDY = SamplingConfig()
+
+
 class WritingState(NamedTuple):
     """An answer in progress.
 
@@ -178,7 +181,7 @@ def generate(
     max_new_tokens: int,
     stop_tokens: tuple[int, ...] = (),
     pad_token: int = 0,
-    config: SamplingConfig = SamplingConfig(),
+    config: SamplingConfig = GREEDY,
     seed: int = 0,
     cache_dtype: Any = jnp.float32,
     on_tokens: Callable[[np.ndarray], None] | None = None,
