@@ -1,4 +1,8 @@
-"""Scores a model: `python -m launch.evaluate --suite=shapes [--model DIR] [--reconstruct] [--gates] [--out DIR]`."""
+"""Scores a model.
+
+python -m launch.evaluate --suite=shapes [--model=DIR] [--reconstruct] [--gates] [--out=DIR]    # draws and edits
+python -m launch.evaluate --suite=shapes-vqa --model=DIR [--gates] [--out=DIR]                  # understands
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,12 @@ from absl import flags
 from launch import cli
 from unipic2_jax.pipelines import TINY
 
-_SUITE = flags.DEFINE_enum("suite", "shapes", ["shapes"], "What to measure.")
+_SUITE = flags.DEFINE_enum("suite", "shapes", ["shapes", "shapes-vqa"], "What to measure.")
 _MODEL = flags.DEFINE_string("model", str(TINY), "Folder of the model in diffusers layout, or a hub id.")
-_OUT = flags.DEFINE_string("out", None, "Folder that receives scores.json and contact sheets.")
+_OUT = flags.DEFINE_string("out", None, "Folder that receives scores.json, and contact sheets or answers.jsonl.")
 _RECONSTRUCT = flags.DEFINE_bool("reconstruct", False, "Measure the autoencoder alone: which scenes stay readable.")
 _GATES = flags.DEFINE_bool("gates", False, "Exit with 1 unless the scores lie where a checkpoint for RL must lie.")
+_QUESTIONS = flags.DEFINE_integer("questions", 600, "Held-out questions of shapes-vqa.", lower_bound=1)
 _PROMPTS = flags.DEFINE_integer("prompts", 200, "Held-out prompts per task.", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("samples", 4, "Pictures per prompt.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 20, "Sampling steps.", lower_bound=1)
@@ -25,6 +30,39 @@ _GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Guidance scale; 1 switches guid
 def main(argv: list[str]) -> None:
     """Prints the scores, and the gates that they miss."""
     del argv
+    if _SUITE.value == "shapes-vqa":
+        missed = _score_answers()
+    else:
+        missed = _score_pictures()
+    if _GATES.value:
+        print("\n".join(["", *missed]) if missed else "\nall gates passed")
+        sys.exit(1 if missed else 0)
+
+
+def _score_answers() -> list[str]:
+    from unipic2_jax.data.questions import make_questions
+    from unipic2_jax.evaluation import vqa
+    from unipic2_jax.pipelines.chat import ChatModel
+
+    source = make_questions({"kind": "shapes", "split": "heldout"}, vqa.HELD_OUT_SEED)
+    questions = [source.question(index) for index in range(_QUESTIONS.value)]
+    answers = vqa.answer_questions(ChatModel.load(_MODEL.value), questions)
+    _, shares = vqa.score_answers(questions, answers)
+    print(f"shapes-vqa: {len(questions)} held-out questions, exact answers")
+    for tag, share in shares.items():
+        print(f"{tag:16}{share:10.3f}")
+    if _OUT.value:
+        out = Path(_OUT.value)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "scores.json").write_text(json.dumps(shares, indent=2) + "\n")
+        with (out / "answers.jsonl").open("w") as f:
+            for q, answer in zip(questions, answers, strict=True):
+                f.write(json.dumps({"tag": q.tag, "question": q.question, "right": q.answer, "answer": answer}) + "\n")
+    low = vqa.ACCURACY_GATE
+    return [] if shares["overall"] >= low else [f"Exact answers are {shares['overall']:.3f}, below {low}."]
+
+
+def _score_pictures() -> list[str]:
     from unipic2_jax.evaluation import shapes
     from unipic2_jax.pipelines.bundle import load_bundle
 
@@ -43,9 +81,7 @@ def main(argv: list[str]) -> None:
             missed.append(f"The VAE keeps {found.decoded:.3f} of scenes readable, fewer than {shapes.READABLE_GATE}.")
     else:
         missed = _score_tasks(bundle)
-    if _GATES.value:
-        print("\n".join(["", *missed]) if missed else "\nall gates passed")
-        sys.exit(1 if missed else 0)
+    return missed
 
 
 def _score_tasks(bundle) -> list[str]:
