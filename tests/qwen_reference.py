@@ -100,7 +100,7 @@ def processor(config):
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from unipic2_jax.pipelines.vlm import VLMProcessor
+    from unipic2_jax.pipelines.vlm import VLMProcessor, pixel_limits
 
     words = [chr(i) for i in range(32, 127)] + ["\n"]
     vocab = {word: i for i, word in enumerate(words)}
@@ -120,7 +120,6 @@ def processor(config):
         patch_size=tower.patch_size,
         merge_size=tower.spatial_merge_size,
         temporal_patch_size=tower.temporal_patch_size,
-        min_pixels=64,
-        max_pixels=1024,
+        size=pixel_limits(64, 1024),
     )
     return VLMProcessor(config, fast, pictures)

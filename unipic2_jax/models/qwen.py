@@ -55,6 +55,8 @@ class Qwen2_5_VLConfig(ModelConfig):
     rope_theta: float = 1000000.0
     mrope_section: tuple[int, ...] = (16, 24, 24)
     tie_word_embeddings: bool = False
+    bos_token_id: int = 151643
+    eos_token_id: int = 151645
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_start_token_id: int = 151652

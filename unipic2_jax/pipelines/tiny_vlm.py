@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from unipic2_jax.models.qwen import Qwen2_5_VLConfig
 from unipic2_jax.pipelines.tiny_tokenizers import byte_characters, byte_pair_merges
-from unipic2_jax.pipelines.vlm import VLMProcessor
+from unipic2_jax.pipelines.vlm import VLMProcessor, pixel_limits
 
 # Qwen's special tokens that its template and its images need, in its order.
 SPECIAL = (
@@ -73,7 +73,6 @@ def build_vlm_processor(words: Sequence[str], config: Qwen2_5_VLConfig, pixels: 
         patch_size=tower.patch_size,
         merge_size=tower.spatial_merge_size,
         temporal_patch_size=tower.temporal_patch_size,
-        min_pixels=pixels,
-        max_pixels=pixels,
+        size=pixel_limits(pixels, pixels),
     )
     return VLMProcessor(config, fast, pictures)

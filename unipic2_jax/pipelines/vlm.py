@@ -40,6 +40,11 @@ class VLMInput(NamedTuple):
     vision: VisionInput | None
 
 
+def pixel_limits(least: int, most: int) -> dict[str, int]:
+    """How transformers' image processor of Qwen2-VL writes limits on an image's number of pixels."""
+    return {"shortest_edge": least, "longest_edge": most}
+
+
 def bucket(count: int, least: int = 1) -> int:
     """`count` rounded up to one of four sizes an octave: at most a quarter more, and few different shapes."""
     step = max(least, 2 ** max((count - 1).bit_length() - 3, 0))
@@ -206,7 +211,7 @@ class VLMProcessor:
 
     def _patches(self, pictures: Sequence[Image.Image], pixels: float | None) -> tuple[np.ndarray, np.ndarray]:
         """Patches [N, patch_dim] and grids [I, 3] of all pictures."""
-        limits = {} if pixels is None else {"min_pixels": int(pixels), "max_pixels": int(pixels)}
+        limits = {} if pixels is None else {"size": pixel_limits(int(pixels), int(pixels))}
         made = [self.image_processor(images=[p], return_tensors="np", **limits) for p in pictures]
         if not made:
             return np.zeros((0, self.config.vision_config.patch_dim), np.float32), np.zeros((0, 3), int)

@@ -1,0 +1,53 @@
+"""UniPic2-Tiny-MetaQuery: the language model of configs/tiny_vlm.py conditions the transformer of UniPic2-Tiny.
+
+First queries and connector are aligned with the transformer frozen, then both are trained together (paper, section 3.1); the
+language model stays as it is. `--config.parts.vlm=DIR` names its folder.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.shapes import evaluations
+from unipic2_jax.pipelines import TINY
+from unipic2_jax.training.config import make_config
+
+CONNECTOR, WITH_TRANSFORMER = "^conditioner/conditioner/", "^(conditioner/conditioner|transformer)/"
+
+
+def flow_stage(trainable: str, steps: int, lr: float, smoke: bool) -> dict:
+    """A stage of flow matching on both tasks, alternating."""
+    steps = 4 if smoke else steps
+    return {
+        "kind": "flow",
+        "steps": steps,
+        "save_every": 500,
+        "log_every": 10,
+        "data": {"kind": "shapes"},
+        "pool": 256 if smoke else 40960,
+        "batch_size": 8 if smoke else 64,
+        "caption_dropout": {"t2i": 0.1, "edit": 0.1},
+        "timesteps": {"kind": "logit_normal", "shift": 5.0},
+        "evaluations": evaluations(2, 1) if smoke else evaluations(200, 4),
+        "optimizer": {
+            "lr": lr,
+            "schedule": "trapezoid",
+            "warmup": min(200, steps // 2),
+            "weight_decay": 0.02,
+            "trainable": trainable,
+        },
+    }
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg` is empty, or 'smoke' for a few steps."""
+    smoke = {"": False, "smoke": True}[arg]
+    return make_config(
+        {
+            "model": "tiny_metaquery",
+            "parts": {"transformer": f"{TINY}/transformer", "vae": f"{TINY}/vae", "vlm": "runs/tiny_vlm/export/vlm"},
+            "schedule": ("connector", "unified"),
+            "stages": {
+                "connector": flow_stage(CONNECTOR, 4000, 1e-3, smoke),
+                "unified": flow_stage(WITH_TRANSFORMER, 4000, 5e-4, smoke),
+            },
+        }
+    )
