@@ -1,6 +1,7 @@
 """Checkpoints from PyTorch to here and back: the same names, shapes, dtypes and bits."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -45,6 +46,20 @@ def test_a_folder_comes_back_bit_for_bit(tmp_path, dtype, shard):
     assert networks(src) == networks(tmp_path / "back")
     assert texts(src) == texts(tmp_path / "back")
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_folders_of_the_authors_own_class_are_known(folder, tmp_path):
+    src = tmp_path / "src"
+    shutil.copytree(folder, src)
+    config = json.loads((src / "transformer/config.json").read_text())
+    config["_class_name"] = "SD3Transformer2DKontextModel"
+    (src / "transformer/config.json").write_text(json.dumps(config))
+    index = json.loads((src / "model_index.json").read_text())
+    index["transformer"] = ["unipicv2.transformer_sd3_kontext", config["_class_name"]]
+    (src / "model_index.json").write_text(json.dumps(index))
+    convert.from_torch(src, tmp_path / "ours")
+    convert.to_torch(tmp_path / "ours", tmp_path / "back")
+    assert networks(src) == networks(tmp_path / "back") and texts(src) == texts(tmp_path / "back")
 
 
 def test_the_originals_read_what_comes_back(folder, tmp_path):

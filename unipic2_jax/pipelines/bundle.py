@@ -264,6 +264,8 @@ def load_bundle(
     known = (MetaQueryConditioner if "conditioner" in configs else TextConditioner).SETTINGS
     if unknown := [name for name in settings if name not in known]:
         raise ValueError(f"{folder / EXTRAS_FILE} has the field {unknown[0]!r}; a model of this kind knows {known}.")
+    if not isinstance(length := settings.get("max_sequence_length"), (int, type(None))):
+        raise ValueError(f"max_sequence_length in {folder / EXTRAS_FILE} is {length!r}; give a number of tokens.")
     vlm_dtype = dtype if vlm_dtype is None else check_dtype(vlm_dtype)
     modules = make_modules(configs, _load_tokenizers(folder, configs, folders), settings, dtype, vlm_dtype)
     sharding = None if mesh is None else replicated(mesh)

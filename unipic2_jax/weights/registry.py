@@ -82,6 +82,9 @@ NETWORKS = {
     )
 }
 
+# The class of the authors' own code; its tensors are the same.
+NETWORKS["SD3Transformer2DKontextModel"] = NETWORKS[MMDiTConfig.CLASS_NAME]
+
 
 def read_json(file: str | os.PathLike) -> dict[str, Any]:
     """A JSON object from a file; ValueError or FileNotFoundError in one sentence."""
