@@ -30,10 +30,7 @@ _GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Guidance scale; 1 switches guid
 def main(argv: list[str]) -> None:
     """Prints the scores, and the gates that they miss."""
     del argv
-    if _SUITE.value == "shapes-vqa":
-        missed = _score_answers()
-    else:
-        missed = _score_pictures()
+    missed = _score_answers() if _SUITE.value == "shapes-vqa" else _score_pictures()
     if _GATES.value:
         print("\n".join(["", *missed]) if missed else "\nall gates passed")
         sys.exit(1 if missed else 0)
