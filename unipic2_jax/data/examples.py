@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
+
+from unipic2_jax.data.kinds import make_kind
 
 # Kind -> 'module:class'; a class takes (seed, task, **options) and is an ExampleSource.
 EXAMPLES: dict[str, Any] = {
@@ -43,17 +44,6 @@ def make_examples(config: Mapping[str, Any], seed: int, task: str) -> ExampleSou
     Raises:
       ValueError: for an unknown kind, task or option.
     """
-    options = dict(config)
-    kind = options.pop("kind", None)
-    if kind not in EXAMPLES:
-        raise ValueError(f"The data source {kind!r} does not exist; choose one of {', '.join(sorted(EXAMPLES))}.")
     if task not in TASKS:
         raise ValueError(f"The task '{task}' does not exist; choose one of {', '.join(TASKS)}.")
-    maker = EXAMPLES[kind]
-    if isinstance(maker, str):
-        module, name = maker.split(":")
-        maker = getattr(importlib.import_module(module), name)
-    try:
-        return maker(**{"seed": seed, "task": task, **options})
-    except TypeError as error:
-        raise ValueError(f"The data source '{kind}' does not take these options ({error}); correct them.") from error
+    return make_kind(EXAMPLES, "data source", config, seed=seed, task=task)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+
+from unipic2_jax.data.kinds import make_kind
 
 # Kind -> 'module:class'; a class takes (seed, **options) and is a PromptSource.
 SOURCES: dict[str, Any] = {
@@ -55,18 +56,7 @@ def make_source(config: Mapping[str, Any], seed: int) -> PromptSource:
     Raises:
       ValueError: for an unknown kind or option.
     """
-    options = dict(config)
-    kind = options.pop("kind", None)
-    if kind not in SOURCES:
-        raise ValueError(f"The prompt source {kind!r} does not exist; choose one of {', '.join(sorted(SOURCES))}.")
-    maker = SOURCES[kind]
-    if isinstance(maker, str):
-        module, name = maker.split(":")
-        maker = getattr(importlib.import_module(module), name)
-    try:
-        return maker(**{"seed": seed, **options})
-    except TypeError as error:
-        raise ValueError(f"The prompt source '{kind}' does not take these options ({error}); correct them.") from error
+    return make_kind(SOURCES, "prompt source", config, seed=seed)
 
 
 class JSONLSource:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
+
+from unipic2_jax.data.kinds import make_kind
 
 # Kind -> 'module:class'; a class takes (seed, **options) and is a QuestionSource.
 QUESTIONS: dict[str, Any] = {
@@ -37,15 +38,4 @@ def make_questions(config: Mapping[str, Any], seed: int) -> QuestionSource:
     Raises:
       ValueError: for an unknown kind or option.
     """
-    options = dict(config)
-    kind = options.pop("kind", None)
-    if kind not in QUESTIONS:
-        raise ValueError(f"The source of questions {kind!r} does not exist; choose one of {', '.join(QUESTIONS)}.")
-    maker = QUESTIONS[kind]
-    if isinstance(maker, str):
-        module, name = maker.split(":")
-        maker = getattr(importlib.import_module(module), name)
-    try:
-        return maker(**{"seed": seed, **options})
-    except TypeError as error:
-        raise ValueError(f"The questions '{kind}' do not take these options ({error}); correct them.") from error
+    return make_kind(QUESTIONS, "source of questions", config, seed=seed)
