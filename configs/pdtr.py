@@ -7,7 +7,7 @@
 `configs/pdtr.py:model=metaquery` is the same for a MetaQuery model; `--config.vlm=DIR` names its Qwen2.5-VL.
 
 `configs/pdtr.py:tiny` is the same two stages on the shipped UniPic2-Tiny in the shapes world, in minutes on a CPU;
-`configs/pdtr.py:tiny,long` gives it up to two hours, `configs/pdtr.py:tiny,smoke` a few seconds.
+`configs/pdtr.py:tiny,long` gives it about half an hour, `configs/pdtr.py:tiny,smoke` a few seconds.
 """
 
 from ml_collections import ConfigDict

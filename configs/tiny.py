@@ -1,7 +1,7 @@
 """UniPic2-Tiny, second part: text encoders and Kontext transformer jointly, from nothing, T2I and edits alternating.
 
 Starts from the model that configs/tiny_vae.py exports: `--config.init=DIR`. `base` gives every tag and edit type but the
-hardest the same share; edits are learned long before text-to-image, so `hard` spends two batches of three on text-to-image
+hardest the same share; edits are learned long before text-to-image, so `hard` spends four batches of five on text-to-image
 and draws more of what is still wrong: positions, colour binding, moves, and moves relative to another object.
 """
 
@@ -47,10 +47,10 @@ def get_config(arg: str = "") -> ConfigDict:
             5000, smoke, data={"kind": "shapes", "weights": {"arrange": 0.0}}, optimizer={"schedule": "constant"}
         ),
         "hard": flow_stage(
-            3000,
+            2500,
             smoke,
             data={"kind": "shapes", "weights": HARD},
-            tasks=("t2i", "t2i", "edit"),
+            tasks=("t2i", "t2i", "t2i", "t2i", "edit"),
             optimizer={"schedule": "constant"},
         ),
     }
