@@ -106,9 +106,9 @@ def test_kl_pulls_the_policy_back():
         state, metrics = update(PARAMS, state, None, trajectory, jnp.zeros(BATCH), INPUTS)
         kls.append(float(metrics["kl"]))
     assert kls[-1] < 0.7 * kls[0] and kls[0] > 0
-    # A reference equal to the policy costs nothing.
+    # A reference equal to the policy costs nothing but the rounding by which its program differs from the gradient's.
     _, metrics = update(PARAMS, init_state(lora, optax.sgd(3.0)), lora, trajectory, jnp.zeros(BATCH), INPUTS)
-    assert metrics["kl"] == 0 and metrics["gradient_norm"] == 0
+    assert metrics["kl"] <= 1e-13 and metrics["gradient_norm"] <= 1e-7 < 1e-4 < kls[0]
 
 
 def test_failed_sample_does_not_push():
