@@ -14,7 +14,7 @@ UV := $(RUN) -m uv pip install --quiet --python $(RUN)
 help:
 	@echo "make demo       reinforce the shipped tiny model: editing, then text-to-image (about 10 minutes on 2 cores)"
 	@echo "make test       the default test suite        make test-slow  the long tests"
-	@echo "make lint       ruff                          make tiny       retrain the shipped tiny model (2 to 3 hours)"
+	@echo "make lint       ruff                          make tiny       retrain the shipped tiny model (1 to 2 hours)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + ": choose one with PYTHON=python3.12.")'
