@@ -100,15 +100,15 @@ def test_kl_pulls_the_policy_back():
     config = dataclasses.replace(BASE, kl_beta=1.0)
     lora = perturb(LORA)
     trajectory = sample(config, lora)
-    update = make_update(network, optax.sgd(3.0), config)
+    update = make_update(network, optax.sgd(3.0), config, compiler_options={"xla_backend_optimization_level": 3})
     state, kls = init_state(lora, optax.sgd(3.0)), []
     for _ in range(5):
         state, metrics = update(PARAMS, state, None, trajectory, jnp.zeros(BATCH), INPUTS)
         kls.append(float(metrics["kl"]))
     assert kls[-1] < 0.7 * kls[0] and kls[0] > 0
-    # A reference equal to the policy costs nothing but the rounding by which its program differs from the gradient's.
+    # A reference equal to the policy costs nothing. Only an optimising compiler rounds both of them the same way.
     _, metrics = update(PARAMS, init_state(lora, optax.sgd(3.0)), lora, trajectory, jnp.zeros(BATCH), INPUTS)
-    assert metrics["kl"] <= 1e-13 and metrics["gradient_norm"] <= 1e-7 < 1e-4 < kls[0]
+    assert metrics["kl"] == 0 and metrics["gradient_norm"] == 0
 
 
 def test_failed_sample_does_not_push():
