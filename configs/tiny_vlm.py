@@ -8,17 +8,20 @@ from unipic2_jax.training.config import make_config
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is empty, or 'smoke' for a few steps."""
     smoke = {"": False, "smoke": True}[arg]
-    steps = 4 if smoke else 6000
+    steps = 4 if smoke else 5000
     vlm = {
         "kind": "vlm",
         "steps": steps,
         "save_every": 500,
-        "eval_every": 0 if smoke else 1000,
+        "eval_every": 0 if smoke else 500,
         "log_every": 10,
         "data": {"kind": "shapes"},
         "heldout": {"kind": "shapes", "split": "heldout"},
         "measure": 12 if smoke else 300,
         "pool": 256 if smoke else 51200,
+        # Later it reads prompts without the template's first lines and in plain positions; so small a model has to be used to it.
+        "forms": ("chat", "conditioner"),
+        "text_length": 62,
         "optimizer": {
             "lr": 1e-3,
             "schedule": "trapezoid",

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
     from unipic2_jax.pipelines.chat import ChatModel
     from unipic2_jax.pipelines.images import read_image
     from unipic2_jax.pipelines.text_generation import SamplingConfig
+    from unipic2_jax.pipelines.vlm import user_message
 
     if JSON.value and (PROMPT.value is None or len(IMAGE.value) != 1):
         raise ValueError("--json answers one --prompt about one --image; give both.")
@@ -51,8 +52,7 @@ def main(argv: list[str]) -> None:
     conversation: list[dict] = []
 
     def ask(question: str, on_text) -> str:
-        content = [{"type": "image", "image": picture} for picture in pictures if not conversation]
-        conversation.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+        conversation.append(user_message([] if conversation else pictures, question))
         answer = model([conversation], on_text=on_text, **options)[0]
         conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return answer

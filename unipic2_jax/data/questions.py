@@ -1,4 +1,4 @@
-"""What a language model learns to answer: numbered questions about pictures."""
+"""What a language model learns to answer: numbered questions about pictures and texts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ QUESTIONS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Question:
-    """A question about a picture (uint8 [H, W, 3]), the answer that is right, and its kind."""
+    """A question about a picture (uint8 [H, W, 3]; None: about a text), the answer that is right, and its kind."""
 
-    image: np.ndarray
+    image: np.ndarray | None
     question: str
     answer: str
     tag: str = ""

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from unipic2_jax.data.questions import Question
 from unipic2_jax.pipelines.chat import ChatModel
+from unipic2_jax.pipelines.vlm import user_message
 
 # Held-out questions are numbered by this seed, which training never uses.
 HELD_OUT_SEED = 2**31 + 1
@@ -20,8 +21,8 @@ ACCURACY_GATE = 0.9
 
 def conversation(question: Question) -> list[dict[str, Any]]:
     """What the model is asked."""
-    picture = {"type": "image", "image": Image.fromarray(question.image)}
-    return [{"role": "user", "content": [picture, {"type": "text", "text": question.question}]}]
+    pictures = [] if question.image is None else [Image.fromarray(question.image)]
+    return [user_message(pictures, question.question)]
 
 
 def answer_questions(

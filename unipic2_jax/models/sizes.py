@@ -110,22 +110,22 @@ TINY_METAQUERY = ModelSizes(
     vae=TINY.vae,
     conditioner=MetaQueryConfig(
         num_queries=16,
-        llm_hidden_size=128,
+        llm_hidden_size=112,
         pooled_projection_dim=128,
         joint_attention_dim=128,
         connector_config=ConnectorConfig(
-            hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4
+            hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
         ),
     ),
     vlm=Qwen2_5_VLConfig(
         vocab_size=568,
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=112,
+        intermediate_size=224,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        mrope_section=(4, 6, 6),
+        mrope_section=(4, 5, 5),
         tie_word_embeddings=True,
         bos_token_id=561,
         eos_token_id=563,
@@ -136,12 +136,12 @@ TINY_METAQUERY = ModelSizes(
         # 48 x 48 pixels are 6 x 6 patches are 3 x 3 merged tokens, one for each cell.
         vision_config=Qwen2_5_VLVisionConfig(
             depth=4,
-            hidden_size=96,
-            intermediate_size=192,
+            hidden_size=80,
+            intermediate_size=160,
             num_heads=4,
             patch_size=8,
             window_size=32,
-            out_hidden_size=128,
+            out_hidden_size=112,
             fullatt_block_indexes=(1, 3),
         ),
     ),

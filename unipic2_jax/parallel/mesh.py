@@ -26,6 +26,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def split(mesh: Mesh, abstract: Any) -> Any:
+    """Shardings for a tree of parameters too large for one device: each leaf is split along its longest axis that the
+    devices divide, and replicated when there is none.
+    """
+    size = mesh.shape["data"]
+
+    def place(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
+        if not axes:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
+
+    return jax.tree.map(place, abstract)
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Places a pytree of host arrays on the mesh, split along their leading axis.
 

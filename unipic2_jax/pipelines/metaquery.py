@@ -6,6 +6,7 @@ Original: UniPic 2.0's scripts `unipic2_mq_t2i.py` and `unipic2_mq_editing.py`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +18,10 @@ import numpy as np
 from einops import rearrange
 
 from unipic2_jax.models.connector import MetaQuery
-from unipic2_jax.models.qwen import Qwen2_5_VL, example_inputs
+from unipic2_jax.models.qwen import Qwen2_5_VL, example_inputs, init_cache
 from unipic2_jax.pipelines.conditioner import check_prompts
 from unipic2_jax.pipelines.images import to_pil
-from unipic2_jax.pipelines.vlm import VLMInput, VLMProcessor
+from unipic2_jax.pipelines.vlm import VLMInput, VLMProcessor, user_message
 
 T2I_TEMPLATE = "Generate an image: {prompt}"
 EDIT_NEGATIVE = (
@@ -121,7 +122,7 @@ class MetaQueryConditioner:
         pixels = np.prod([edge * self.vision_scale for edge in sizes.pop()]) if sizes else None
         texts = (text if row else T2I_TEMPLATE.format(prompt=text) for row, text in zip(rows, prompts))
         return self.processor(
-            [[_message(row, text)] for row, text in zip(rows, texts)],
+            [[user_message(row, text)] for row, text in zip(rows, texts)],
             system_prompt=False,
             mrope=self.positions == "mrope",
             pixels=pixels,
@@ -129,20 +130,24 @@ class MetaQueryConditioner:
         )
 
     def apply(self, params: dict[str, Any], tokens: VLMInput) -> tuple[jax.Array, jax.Array]:
-        """Encodes what `tokenize` gave: context [B, S, J] and pooled [B, P]."""
+        """Encodes what `tokenize` gave: context [B, S, J] and pooled [B, P].
+
+        The prompt is read first, then the queries over its cache: nothing that is learned comes before the queries, so
+        training goes back through their few places only.
+        """
         vlm, connector = {"params": params["vlm"]}, {"params": params["conditioner"]}
-        batch, count = tokens.input_ids.shape[0], self.context_length
+        (batch, length), count = tokens.input_ids.shape, self.context_length
+        decode = functools.partial(self.vlm.apply, vlm, method="decode")
         embeddings = self.vlm.apply(vlm, tokens.input_ids, tokens.vision, method="embed")
         queries = self.connector.apply(connector, batch, method="queries").astype(embeddings.dtype)
         # The queries are ordinary places behind the prompt.
         before = rearrange(jnp.asarray(tokens.positions), "b three t -> three b t")
         following = before.max(axis=(0, 2))[:, None] + 1 + jnp.arange(count)
-        positions = jnp.concatenate([before, jnp.broadcast_to(following, (3, batch, count))], axis=-1)
         valid = jnp.concatenate([tokens.valid, jnp.ones((batch, count), bool)], axis=-1)
-        hidden, _ = self.vlm.apply(
-            vlm, jnp.concatenate([embeddings, queries], axis=1), positions, valid, method="decode"
-        )
-        return self.connector.apply(connector, hidden[:, -count:])
+        cache = init_cache(self.vlm.config, batch, length + count, self.vlm.dtype)
+        _, cache = decode(embeddings, before, valid, cache, 0)
+        hidden, _ = decode(queries, jnp.broadcast_to(following, (3, batch, count)), valid, cache, length)
+        return self.connector.apply(connector, hidden)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters of both networks."""
@@ -156,8 +161,3 @@ class MetaQueryConditioner:
     def save_tokenizers(self, folder: str | os.PathLike) -> None:
         """Writes the processor into `vlm/`."""
         self.processor.save(Path(folder) / "vlm")
-
-
-def _message(pictures: Sequence[Any], text: str) -> dict[str, Any]:
-    content = [{"type": "image", "image": picture} for picture in pictures]
-    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}

@@ -40,6 +40,12 @@ class VLMInput(NamedTuple):
     vision: VisionInput | None
 
 
+def user_message(pictures: Sequence[Any], text: str) -> dict[str, Any]:
+    """A message of the user's: pictures, then text."""
+    content = [{"type": "image", "image": picture} for picture in pictures]
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+
+
 def pixel_limits(least: int, most: int) -> dict[str, int]:
     """How transformers' image processor of Qwen2-VL writes limits on an image's number of pixels."""
     return {"shortest_edge": least, "longest_edge": most}

@@ -23,6 +23,11 @@ from unipic2_jax.training.stage import Stage, StageContext
 from unipic2_jax.training.vlm import answer_loss
 
 ENCODE_BATCH = 256
+# How a question is put: as `launch.chat` does, or as `pipelines.metaquery` puts prompts.
+FORMS = {
+    "chat": {"system_prompt": True, "mrope": True},
+    "conditioner": {"system_prompt": False, "mrope": False},
+}
 
 
 class VLMState(NamedTuple):
@@ -46,6 +51,7 @@ class VLMStage(Stage):
         config.max_new_tokens = 48
         config.pool = 1024  # questions that are prepared once and drawn from
         config.text_length = 64  # tokens of question, answer and template, images not counted
+        config.forms = ("chat",)  # of FORMS, used in turn
         config.batch_size = 64
         config.ema_decay = 0.99
         del config.optimizer["trainable"]
@@ -58,6 +64,8 @@ class VLMStage(Stage):
             make_questions(source, 0).question(0)
         if config.pool % ENCODE_BATCH:
             raise ConfigError(f"pool is {config.pool}; make it a multiple of {ENCODE_BATCH}.")
+        if not config.forms or set(config.forms) - FORMS.keys():
+            raise ConfigError(f"forms is {tuple(config.forms)}; use some of {', '.join(FORMS)}.")
         make_optimizer(config.optimizer, config.steps)
         shard_batch(np.zeros(config.batch_size), mesh)
 
@@ -65,7 +73,9 @@ class VLMStage(Stage):
         super().__init__(config, bundle, context)
         if "vlm" not in bundle.conditioner.modules:
             raise ConfigError("a stage of kind 'vlm' needs a MetaQuery model; this one has text encoders.")
-        self.vlm, self.processor = bundle.conditioner.vlm, bundle.conditioner.processor
+        # Computing a layer again costs less than moving its activations through memory, on a CPU too.
+        self.vlm = bundle.conditioner.vlm.clone(remat=True)
+        self.processor = bundle.conditioner.processor
         self.questions = make_questions(config.data, context.data_seed())
         heldout = make_questions(config.heldout, HELD_OUT_SEED)
         self.heldout = [heldout.question(index) for index in range(config.measure)]
@@ -80,7 +90,8 @@ class VLMStage(Stage):
             for start in tqdm(range(0, self.config.pool, ENCODE_BATCH), desc="preparing questions", disable=None):
                 asked = [self.questions.question(start + i) for i in range(ENCODE_BATCH)]
                 answers = [question.answer for question in asked]
-                options = {"text_length": self.config.text_length}
+                form = FORMS[self.config.forms[start // ENCODE_BATCH % len(self.config.forms)]]
+                options = {"text_length": self.config.text_length, **form}
                 parts.append(self.processor.with_answers([conversation(q) for q in asked], answers, **options))
             self.pool = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         return self.pool

@@ -1,4 +1,4 @@
-"""Questions about scenes of the shapes world, with the one answer that counts as right."""
+"""Questions about scenes and prompts of the shapes world, with the one answer that counts as right."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from unipic2_jax.data.shapes.prompts import PLURALS, shows_held_out
+from unipic2_jax.data.shapes.edits import random_edit
+from unipic2_jax.data.shapes.prompts import PLURALS, random_prompt, shows_held_out
 from unipic2_jax.data.shapes.world import CELL_NAMES, CLASSES, Scene, Thing, random_scene
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
@@ -17,9 +18,9 @@ MAX_THINGS = 4
 
 @dataclasses.dataclass(frozen=True)
 class ShapesQuestion:
-    """A question about what `scene` shows, its answer, and its kind (one of `QUESTION_TAGS`)."""
+    """A question about what `scene` shows (None: about a text alone), its answer, and its kind (one of `QUESTION_TAGS`)."""
 
-    scene: Scene
+    scene: Scene | None
     tag: str
     question: str
     answer: str
@@ -81,8 +82,33 @@ def _read(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
     return "list every object.", ", ".join(describe(thing, size=True) for thing in scene.things)
 
 
-_MAKERS = {"caption": _caption, "count": _count, "where": _where, "color": _color, "box": _box, "read": _read}
-QUESTION_TAGS = tuple(_MAKERS)
+def _ground(rng: np.random.Generator, split: str) -> tuple[Scene, str, str]:
+    """An instruction; the answer says where the objects are that it names."""
+    edit = random_edit(rng, None, split)
+    answer = edit.prompt
+    for thing in edit.source.things:
+        answer = answer.replace(f"the {thing.name}", f"the {describe(thing)}")
+    return edit.source, f"locate: {edit.prompt}", answer
+
+
+def _parse(rng: np.random.Generator, split: str) -> tuple[None, str, str]:
+    """A request for a picture; the answer says what it asks for, object by object."""
+    metadata = random_prompt(rng, None, split).metadata
+    parts = []
+    for clause in metadata["include"]:
+        words = (NUMBER_WORDS[clause["count"]], clause.get("size"), clause.get("color"), clause["class"])
+        parts.append(" ".join(word for word in words if word))
+        if "position" in clause:
+            relation, other = clause["position"]
+            parts[-1] += f" {relation} the {metadata['include'][other]['class']}"
+    if "background" in metadata:
+        parts.append(f"on {metadata['background']}")
+    return None, f"list: {metadata['prompt']}", ", ".join(parts)
+
+
+_SCENE_MAKERS = {"caption": _caption, "count": _count, "where": _where, "color": _color, "box": _box, "read": _read}
+_TEXT_MAKERS = {"ground": _ground, "parse": _parse}
+QUESTION_TAGS = (*_SCENE_MAKERS, *_TEXT_MAKERS)
 # Words of questions and answers that no prompt has.
 QUESTION_WORDS = (
     *(
@@ -107,16 +133,22 @@ QUESTION_WORDS = (
 
 
 def random_question(rng: np.random.Generator, tag: str | None = None, split: str = "train") -> ShapesQuestion:
-    """A question of a kind (any by default). Scenes of 'heldout' show a combination that is held out, those of 'train' none.
+    """A question of a kind (any by default).
+
+    In 'train' neither a scene nor a prompt or an instruction shows a held-out combination. In 'heldout' the scene shows one,
+    or the prompt or instruction asks for one.
 
     Raises:
       ValueError: for an unknown kind or split.
     """
-    if tag is not None and tag not in _MAKERS:
+    if tag is not None and tag not in QUESTION_TAGS:
         raise ValueError(f"'{tag}' is not a kind of question; use one of {', '.join(QUESTION_TAGS)}.")
     if split not in ("train", "heldout"):
         raise ValueError(f"'{split}' is not a split of the shapes world; use 'train' or 'heldout'.")
     tag = QUESTION_TAGS[rng.integers(len(QUESTION_TAGS))] if tag is None else tag
+    if tag in _TEXT_MAKERS:
+        scene, question, answer = _TEXT_MAKERS[tag](rng, split)
+        return ShapesQuestion(scene, tag, question, answer)
     while True:
         scene = random_scene(rng, int(rng.integers(1, MAX_THINGS + 1)))
         if tag == "count" and rng.integers(2):
@@ -125,5 +157,5 @@ def random_question(rng: np.random.Generator, tag: str | None = None, split: str
             scene = Scene(scene.background, tuple(dataclasses.replace(thing, shape=shape) for thing in scene.things))
         if shows_held_out(scene) != (split == "heldout"):
             continue
-        if made := _MAKERS[tag](rng, scene):
+        if made := _SCENE_MAKERS[tag](rng, scene):
             return ShapesQuestion(scene, tag, *made)

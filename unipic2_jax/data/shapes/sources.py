@@ -87,10 +87,10 @@ class ShapesExamples:
 
 
 class ShapesQuestions:
-    """Questions about scenes, one kind after the other.
+    """Questions about scenes and prompts, one kind after the other.
 
     Attributes:
-      split: 'train', or 'heldout' for scenes that show a combination that no training scene shows.
+      split: 'train', or 'heldout' for scenes and prompts with a combination that none in training has.
     """
 
     def __init__(self, seed: int = 0, split: str = "train"):
@@ -100,4 +100,5 @@ class ShapesQuestions:
         """Question number `index`."""
         rng = np.random.default_rng([self.seed, self.split == "heldout", index])
         found = random_question(rng, QUESTION_TAGS[index % len(QUESTION_TAGS)], self.split)
-        return Question(render(found.scene), found.question, found.answer, found.tag)
+        image = None if found.scene is None else render(found.scene)
+        return Question(image, found.question, found.answer, found.tag)
