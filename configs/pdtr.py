@@ -5,6 +5,7 @@
     --config.init=DIR --config.stages.edit.source.path=edits.jsonl --config.stages.t2i.source.path=prompts.jsonl
 
 `configs/pdtr.py:model=metaquery` is the same for a MetaQuery model; `--config.vlm=DIR` names its Qwen2.5-VL.
+`configs/pdtr.py:tiny,model=metaquery` reinforces UniPic2-Tiny-MetaQuery.
 
 `configs/pdtr.py:tiny` is the same two stages on the shipped UniPic2-Tiny in the shapes world, in minutes on a CPU;
 `configs/pdtr.py:tiny,long` gives it about half an hour, `configs/pdtr.py:tiny,smoke` a few seconds.
@@ -13,7 +14,7 @@
 from ml_collections import ConfigDict
 
 from configs.shapes import SIZE, evaluations
-from unipic2_jax.pipelines import TINY
+from unipic2_jax.pipelines import TINY, TINY_METAQUERY
 from unipic2_jax.pipelines.metaquery import EDIT_NEGATIVE
 from unipic2_jax.training.config import make_config
 
@@ -82,19 +83,18 @@ def get_config(arg: str = "") -> ConfigDict:
     words = {word for word in arg.split(",") if word}
     if unknown := words - {"tiny", "long", "smoke", "model=metaquery"}:
         raise ValueError(
-            f"configs/pdtr.py has no variant '{unknown.pop()}'; combine tiny, long and smoke, or take model=metaquery."
+            f"configs/pdtr.py has no variant '{unknown.pop()}'; combine tiny, long, smoke and model=metaquery."
         )
+    metaquery = "model=metaquery" in words
     if "tiny" not in words:
-        metaquery = "model=metaquery" in words
         negatives = {"edit": EDIT_NEGATIVE if metaquery else "", "t2i": ""}
         stages = {task: full_stage(task, negative) for task, negative in negatives.items()}
         model = {"model": "unipic2_metaquery", "vlm_dtype": "bfloat16"} if metaquery else {"model": "sd35_medium"}
         return make_config({"init": None, **model, "schedule": ("edit", "t2i"), "stages": stages})
-    if "model=metaquery" in words:
-        raise ValueError("There is no tiny MetaQuery model yet; leave out tiny or model=metaquery.")
     smoke, long = "smoke" in words, "long" in words
     length = LENGTH["smoke" if smoke else "long" if long else "demo"]
     stages = {task: tiny_stage(task, *length[task], 2 if smoke else 14) for task in ("edit", "t2i")}
     for stage in stages.values():
         stage["evaluations"] = evaluations(6, 1) if smoke else evaluations(750, 2)
-    return make_config({"init": str(TINY), "model": "tiny", "schedule": ("edit", "t2i"), "stages": stages})
+    model = {"init": TINY_METAQUERY, "model": "tiny_metaquery"} if metaquery else {"init": TINY, "model": "tiny"}
+    return make_config({**model, "schedule": ("edit", "t2i"), "stages": stages})

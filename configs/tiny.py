@@ -7,10 +7,8 @@ and draws more of what is still wrong: positions, colour binding, moves, and mov
 
 from ml_collections import ConfigDict
 
-from configs.shapes import evaluations
+from configs.shapes import HARD, evaluations
 from unipic2_jax.training.config import make_config
-
-HARD = {"position": 3.0, "color_attr": 3.0, "two_object": 2.0, "counting": 2.0, "move": 6.0, "arrange": 6.0}
 
 
 def flow_stage(steps: int, smoke: bool, **fields) -> dict:

@@ -6,15 +6,15 @@ language model stays as it is. `--config.parts.vlm=DIR` names its folder.
 
 from ml_collections import ConfigDict
 
-from configs.shapes import evaluations
+from configs.shapes import HARD, evaluations
 from unipic2_jax.pipelines import TINY
 from unipic2_jax.training.config import make_config
 
 CONNECTOR, WITH_TRANSFORMER = "^conditioner/conditioner/", "^(conditioner/conditioner|transformer)/"
 
 
-def flow_stage(trainable: str, steps: int, lr: float, smoke: bool) -> dict:
-    """A stage of flow matching on both tasks, alternating."""
+def flow_stage(trainable: str, steps: int, lr: float, smoke: bool, **fields) -> dict:
+    """A stage of flow matching on both tasks."""
     steps = 4 if smoke else steps
     return {
         "kind": "flow",
@@ -22,7 +22,7 @@ def flow_stage(trainable: str, steps: int, lr: float, smoke: bool) -> dict:
         "save_every": 500,
         "log_every": 10,
         "data": {"kind": "shapes"},
-        "pool": 256 if smoke else 40960,
+        "pool": 256 if smoke else 20480,
         "batch_size": 8 if smoke else 64,
         "caption_dropout": {"t2i": 0.1, "edit": 0.1},
         "timesteps": {"kind": "logit_normal", "shift": 5.0},
@@ -34,20 +34,23 @@ def flow_stage(trainable: str, steps: int, lr: float, smoke: bool) -> dict:
             "weight_decay": 0.02,
             "trainable": trainable,
         },
+        **fields,
     }
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is empty, or 'smoke' for a few steps."""
     smoke = {"": False, "smoke": True}[arg]
+    # Editing comes back soon, since the transformer can do it; text-to-image has more to gain.
+    mixture = {"data": {"kind": "shapes", "weights": HARD}, "tasks": ("t2i", "t2i", "edit")}
     return make_config(
         {
             "model": "tiny_metaquery",
-            "parts": {"transformer": f"{TINY}/transformer", "vae": f"{TINY}/vae", "vlm": "runs/tiny_vlm/export/vlm"},
+            "parts": {"transformer": f"{TINY}/transformer", "vae": f"{TINY}/vae", "vlm": "runs/tiny_vlm/half/vlm"},
             "schedule": ("connector", "unified"),
             "stages": {
-                "connector": flow_stage(CONNECTOR, 4000, 1e-3, smoke),
-                "unified": flow_stage(WITH_TRANSFORMER, 4000, 5e-4, smoke),
+                "connector": flow_stage(CONNECTOR, 1500, 1e-3, smoke),
+                "unified": flow_stage(WITH_TRANSFORMER, 4500, 5e-4, smoke, **mixture),
             },
         }
     )

@@ -8,7 +8,7 @@ from unipic2_jax.training.config import make_config
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is empty, or 'smoke' for a few steps."""
     smoke = {"": False, "smoke": True}[arg]
-    steps = 4 if smoke else 5000
+    steps = 4 if smoke else 4500
     vlm = {
         "kind": "vlm",
         "steps": steps,
@@ -22,8 +22,10 @@ def get_config(arg: str = "") -> ConfigDict:
         # Later it reads prompts without the template's first lines and in plain positions; so small a model has to be used to it.
         "forms": ("chat", "conditioner"),
         "text_length": 62,
+        # Or the one word that says a colour or a size would hardly count beside lists and boxes.
+        "equal_answers": True,
         "optimizer": {
-            "lr": 1e-3,
+            "lr": 2e-3,
             "schedule": "trapezoid",
             "warmup": min(200, steps // 2),
             "weight_decay": 0.02,

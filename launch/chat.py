@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
         "seed": SEED.value,
     }
     model = ChatModel.load(MODEL.value, DTYPE.value)
+    print(f"{MODEL.value}: {model.description}", file=sys.stderr)
     conversation: list[dict] = []
 
     def ask(question: str, on_text) -> str:

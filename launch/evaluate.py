@@ -1,6 +1,6 @@
 """Scores a model.
 
-python -m launch.evaluate --suite=shapes [--model=DIR] [--reconstruct] [--gates] [--out=DIR]    # draws and edits
+python -m launch.evaluate --suite=shapes [--model=DIR] [--reconstruct] [--gates] [--baseline=JSON] [--out=DIR]    # draws and edits
 python -m launch.evaluate --suite=shapes-vqa --model=DIR [--gates] [--out=DIR]                  # understands
 """
 
@@ -20,6 +20,9 @@ _MODEL = flags.DEFINE_string("model", str(TINY), "Folder of the model in diffuse
 _OUT = flags.DEFINE_string("out", None, "Folder that receives scores.json, and contact sheets or answers.jsonl.")
 _RECONSTRUCT = flags.DEFINE_bool("reconstruct", False, "Measure the autoencoder alone: which scenes stay readable.")
 _GATES = flags.DEFINE_bool("gates", False, "Exit with 1 unless the scores lie where a checkpoint for RL must lie.")
+_BASELINE = flags.DEFINE_string(
+    "baseline", None, "scores.json of another model (from its --out): the gates are then to be no worse."
+)
 _QUESTIONS = flags.DEFINE_integer("questions", 600, "Held-out questions of shapes-vqa.", lower_bound=1)
 _PROMPTS = flags.DEFINE_integer("prompts", 200, "Held-out prompts per task.", lower_bound=1)
 _SAMPLES = flags.DEFINE_integer("samples", 4, "Pictures per prompt.", lower_bound=1)
@@ -63,6 +66,7 @@ def _score_pictures() -> list[str]:
     from unipic2_jax.evaluation import shapes
     from unipic2_jax.pipelines.bundle import load_bundle
 
+    baseline = _read_baseline()
     bundle = load_bundle(_MODEL.value)
     missed: list[str] = []
     if _RECONSTRUCT.value:
@@ -77,11 +81,23 @@ def _score_pictures() -> list[str]:
         if found.decoded < shapes.READABLE_GATE:
             missed.append(f"The VAE keeps {found.decoded:.3f} of scenes readable, fewer than {shapes.READABLE_GATE}.")
     else:
-        missed = _score_tasks(bundle)
+        missed = _score_tasks(bundle, baseline)
     return missed
 
 
-def _score_tasks(bundle) -> list[str]:
+def _read_baseline() -> dict | None:
+    if _BASELINE.value is None:
+        return None
+    try:
+        scores = json.loads(Path(_BASELINE.value).read_text())
+        return {task: dict(scores[task]) for task in ("t2i", "edit")}
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{_BASELINE.value} holds no scores of both tasks; give the scores.json that --out of another model wrote."
+        ) from error
+
+
+def _score_tasks(bundle, baseline: dict | None) -> list[str]:
     from configs.shapes import evaluations
     from unipic2_jax.evaluation import shapes
     from unipic2_jax.parallel.mesh import make_mesh
@@ -101,7 +117,10 @@ def _score_tasks(bundle) -> list[str]:
         print(f"{'':16}{'correct':>10}" + (f"{'instruction':>13}" if task == "edit" else ""))
         for tag, value in strict.items():
             print(f"{tag:16}{value:10.3f}" + (f"{gated[tag]:13.3f}" if task == "edit" else ""))
-        missed += shapes.failed_gates(gated, "GenEval-shapes" if task == "t2i" else "Instruction success")
+        if baseline is None:
+            missed += shapes.failed_gates(gated, "GenEval-shapes" if task == "t2i" else "Instruction success")
+        elif strict["overall"] < (other := shapes.summarize(task, baseline[task], "correct")["overall"]):
+            missed.append(f"{task} is {strict['overall']:.3f}, below the baseline's {other:.3f}.")
         if out:
             for name, picture in result["images"].items():
                 picture.save(out / f"{name}.png")

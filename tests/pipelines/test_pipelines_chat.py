@@ -78,6 +78,7 @@ def test_the_command_answers_once_or_line_by_line(folder, picture):
     (answer,) = ChatModel.load(folder)([user(Image.open(picture), "what is it?")], **options)
     once = command("chat", f"model={folder}", f"image={picture}", "prompt=what is it?", "max_new_tokens=6")
     assert once.returncode == 0 and once.stdout.strip() == answer, once.stderr
+    assert once.stderr.strip().endswith("Qwen2.5-VL of 3 layers")
     talk = command(
         "chat", f"model={folder}", f"images={picture}", "max_new_tokens=6", text_in="what is it?\nand then?\n\n"
     )

@@ -118,7 +118,9 @@ STREAM = """
 def test_loading_the_files_of_7b_streams(tmp_path):
     """All 729 names of the published files, narrow layers and the whole vocabulary, in shards of 32 MiB, onto 8 devices."""
     total, largest, peak, files = run(STREAM, tmp_path)
-    print(f"{total / 1e6:.0f} MB in {files:.0f} files, the largest leaf {largest / 1e6:.0f} MB: peak {peak / 1e6:.0f} MB")
+    print(
+        f"{total / 1e6:.0f} MB in {files:.0f} files, the largest leaf {largest / 1e6:.0f} MB: peak {peak / 1e6:.0f} MB"
+    )
     assert files > 3
     # The parameters themselves, and never more than the leaf that is on its way (a copy of it, and its parts).
     assert peak < total + 2.2 * largest

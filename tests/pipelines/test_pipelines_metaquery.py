@@ -153,21 +153,23 @@ def test_context_and_pooled_equal_the_published_steps(edit):
         assert np.abs(changed[0] - got[0]).max() > 1e-3
 
 
+SIZES = dataclasses.replace(
+    TEXT_SIZES,
+    **{name: None for name in TEXT_SIZES.networks if name.startswith("text_encoder")},
+    conditioner=dataclasses.replace(
+        CONNECTOR,
+        joint_attention_dim=TEXT_SIZES.transformer.joint_attention_dim,
+        pooled_projection_dim=TEXT_SIZES.transformer.pooled_projection_dim,
+    ),
+    vlm=CONFIG,
+    settings={"vision_scale": 1.0, "max_sequence_length": 90, "edit_negative": "bad"},
+)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A whole model of small networks with MetaQuery's conditioner, saved."""
-    sizes = dataclasses.replace(
-        TEXT_SIZES,
-        **{name: None for name in TEXT_SIZES.networks if name.startswith("text_encoder")},
-        conditioner=dataclasses.replace(
-            CONNECTOR,
-            joint_attention_dim=TEXT_SIZES.transformer.joint_attention_dim,
-            pooled_projection_dim=TEXT_SIZES.transformer.pooled_projection_dim,
-        ),
-        vlm=CONFIG,
-        settings={"vision_scale": 1.0, "max_sequence_length": 90, "edit_negative": "bad"},
-    )
-    made = small_bundle(sizes, tokenizers=PROCESSOR)
+    made = small_bundle(SIZES, tokenizers=PROCESSOR)
     return bundles.save_bundle(made, tmp_path_factory.mktemp("metaquery") / "model"), made
 
 
@@ -198,6 +200,18 @@ def test_the_pipeline_takes_either_conditioner(folder):
     assert np.abs(edits[0] - plain).max() > 1e-5  # an edit has a negative prompt of its own
 
 
+def test_a_prompt_is_read_once_however_many_pictures_it_gives(folder):
+    pipe = pipelines.load(folder[0])
+    read, encode = [], pipe._encode_text
+    pipe._encode_text = lambda params, tokens: read.append(len(tokens.input_ids)) or encode(params, tokens)
+    options = {"num_inference_steps": 1, "height": 16, "width": 16, "num_images_per_prompt": 3, "output_type": "np"}
+    image = picture(16, 16)
+    one_by_one = pipe(["red", "blue"], image=image, batch_size=1, **options).images
+    assert read == [2, 1]  # 'red' and what edits should not be, then 'blue'
+    together = pipe(["red", "blue"], image=image, **options).images
+    np.testing.assert_allclose(one_by_one, together, atol=1e-4)
+
+
 def test_conversion_keeps_names_and_bits(folder, tmp_path):
     convert.from_torch(folder[0], tmp_path / "native")
     convert.to_torch(tmp_path / "native", tmp_path / "back")
@@ -219,3 +233,31 @@ def test_folders_that_lack_a_part_say_which(folder, tmp_path):
     shutil.rmtree(tmp_path / "model/vlm")
     with pytest.raises(FileNotFoundError, match="lacks the folder vlm/"):
         bundles.load_bundle(tmp_path / "model")
+
+
+def test_a_model_is_put_together_from_parts(folder, tmp_path):
+    folder, made = folder
+    parts = {name: folder / name for name in ("transformer", "vae", "vlm")}
+    new = bundles.init_bundle(SIZES, seed=3, parts=parts)
+    given, old = new.params, made.params
+    for a, b in (
+        (given["transformer"], old["transformer"]),
+        (given["vae"], old["vae"]),
+        (given["conditioner"]["vlm"], old["conditioner"]["vlm"]),
+    ):
+        assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    queries = [tree["conditioner"]["conditioner"]["meta_queries"] for tree in (given, old)]
+    assert queries[0].shape == queries[1].shape and not np.array_equal(*queries)
+    # The tokenizer comes with the language model.
+    assert (new.conditioner.tokenize(["a"]).input_ids == made.conditioner.tokenize(["a"]).input_ids).all()
+    with pytest.raises(ValueError, match="has no part 'text_encoder'; it has transformer, vae, conditioner, vlm"):
+        bundles.init_bundle(SIZES, parts={"text_encoder": folder / "vlm"})
+    with pytest.raises(FileNotFoundError, match="nowhere has no config.json; name the folder of one network"):
+        bundles.init_bundle(SIZES, parts={"vlm": tmp_path / "nowhere"})
+    # A language model of another width than the conditioner reads.
+    wide = tmp_path / "wide"
+    shutil.copytree(folder / "vlm", wide)
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "hidden_size": 128, "intermediate_size": 96}))
+    with pytest.raises(ValueError, match="the language model gives 128; they are from different models"):
+        bundles.init_bundle(SIZES, parts={"vlm": wide})

@@ -268,7 +268,7 @@ class Qwen2_5_VL(nn.Module):
         c = self.config
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.visual = VisionTower(c.vision_config, **kinds, remat=self.remat)
-        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=KERNEL_INIT, **kinds)
+        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, **kinds)
         layers = nn.scan(
             nn.remat(QwenLayer, prevent_cse=False) if self.remat else QwenLayer,
             variable_axes={"params": 0},

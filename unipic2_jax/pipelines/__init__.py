@@ -11,10 +11,22 @@ from jax.sharding import Mesh
 from unipic2_jax.pipelines.bundle import Bundle, init_bundle, load_bundle, save_bundle
 from unipic2_jax.pipelines.pipeline import Pipeline, PipelineOutput
 
-# The pretrained tiny model that ships with the project.
-TINY = str(Path(__file__).resolve().parents[1] / "assets" / "tiny")
+# The pretrained tiny models that ship with the project: with text encoders, and with a language model that sees.
+TINY, TINY_METAQUERY = (
+    str(Path(__file__).resolve().parents[1] / "assets" / name) for name in ("tiny", "tiny_metaquery")
+)
 
-__all__ = ["TINY", "Bundle", "Pipeline", "PipelineOutput", "init_bundle", "load", "load_bundle", "save_bundle"]
+__all__ = [
+    "TINY",
+    "TINY_METAQUERY",
+    "Bundle",
+    "Pipeline",
+    "PipelineOutput",
+    "init_bundle",
+    "load",
+    "load_bundle",
+    "save_bundle",
+]
 
 
 def load(

@@ -34,11 +34,19 @@ class ChatModel:
     Attributes:
       module, params: the network and its parameters.
       processor: prepares conversations.
+      is_part: whether it was found in a MetaQuery model's folder.
     """
 
     module: Qwen2_5_VL
     params: Any
     processor: VLMProcessor
+    is_part: bool = False
+
+    @property
+    def description(self) -> str:
+        """What answers."""
+        name = f"Qwen2.5-VL of {self.module.config.num_hidden_layers} layers"
+        return f"MetaQuery ({name})" if self.is_part else name
 
     @classmethod
     def load(cls, source: str | os.PathLike, dtype: Any = None) -> Self:
@@ -49,7 +57,7 @@ class ChatModel:
           ValueError: when the folder holds a model without a language model, or a file is damaged.
         """
         folder = find_model(source, VLM_PATTERNS)
-        if (folder / "vlm").is_dir():
+        if is_part := (folder / "vlm").is_dir():
             folder = folder / "vlm"
         elif (folder / "transformer").is_dir():
             kind = "no vlm/ beside its conditioner" if (folder / "conditioner").is_dir() else "text encoders only"
@@ -60,7 +68,7 @@ class ChatModel:
         dtype = check_dtype(dtype)
         processor = VLMProcessor.load(folder, config)
         params = native.load_component(folder, qwen.rules(config), network.abstract(config), None, dtype)
-        return cls(Qwen2_5_VL(config, dtype=dtype, param_dtype=dtype), params, processor)
+        return cls(Qwen2_5_VL(config, dtype=dtype, param_dtype=dtype), params, processor, is_part)
 
     def __call__(
         self,

@@ -57,6 +57,7 @@ class _Settings:
     resize_references: bool
     as_latents: bool
     segments: int  # into how many programs the sampling loop is cut
+    encoded: dict[Any, tuple[np.ndarray, np.ndarray]]  # what `_text` has encoded so far in this call
 
 
 class Pipeline:
@@ -150,6 +151,7 @@ class Pipeline:
             resize_references=resize_references,
             as_latents=output_type == "latent",
             segments=_segments(num_inference_steps) if progress else 1,
+            encoded={},
         )
         requests = self._requests(
             prompt, image, negative_prompt, height, width, seed, num_images_per_prompt, latents, output_type
@@ -274,7 +276,7 @@ class Pipeline:
         texts = [(request.prompt, request) for request in requests]
         if guided:
             texts += [(request.negative, request) for request in requests]
-        both = self._text(texts, settings.params["conditioner"])
+        both = self._text(texts, settings)
         conditioning = jax.tree.map(lambda x: x[: len(requests)], both)
         unconditional = jax.tree.map(lambda x: x[len(requests) :], both) if guided else None
         references, sizes = self._reference_latents(requests, settings, keys)
@@ -303,14 +305,18 @@ class Pipeline:
             return np.asarray(latents)
         return pictures.to_unit(self._decode(settings.params["vae"], latents))
 
-    def _text(self, texts: list[tuple[str, _Request]], params: Any) -> sampling.Conditioning:
-        """Encodes each different text, with what it is about, once: (context [B, S, J], pooled [B, P])."""
-        conditioner = self.bundle.conditioner
+    def _text(self, texts: list[tuple[str, _Request]], settings: _Settings) -> sampling.Conditioning:
+        """(context [B, S, J], pooled [B, P]); each different text, with what it is about, is encoded once in a call."""
+        conditioner, encoded = self.bundle.conditioner, settings.encoded
         read = lambda request: request.references if conditioner.reads_images else ()
-        unique, index = _unique(texts, key=lambda item: (item[0], *map(id, read(item[1]))))
-        images = [[pictures.resized(image, *request.size) for image in read(request)] for _, request in unique]
-        context, pooled = self._encode_text(params, conditioner.tokenize([text for text, _ in unique], images))
-        return context[index], pooled[index]
+        keys = [(text, *map(id, read(request)), *(request.size if read(request) else ())) for text, request in texts]
+        if new := {key: item for key, item in zip(keys, texts) if key not in encoded}:
+            items, _ = _unique(list(new.values()), key=id)
+            images = [[pictures.resized(image, *request.size) for image in read(request)] for _, request in items]
+            tokens = conditioner.tokenize([text for text, _ in items], images)
+            encoded.update(zip(new, zip(*map(np.asarray, self._encode_text(settings.params["conditioner"], tokens)))))
+        context, pooled = zip(*(encoded[key] for key in keys))
+        return np.stack(context), np.stack(pooled)
 
     def _reference_latents(
         self, requests: list[_Request], settings: _Settings, keys: jax.Array

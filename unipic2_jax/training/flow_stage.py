@@ -79,7 +79,7 @@ class FlowStage(Stage):
         self.sampling = TimestepSampling(**config.timesteps)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.trained, self.frozen = split_params(bundle.params, config.optimizer.trainable)
-        self.empty = None if bundle.conditioner.reads_images else bundle.conditioner.tokenize([""])
+        self.empty = bundle.conditioner.tokenize([""])
         self._encode = jax.jit(lambda params, images: encode_images(bundle.vae, params, from_uint8(images)))
         self._step = jax.jit(self._train_step, static_argnames="task")
         self.evaluators = [
@@ -96,12 +96,14 @@ class FlowStage(Stage):
     def _tokens(self, examples: list[Example]) -> dict[str, Any]:
         """Tokens of the prompts, and where they are read together with images also those of no prompt."""
         conditioner, prompts = self.bundle.conditioner, [example.prompt for example in examples]
-        if not conditioner.reads_images:
+        if not conditioner.reads_images or not examples[0].references:
             return {"tokens": conditioner.tokenize(prompts)}
         count, images = len(examples), [example.references for example in examples]
         both = conditioner.tokenize([*prompts, *[""] * count], images * 2)
         given, empty = (jax.tree.map(lambda x, part=part: x[part], both) for part in (slice(count), slice(count, None)))
-        return {"tokens": given, "empty_tokens": empty}
+        # The pictures, by far the largest part, are the same.
+        shared = jax.tree.map(lambda x, y: x if np.array_equal(x, y) else y, given, empty)
+        return {"tokens": given, "empty_tokens": shared}
 
     def _encoded(self, examples: list[Example]) -> dict[str, Any]:
         """A batch as `flow_loss` wants it, but for an empty caption that all share."""
@@ -120,7 +122,7 @@ class FlowStage(Stage):
                 self._encoded([self.examples[task].example(i) for i in range(start, start + ENCODE_BATCH)])
                 for start in tqdm(starts, desc=f"encoding {task} examples", disable=None)
             ]
-            self.pools[task] = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+            self.pools[task] = _concatenate(parts)
         return self.pools[task]
 
     def _batch(self, task: str, step: int) -> dict[str, Any]:
@@ -183,3 +185,16 @@ class FlowStage(Stage):
         params = merge_params(kept, self.frozen)
         groups = {name: params[name] for name in self.bundle.params}
         return dataclasses.replace(self.bundle, params=groups)
+
+
+def _concatenate(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Batches of one structure as one. Leaves that are one object in every batch, as shared pictures are, stay one."""
+    joined: dict[tuple[int, ...], np.ndarray] = {}
+
+    def join(*leaves: np.ndarray) -> np.ndarray:
+        key = tuple(map(id, leaves))
+        if key not in joined:
+            joined[key] = np.concatenate(leaves)
+        return joined[key]
+
+    return jax.tree.map(join, *parts)

@@ -12,13 +12,14 @@ from unipic2_jax.models.qwen import Qwen2_5_VL
 
 
 def answer_loss(
-    vlm: Qwen2_5_VL, params: Any, batch: Any, is_answer: jax.Array
+    vlm: Qwen2_5_VL, params: Any, batch: Any, is_answer: jax.Array, equal_answers: bool = False
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy of the answers' tokens.
+    """Mean cross-entropy of the answers' tokens, as transformers has it.
 
     Args:
       batch: `pipelines.vlm.VLMInput` of conversations with their answers, [B, T].
       is_answer: bool [B, T], the answers' tokens.
+      equal_answers: every answer counts the same, however long: the mean over answers of the mean over their tokens.
 
     Returns:
       The scalar loss; the share of tokens that are the likeliest ones, and of answers in which all are.
@@ -30,8 +31,9 @@ def answer_loss(
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
     hit = jnp.argmax(logits, axis=-1) == target
     total = counted.sum()
+    weights = counted / (counted.sum(axis=-1, keepdims=True) * len(counted)) if equal_answers else counted / total
     metrics = {
         "token_accuracy": jnp.sum(hit & counted) / total,
         "answer_accuracy": jnp.mean(jnp.all(hit | ~counted, axis=-1)),
     }
-    return jnp.sum(losses * counted) / total, metrics
+    return jnp.sum(losses * weights), metrics

@@ -51,6 +51,7 @@ class VLMStage(Stage):
         config.max_new_tokens = 48
         config.pool = 1024  # questions that are prepared once and drawn from
         config.text_length = 64  # tokens of question, answer and template, images not counted
+        config.equal_answers = False  # a short answer counts as much as a long one
         config.forms = ("chat",)  # of FORMS, used in turn
         config.batch_size = 64
         config.ema_decay = 0.99
@@ -97,7 +98,7 @@ class VLMStage(Stage):
         return self.pool
 
     def _train_step(self, state: VLMState, batch: Any, step: jax.Array) -> tuple[VLMState, dict[str, jax.Array]]:
-        loss_fn = lambda params: answer_loss(self.vlm, params, *batch)
+        loss_fn = lambda params: answer_loss(self.vlm, params, *batch, self.config.equal_answers)
         (loss, parts), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         changes, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)

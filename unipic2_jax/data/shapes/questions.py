@@ -69,6 +69,11 @@ def _color(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
     return thing and (f"what color is the {thing.shape}?", thing.color)
 
 
+def _size(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    thing = _pick(rng, _alone(scene.things, lambda t: t.name))
+    return thing and (f"how large is the {thing.name}?", thing.size)
+
+
 def _box(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
     thing = _pick(rng, _alone(scene.things, lambda t: t.name))
     if thing is None:
@@ -106,7 +111,15 @@ def _parse(rng: np.random.Generator, split: str) -> tuple[None, str, str]:
     return None, f"list: {metadata['prompt']}", ", ".join(parts)
 
 
-_SCENE_MAKERS = {"caption": _caption, "count": _count, "where": _where, "color": _color, "box": _box, "read": _read}
+_SCENE_MAKERS = {
+    "caption": _caption,
+    "count": _count,
+    "where": _where,
+    "color": _color,
+    "size": _size,
+    "box": _box,
+    "read": _read,
+}
 _TEXT_MAKERS = {"ground": _ground, "parse": _parse}
 QUESTION_TAGS = (*_SCENE_MAKERS, *_TEXT_MAKERS)
 # Words of questions and answers that no prompt has.

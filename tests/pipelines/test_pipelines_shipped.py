@@ -1,0 +1,87 @@
+"""The models that ship with the project do what they are said to do."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import pdtr
+from unipic2_jax import pipelines
+from unipic2_jax.data.questions import make_questions
+from unipic2_jax.data.shapes.verify import read_scenes
+from unipic2_jax.data.shapes.world import Scene, Thing, render
+from unipic2_jax.evaluation.vqa import answer_questions, score_answers
+from unipic2_jax.pipelines import TINY, TINY_METAQUERY
+from unipic2_jax.pipelines.chat import ChatModel
+from unipic2_jax.pipelines.vlm import user_message
+from unipic2_jax.training import loop
+
+SCENE = Scene("white", (Thing(2, "circle", "red"), Thing(6, "square", "blue", "small")))
+
+
+def test_all_weights_together_are_small():
+    total = sum(file.stat().st_size for file in Path(TINY).parent.rglob("*") if file.is_file())
+    assert total <= 20e6, f"{total / 1e6:.2f} MB"
+
+
+@pytest.mark.parametrize("folder", [TINY, TINY_METAQUERY], ids=["text", "metaquery"])
+def test_it_generates_and_edits(folder):
+    pipe = pipelines.load(folder)
+    options = {"num_inference_steps": 20, "guidance_scale": 1.0, "output_type": "np"}
+    drawn = pipe("a red circle", num_images_per_prompt=8, **options).images
+    scenes = read_scenes((drawn * 255).round().astype(np.uint8))
+    right = [len(s.things) == 1 and s.things[0].name == "red circle" for s in scenes]
+    assert np.mean(right) >= 0.5, scenes
+    edited = pipe(
+        ["make the red circle green", "remove the blue square"], image=Image.fromarray(render(SCENE)), **options
+    )
+    green, removed = read_scenes((edited.images * 255).round().astype(np.uint8))
+    assert green == SCENE.replace(2, Thing(2, "circle", "green"))
+    assert removed == SCENE.replace(6, None)
+
+
+def test_it_understands():
+    model = ChatModel.load(TINY_METAQUERY)
+    picture = Image.fromarray(render(SCENE))
+    ask = lambda text: model([[user_message([picture], text)]], max_new_tokens=48)[0]
+    assert ask("how many circles are there?") == "one"
+    assert ask("where is the blue square?") == "at the bottom left"
+    assert ask("describe the image.") == "a red circle at the top right and a blue square at the bottom left on white"
+    (box,) = model.boxes(ask("locate the red circle. answer in json."), picture)
+    assert (box.label, box.box) == ("red circle", SCENE.at(2).box)
+    heldout = make_questions({"kind": "shapes", "split": "heldout"}, 99)
+    questions = [heldout.question(i) for i in range(64)]
+    _, shares = score_answers(questions, answer_questions(model, questions))
+    assert shares["overall"] >= 0.85, shares
+
+
+def test_the_language_model_reads_pictures_for_the_transformer():
+    """Without the picture's tokens in the conditioner the context is another one: what it sees matters."""
+    bundle = pipelines.load_bundle(TINY_METAQUERY)
+    conditioner = bundle.conditioner
+    other = Scene("white", (Thing(0, "circle", "red"), Thing(6, "square", "blue", "small")))
+    tokens = conditioner.tokenize(["remove the red circle"] * 2, [[Image.fromarray(render(s))] for s in (SCENE, other)])
+    context, _ = jax.jit(conditioner.apply)(bundle.params["conditioner"], tokens)
+    assert np.linalg.norm(context[0] - context[1]) > 0.05 * np.linalg.norm(context[0])
+
+
+def test_reinforcement_takes_it_and_leaves_its_understanding_alone(tmp_path):
+    config = pdtr.get_config("tiny,smoke,model=metaquery")
+    for stage in config.stages.values():
+        stage.evaluations = {}
+    loop.run(config, str(tmp_path))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    trained = [record for record in records if record["kind"] == "train"]
+    assert {record["stage"] for record in trained} == {"edit", "t2i"}
+    assert all(np.isfinite(record["loss"]) for record in trained)
+    before, after = pipelines.load_bundle(TINY_METAQUERY), pipelines.load_bundle(tmp_path / "export")
+    for a, b in zip(*(jax.tree.leaves(bundle.params["conditioner"]) for bundle in (before, after)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    changed = [
+        not np.array_equal(a, b)
+        for a, b in zip(*(jax.tree.leaves(bundle.params["transformer"]) for bundle in (before, after)), strict=True)
+    ]
+    assert any(changed)
