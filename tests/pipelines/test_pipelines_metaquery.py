@@ -252,7 +252,7 @@ def test_a_model_is_put_together_from_parts(folder, tmp_path):
     assert (new.conditioner.tokenize(["a"]).input_ids == made.conditioner.tokenize(["a"]).input_ids).all()
     with pytest.raises(ValueError, match="has no part 'text_encoder'; it has transformer, vae, conditioner, vlm"):
         bundles.init_bundle(SIZES, parts={"text_encoder": folder / "vlm"})
-    with pytest.raises(FileNotFoundError, match="nowhere has no config.json; name the folder of one network"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere has no config\.json; name the folder of one network"):
         bundles.init_bundle(SIZES, parts={"vlm": tmp_path / "nowhere"})
     # A language model of another width than the conditioner reads.
     wide = tmp_path / "wide"

@@ -58,6 +58,32 @@ def test_it_understands():
     assert shares["overall"] >= 0.85, shares
 
 
+def test_transformers_gives_the_same_answers():
+    torch = pytest.importorskip("torch", reason="parity tests need PyTorch")
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    ours = ChatModel.load(TINY_METAQUERY)
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(f"{TINY_METAQUERY}/vlm", dtype=torch.float32).eval()
+    picture, config = Image.fromarray(render(SCENE)), ours.module.config
+    for text in ("list every object.", "locate the blue square. answer in json."):
+        asked = [user_message([picture], text)]
+        batch = ours.processor([asked])
+        ids = torch.from_numpy(batch.input_ids[batch.valid][None]).long()
+        made = ours.processor.image_processor(images=[picture], return_tensors="pt")
+        with torch.no_grad():
+            out = theirs.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                mm_token_type_ids=(ids == config.image_token_id).long(),
+                max_new_tokens=48,
+                do_sample=False,
+                eos_token_id=list(ours.processor.stop_tokens),
+                pad_token_id=0,
+                **made,
+            )
+        assert ours.processor.decode(out[:, ids.shape[1] :].numpy()) == ours([asked], max_new_tokens=48)
+
+
 def test_the_language_model_reads_pictures_for_the_transformer():
     """Without the picture's tokens in the conditioner the context is another one: what it sees matters."""
     bundle = pipelines.load_bundle(TINY_METAQUERY)

@@ -145,8 +145,10 @@ QUESTION_WORDS = (
 )
 
 
-def random_question(rng: np.random.Generator, tag: str | None = None, split: str = "train") -> ShapesQuestion:
-    """A question of a kind (any by default).
+def random_question(
+    rng: np.random.Generator, tag: str | None = None, split: str = "train", most: int = MAX_THINGS
+) -> ShapesQuestion:
+    """A question of a kind (any by default), about a scene of at most `most` objects where it is about a scene alone.
 
     In 'train' neither a scene nor a prompt or an instruction shows a held-out combination. In 'heldout' the scene shows one,
     or the prompt or instruction asks for one.
@@ -163,7 +165,7 @@ def random_question(rng: np.random.Generator, tag: str | None = None, split: str
         scene, question, answer = _TEXT_MAKERS[tag](rng, split)
         return ShapesQuestion(scene, tag, question, answer)
     while True:
-        scene = random_scene(rng, int(rng.integers(1, MAX_THINGS + 1)))
+        scene = random_scene(rng, int(rng.integers(1, most + 1)))
         if tag == "count" and rng.integers(2):
             # Objects of one class, or large counts would hardly ever be right.
             shape = CLASSES[rng.integers(len(CLASSES))]
