@@ -26,7 +26,7 @@ def flow_stage(trainable: str, steps: int, lr: float, smoke: bool, **fields) -> 
         "batch_size": 8 if smoke else 64,
         "caption_dropout": {"t2i": 0.1, "edit": 0.1},
         "timesteps": {"kind": "logit_normal", "shift": 5.0},
-        "evaluations": evaluations(2, 1) if smoke else evaluations(200, 4),
+        "evaluations": evaluations(2, 1) if smoke else evaluations(100, 2),
         "optimizer": {
             "lr": lr,
             "schedule": "trapezoid",
@@ -49,8 +49,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "parts": {"transformer": f"{TINY}/transformer", "vae": f"{TINY}/vae", "vlm": "runs/tiny_vlm/half/vlm"},
             "schedule": ("connector", "unified"),
             "stages": {
-                "connector": flow_stage(CONNECTOR, 1500, 1e-3, smoke),
-                "unified": flow_stage(WITH_TRANSFORMER, 4500, 5e-4, smoke, **mixture),
+                "connector": flow_stage(CONNECTOR, 1000, 1e-3, smoke),
+                "unified": flow_stage(WITH_TRANSFORMER, 3200, 5e-4, smoke, **mixture),
             },
         }
     )

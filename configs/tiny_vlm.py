@@ -1,7 +1,8 @@
 """The language model of UniPic2-Tiny-MetaQuery, from nothing: questions about scenes of the shapes world.
 
-`single` shows one object at a time: what it is, how large, and where. Beside others all of that is learned ten times as slowly,
-and sizes hardly at all. `several` is everything.
+`single` shows one object at a time: what it is, how large, and where; beside others sizes are hardly learned at all. `several` is
+everything, token by token, so that captions and lists count most, which need all of a scene. `answers` is the same with every
+answer counting the same: one word that says a colour would else take thousands of steps.
 """
 
 from ml_collections import ConfigDict
@@ -9,8 +10,8 @@ from ml_collections import ConfigDict
 from unipic2_jax.training.config import make_config
 
 
-def vlm_stage(steps: int, smoke: bool, pool: int, lr: float, **fields) -> dict:
-    """What both stages share."""
+def vlm_stage(steps: int, smoke: bool, pool: int, lr: float, schedule: str = "trapezoid", **fields) -> dict:
+    """What the stages share."""
     steps = 4 if smoke else steps
     return {
         "kind": "vlm",
@@ -23,10 +24,10 @@ def vlm_stage(steps: int, smoke: bool, pool: int, lr: float, **fields) -> dict:
         "pool": 256 if smoke else pool,
         # Later it reads prompts without the template's first lines and in plain positions; so small a model has to be used to it.
         "forms": ("chat", "conditioner"),
-        "text_length": 62,
+        "text_length": 66,
         "optimizer": {
             "lr": lr,
-            "schedule": "trapezoid",
+            "schedule": schedule,
             "warmup": min(100, steps // 2),
             "weight_decay": 0.02,
             "end_lr": 1e-5,
@@ -39,8 +40,8 @@ def get_config(arg: str = "") -> ConfigDict:
     """`arg` is empty, or 'smoke' for a few steps."""
     smoke = {"": False, "smoke": True}[arg]
     stages = {
-        # The one word that says a size would hardly count beside captions and boxes.
         "single": vlm_stage(400, smoke, 10240, 1e-3, data={"kind": "shapes", "most": 1}, equal_answers=True),
-        "several": vlm_stage(2600, smoke, 40960, 2e-3, data={"kind": "shapes"}),
+        "several": vlm_stage(1000, smoke, 40960, 2e-3, "constant", data={"kind": "shapes"}),
+        "answers": vlm_stage(1800, smoke, 40960, 1e-3, data={"kind": "shapes"}, equal_answers=True),
     }
-    return make_config({"model": "tiny_metaquery", "schedule": ("single", "several"), "stages": stages})
+    return make_config({"model": "tiny_metaquery", "schedule": tuple(stages), "stages": stages})
