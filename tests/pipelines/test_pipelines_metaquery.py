@@ -258,6 +258,7 @@ def test_a_model_is_put_together_from_parts(folder, tmp_path):
     wide = tmp_path / "wide"
     shutil.copytree(folder / "vlm", wide)
     config = json.loads((wide / "config.json").read_text())
-    (wide / "config.json").write_text(json.dumps({**config, "hidden_size": 128, "intermediate_size": 96}))
+    config["vision_config"]["out_hidden_size"] = 128
+    (wide / "config.json").write_text(json.dumps({**config, "hidden_size": 128, "num_attention_heads": 8}))
     with pytest.raises(ValueError, match="the language model gives 128; they are from different models"):
         bundles.init_bundle(SIZES, parts={"vlm": wide})
