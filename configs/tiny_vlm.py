@@ -24,7 +24,7 @@ def vlm_stage(steps: int, smoke: bool, pool: int, lr: float, schedule: str = "tr
         "pool": 256 if smoke else pool,
         # Later it reads prompts without the template's first lines and in plain positions; so small a model has to be used to it.
         "forms": ("chat", "conditioner"),
-        "text_length": 66,
+        "text_length": 62,
         "optimizer": {
             "lr": lr,
             "schedule": schedule,

@@ -123,7 +123,7 @@ def test_only_the_exact_answer_counts():
     source = make_questions({"kind": "shapes", "split": "heldout"}, 5)
     questions = [source.question(i) for i in range(12)]
     right, shares = score_answers(questions, [q.answer for q in questions])
-    assert right.all() and shares["overall"] == 1 and len(shares) == 11
+    assert right.all() and shares["overall"] == 1 and len(shares) == 10
     wrong = [q.answer + "s" if q.tag == "color" else q.answer for q in questions]
     _, shares = score_answers(questions, wrong)
     assert shares["color"] == 0 and shares["count"] == 1 and shares["overall"] == 11 / 12

@@ -64,15 +64,6 @@ def _where(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
     return thing and (f"where is the {thing.name}?", f"at the {CELL_NAMES[thing.cell]}")
 
 
-def _places(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
-    things = _alone(scene.things, lambda t: t.name)
-    if len(things) < 2:
-        return None
-    # In any order: in that of the cells, a reader could count along instead of looking where each one is.
-    things = [things[i] for i in rng.permutation(len(things))]
-    return f"locate: {', '.join(thing.name for thing in things)}", ", ".join(map(describe, things))
-
-
 def _color(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
     thing = _pick(rng, _alone(scene.things, lambda t: t.shape))
     return thing and (f"what color is the {thing.shape}?", thing.color)
@@ -124,7 +115,6 @@ _SCENE_MAKERS = {
     "caption": _caption,
     "count": _count,
     "where": _where,
-    "places": _places,
     "color": _color,
     "size": _size,
     "box": _box,
