@@ -12,6 +12,17 @@ from unipic2_jax.training.config import make_config
 
 CONNECTOR, WITH_TRANSFORMER = "^conditioner/conditioner/", "^(conditioner/conditioner|transformer)/"
 
+# What `unified` leaves behind: whatever depends on a colour's name.
+NAMED = {
+    "position": 3.0,
+    "color_attr": 3.0,
+    "add": 2.0,
+    "replace": 3.0,
+    "recolor": 3.0,
+    "remove": 0.5,
+    "background": 0.5,
+}
+
 
 def flow_stage(trainable: str, steps: int, lr: float, smoke: bool, **fields) -> dict:
     """A stage of flow matching on both tasks."""
@@ -41,16 +52,18 @@ def flow_stage(trainable: str, steps: int, lr: float, smoke: bool, **fields) -> 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is empty, or 'smoke' for a few steps."""
     smoke = {"": False, "smoke": True}[arg]
-    # Editing comes back soon, since the transformer can do it; text-to-image has more to gain.
+    # Editing comes back soon, since the transformer can do it, but for what depends on a colour's name.
     mixture = {"data": {"kind": "shapes", "weights": HARD}, "tasks": ("t2i", "t2i", "edit")}
+    rest = {"data": {"kind": "shapes", "weights": NAMED}}
     return make_config(
         {
             "model": "tiny_metaquery",
             "parts": {"transformer": f"{TINY}/transformer", "vae": f"{TINY}/vae", "vlm": "runs/tiny_vlm/half/vlm"},
-            "schedule": ("connector", "unified"),
+            "schedule": ("connector", "unified", "refined"),
             "stages": {
                 "connector": flow_stage(CONNECTOR, 1000, 1e-3, smoke),
                 "unified": flow_stage(WITH_TRANSFORMER, 3200, 5e-4, smoke, **mixture),
+                "refined": flow_stage(WITH_TRANSFORMER, 2200, 5e-4, smoke, **rest),
             },
         }
     )
