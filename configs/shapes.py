@@ -1,4 +1,4 @@
-"""What the recipes over the shapes world share: how a model is measured there."""
+"""What the recipes over the shapes world share: how a model is measured there, and what is hard to learn."""
 
 SIZE = {"height": 48, "width": 48}
 # Weights of what is learned last, for `data` of a flow stage.

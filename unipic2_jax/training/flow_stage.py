@@ -79,7 +79,7 @@ class FlowStage(Stage):
         self.sampling = TimestepSampling(**config.timesteps)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.trained, self.frozen = split_params(bundle.params, config.optimizer.trainable)
-        self.empty = bundle.conditioner.tokenize([""])
+        self.empty = None if bundle.conditioner.reads_images else bundle.conditioner.tokenize([""])
         self._encode = jax.jit(lambda params, images: encode_images(bundle.vae, params, from_uint8(images)))
         self._step = jax.jit(self._train_step, static_argnames="task")
         self.evaluators = [
@@ -96,7 +96,7 @@ class FlowStage(Stage):
     def _tokens(self, examples: list[Example]) -> dict[str, Any]:
         """Tokens of the prompts, and where they are read together with images also those of no prompt."""
         conditioner, prompts = self.bundle.conditioner, [example.prompt for example in examples]
-        if not conditioner.reads_images or not examples[0].references:
+        if not conditioner.reads_images:
             return {"tokens": conditioner.tokenize(prompts)}
         count, images = len(examples), [example.references for example in examples]
         both = conditioner.tokenize([*prompts, *[""] * count], images * 2)
