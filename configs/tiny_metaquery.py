@@ -6,21 +6,22 @@ language model stays as it is. `--config.parts.vlm=DIR` names its folder.
 
 from ml_collections import ConfigDict
 
-from configs.shapes import HARD, evaluations
+from configs.shapes import evaluations
 from unipic2_jax.pipelines import TINY
 from unipic2_jax.training.config import make_config
 
 CONNECTOR, WITH_TRANSFORMER = "^conditioner/conditioner/", "^(conditioner/conditioner|transformer)/"
 
-# What `unified` leaves behind: whatever depends on a colour's name.
-NAMED = {
-    "position": 3.0,
+# What is learned last, of both tasks.
+WEIGHTS = {
+    "position": 4.0,
     "color_attr": 3.0,
-    "add": 2.0,
-    "replace": 3.0,
-    "recolor": 3.0,
-    "remove": 0.5,
-    "background": 0.5,
+    "two_object": 2.0,
+    "counting": 2.0,
+    "replace": 2.0,
+    "recolor": 2.0,
+    "move": 2.0,
+    "arrange": 2.0,
 }
 
 
@@ -52,18 +53,16 @@ def flow_stage(trainable: str, steps: int, lr: float, smoke: bool, **fields) -> 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is empty, or 'smoke' for a few steps."""
     smoke = {"": False, "smoke": True}[arg]
-    # Editing comes back soon, since the transformer can do it, but for what depends on a colour's name.
-    mixture = {"data": {"kind": "shapes", "weights": HARD}, "tasks": ("t2i", "t2i", "edit")}
-    rest = {"data": {"kind": "shapes", "weights": NAMED}}
+    # Editing comes back soon, since the transformer can do it.
+    mixture = {"data": {"kind": "shapes", "weights": WEIGHTS}, "tasks": ("t2i", "t2i", "edit")}
     return make_config(
         {
             "model": "tiny_metaquery",
             "parts": {"transformer": f"{TINY}/transformer", "vae": f"{TINY}/vae", "vlm": "runs/tiny_vlm/half/vlm"},
-            "schedule": ("connector", "unified", "refined"),
+            "schedule": ("connector", "unified"),
             "stages": {
                 "connector": flow_stage(CONNECTOR, 1000, 1e-3, smoke),
-                "unified": flow_stage(WITH_TRANSFORMER, 3200, 5e-4, smoke, **mixture),
-                "refined": flow_stage(WITH_TRANSFORMER, 2200, 5e-4, smoke, **rest),
+                "unified": flow_stage(WITH_TRANSFORMER, 6000, 5e-4, smoke, pool=256 if smoke else 30720, **mixture),
             },
         }
     )
