@@ -35,8 +35,8 @@ flags.mark_flag_as_required("model")
 
 def main(argv: list[str]) -> None:
     del argv
+    from unipic2_jax.data.images import read_image
     from unipic2_jax.pipelines.chat import ChatModel
-    from unipic2_jax.pipelines.images import read_image
     from unipic2_jax.pipelines.text_generation import SamplingConfig
     from unipic2_jax.pipelines.vlm import user_message
 

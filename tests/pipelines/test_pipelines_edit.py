@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from pipelines_common import small_bundle
 
+from unipic2_jax.data.images import read_image, to_pil
 from unipic2_jax.pipelines import Pipeline, save_bundle
 from unipic2_jax.pipelines import images as pictures
 
@@ -133,23 +134,23 @@ def test_every_kind_of_picture_becomes_upright_rgb():
     exif[0x0112] = 6  # to be turned by 90 degrees
     stored = io.BytesIO()
     rgb.save(stored, "PNG", exif=exif)
-    turned = pictures.to_pil(Image.open(stored))
+    turned = to_pil(Image.open(stored))
     assert turned.size == (10, 20)
     np.testing.assert_array_equal(turned, rgb.transpose(Image.Transpose.ROTATE_270))
     clear = rgb.copy()
     clear.putalpha(0)
-    assert np.asarray(pictures.to_pil(clear)).min() == 255
+    assert np.asarray(to_pil(clear)).min() == 255
     for mode in ("L", "LA", "P", "1", "CMYK", "I;16", "F", "RGBA"):
         source = rgb.convert("L").convert(mode) if mode in ("I;16", "F") else rgb.convert(mode)
-        out = pictures.to_pil(source)
+        out = to_pil(source)
         assert out.mode == "RGB" and out.size == rgb.size
         if mode != "1":
             assert np.asarray(out, float).std() > 5, mode
     sixteen = Image.fromarray(np.asarray(rgb.convert("L"), np.uint16) * 257)
-    np.testing.assert_array_equal(np.asarray(pictures.to_pil(sixteen))[..., 0], rgb.convert("L"))
+    np.testing.assert_array_equal(np.asarray(to_pil(sixteen))[..., 0], rgb.convert("L"))
     array = np.asarray(rgb)
     for same in (array, array.astype(np.float32) / 255, np.dstack([array, np.full((10, 20), 255, np.uint8)])):
-        np.testing.assert_array_equal(pictures.to_pil(same), array)
+        np.testing.assert_array_equal(to_pil(same), array)
     np.testing.assert_allclose(pictures.to_model([rgb], 10, 20)[0], array / 127.5 - 1, atol=1e-6)
 
 
@@ -184,5 +185,5 @@ def test_damaged_files(tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=r"cannot be decoded .*; replace it by a sound PNG or JPEG") as caught:
-            pictures.read_image(tmp_path / name)
+            read_image(tmp_path / name)
         assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 from PIL import Image
 
@@ -52,9 +53,9 @@ def bucket_size(aspect: str, resolution: int, multiple: int = MULTIPLE) -> tuple
     return edge(resolution / stretch), edge(resolution * stretch)
 
 
-def nearest_aspect(width: int, height: int) -> str:
-    """The bucket that crops least: nearest in log ratio."""
-    return min(ASPECTS, key=lambda name: abs(math.log(ASPECTS[name] * height / width)))
+def nearest_aspect(width: int, height: int, aspects: Iterable[str] = tuple(ASPECTS)) -> str:
+    """The one of `aspects` that crops least: nearest in log ratio."""
+    return min(aspects, key=lambda name: abs(math.log(ASPECTS[name] * height / width)))
 
 
 def crop_to(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -4,13 +4,14 @@
     DIR/1x1-ref1-00003.array_record       examples of one bucket
 
 A record is a safetensors file: the pictures as encoded files ('image', 'reference_0', ... as bytes), whatever else was
-computed before training ('latents', ...) as arrays, and the prompt among its metadata.
+computed before training as arrays, and the prompt in its metadata.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class PreparedExample:
     Attributes:
       image: an encoded picture (PNG, JPEG or WebP).
       references: encoded, of the same size.
-      arrays: computed beforehand, by name: 'latents' [h, w, C], 'references_latents' [R, h, w, C], 'context', 'pooled'.
+      arrays: computed beforehand, by name: the VAE's 'mean' and 'logvar' [h, w, C], 'reference_mean' and
+        'reference_logvar' [R, h, w, C], the conditioner's 'context' [S, J] and 'pooled' [P].
     """
 
     image: bytes
@@ -51,7 +53,8 @@ def pack(example: PreparedExample) -> bytes:
     clash = tensors.keys() & example.arrays.keys()
     if clash:
         raise ValueError(f"An array of an example must not be called '{clash.pop()}'; rename it.")
-    metadata = {"prompt": example.prompt, "name": example.name}
+    # One entry: safetensors writes several in an order that is random, and the same data must be the same bytes.
+    metadata = {"example": json.dumps({"prompt": example.prompt, "name": example.name})}
     return save({**tensors, **{k: np.ascontiguousarray(v) for k, v in example.arrays.items()}}, metadata)
 
 
@@ -64,12 +67,12 @@ def unpack(data: bytes) -> PreparedExample:
     try:
         tensors = load_tensors(data)
         length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+        metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["example"])
         image = tensors.pop("image").tobytes()
         prompt, name = metadata["prompt"], metadata["name"]
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"A record of prepared data is damaged ({error}); prepare its source again.") from error
-    count = sum(key.startswith("reference_") for key in tensors)
+    count = sum(re.fullmatch(r"reference_\d+", key) is not None for key in tensors)
     references = tuple(tensors.pop(f"reference_{i}").tobytes() for i in range(count))
     return PreparedExample(image, prompt, references, tensors, name)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
+from unipic2_jax.data.images import read_image
 from unipic2_jax.data.kinds import make_kind
 
 # Kind -> 'module:class'; a class takes (seed, **options) and is a PromptSource.
@@ -106,19 +106,6 @@ class JSONLSource:
             epoch, place = divmod(position, len(self.rows))
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)) if self.shuffle else None
             row = self.rows[place if order is None else order[place]]
-            image = None if row["image"] is None else read_image(row["image"])
+            image = None if row["image"] is None else np.asarray(read_image(row["image"]))
             records.append(PromptRecord(row["prompt"], image, row["metadata"]))
         return records
-
-
-def read_image(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3].
-
-    Raises:
-      ValueError: when the file is not an image that can be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"The image {path} cannot be decoded ({error}); replace or remove it.") from error

@@ -14,6 +14,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from unipic2_jax.data.shapes.pool import WORDS
@@ -120,6 +121,26 @@ class Bundle:
     def largest_size(self) -> int:
         """The longest edge in pixels that the position table covers."""
         return self.transformer.config.pos_embed_max_size * self.patch_pixels
+
+
+def for_training(bundle: Bundle, dtype: Any) -> Bundle:
+    """The same networks for taking gradients: they compute in `dtype` whatever their parameters have, and what is between
+    input and output of a layer is computed again instead of being kept.
+    """
+
+    def with_changes(module: Any) -> Any:
+        if not isinstance(module, nn.Module):
+            return module
+        again = {"remat": True} if hasattr(module, "remat") else {}
+        return module.clone(dtype=dtype, **again)
+
+    def fields(holder: Any) -> Any:
+        if not dataclasses.is_dataclass(holder):
+            return holder
+        found = {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder) if field.init}
+        return dataclasses.replace(holder, **{name: with_changes(value) for name, value in found.items()})
+
+    return dataclasses.replace(fields(bundle), conditioner=fields(bundle.conditioner))
 
 
 def make_conditioner(

@@ -1,85 +1,16 @@
-"""What people hand in as an image becomes an upright RGB picture of a size the networks take, and back."""
+"""Pictures come to a size that the networks take, and back; `data.images` reads them."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 # The published scripts round both edges of an edit to this many pixels (SkyworkAI/UniPic, `fix_longer_edge`).
 PUBLISHED_FACTOR = 32
-
-
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads an image file completely and turns it into upright RGB.
-
-    Raises:
-      FileNotFoundError: when there is no such file.
-      ValueError: when the file is no image, or a damaged one.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no image file {os.fspath(path)!r}; check the path.")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return upright_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        # PIL raises SyntaxError for a broken PNG chunk.
-        raise ValueError(
-            f"The image file {os.fspath(path)!r} cannot be decoded ({error}); replace it by a sound PNG or JPEG."
-        ) from error
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Applies the EXIF rotation, lays transparency on white, and converts any mode to RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        # PIL clips wide greys to 255 when it converts; 16-bit scans would turn white.
-        grey = np.asarray(image, np.float32)
-        top = 65535.0 if image.mode != "F" and grey.max(initial=0) > 255 else 255.0
-        image = Image.fromarray(np.clip(grey * (255.0 / top), 0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def to_pil(image: Any) -> Image.Image:
-    """Accepts a PIL image, a path, or an array and returns upright RGB.
-
-    Args:
-      image: `PIL.Image`, path, or array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; uint8 in 0..255 or float in 0..1.
-
-    Raises:
-      ValueError: when an array has another shape, type or range.
-    """
-    if isinstance(image, Image.Image):
-        return upright_rgb(image)
-    if isinstance(image, (str, os.PathLike)):
-        return read_image(image)
-    array = np.asarray(image)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
-        raise ValueError(f"An image array must have the shape [H, W, 3] (or [H, W], or 4 channels), not {array.shape}.")
-    if array.dtype == np.bool_ or (np.issubdtype(array.dtype, np.integer) and array.dtype != np.uint8):
-        raise ValueError(f"An image array must be uint8 (0..255) or float (0..1), not {array.dtype}; convert it.")
-    if array.dtype != np.uint8:
-        array = array.astype(np.float32)
-        if not np.isfinite(array).all():
-            raise ValueError("The image array holds NaN or infinite values; clean it before passing it.")
-        if array.min() < 0 or array.max() > 1:
-            raise ValueError(
-                f"A float image array must lie in 0..1, but this one spans {array.min():.3g}..{array.max():.3g}; "
-                "rescale it or pass uint8."
-            )
-        array = (array * 255).round().astype(np.uint8)
-    return upright_rgb(Image.fromarray(array))
 
 
 def check_size(height: int, width: int, multiple: int) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from unipic2_jax.data.images import read_image
 from unipic2_jax.evaluation.grids import contact_sheet
-from unipic2_jax.pipelines.images import read_image
 from unipic2_jax.pipelines.pipeline import Pipeline
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

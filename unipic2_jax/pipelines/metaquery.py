@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from unipic2_jax.data.images import to_pil
 from unipic2_jax.models.connector import MetaQuery
 from unipic2_jax.models.qwen import Qwen2_5_VL, example_inputs, init_cache
 from unipic2_jax.pipelines.conditioner import check_prompts
-from unipic2_jax.pipelines.images import to_pil
 from unipic2_jax.pipelines.vlm import VLMInput, VLMProcessor, user_message
 
 T2I_TEMPLATE = "Generate an image: {prompt}"
@@ -106,7 +106,7 @@ class MetaQueryConditioner:
         """Conversations for the prompts: `Generate an image: ...`, or the images and the raw instruction.
 
         Args:
-          images: for each prompt the pictures that it edits, of the size that is made; see `images.to_pil`. A prompt
+          images: for each prompt the pictures that it edits, of the size that is made; see `data.images.to_pil`. A prompt
             without one is text-to-image.
 
         Raises:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
+from unipic2_jax.data.images import to_pil
 from unipic2_jax.parallel.mesh import shard_batch
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
@@ -106,7 +107,7 @@ class Pipeline:
 
         Args:
           prompt: one or several.
-          image: what to edit. One picture (PIL, path, or array, see `images.to_pil`) serves all prompts. A list (or an
+          image: what to edit. One picture (PIL, path, or array, see `data.images.to_pil`) serves all prompts. A list (or an
             array [N, H, W, 3]) holds one entry per prompt; an entry is a picture, a list of pictures when the prompt
             has several references, or None when it has none. One prompt with two references: `[[a, b]]`.
           negative_prompt: one for all, or one per prompt; None: the conditioner's own, which is empty for text encoders.
@@ -397,7 +398,7 @@ def _references(image: Any, count: int) -> list[tuple[Image.Image, ...]]:
         return [()] * count
     several = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
     if not several:
-        return [(pictures.to_pil(image),)] * count
+        return [(to_pil(image),)] * count
     entries = list(image)
     if len(entries) != count:
         raise ValueError(
@@ -409,7 +410,7 @@ def _references(image: Any, count: int) -> list[tuple[Image.Image, ...]]:
         if entry is None:
             out.append(())
         elif isinstance(entry, (list, tuple)):
-            out.append(tuple(pictures.to_pil(item) for item in entry))
+            out.append(tuple(to_pil(item) for item in entry))
         else:
-            out.append((pictures.to_pil(entry),))
+            out.append((to_pil(entry),))
     return out

@@ -15,7 +15,7 @@ from unipic2_jax.evaluation.grids import contact_sheet
 from unipic2_jax.parallel.mesh import replicated, shard_batch
 from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, to_uint8
 from unipic2_jax.training.autoencoder import autoencoder_loss
-from unipic2_jax.training.config import stage_fields
+from unipic2_jax.training.config import ConfigError, stage_fields
 from unipic2_jax.training.optimizer import make_optimizer
 from unipic2_jax.training.stage import Stage, StageContext
 
@@ -47,20 +47,25 @@ class AutoencoderStage(Stage):
     @classmethod
     def check(cls, config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         """Builds everything that the configuration describes and that costs nothing."""
-        make_examples(config.data, 0, "image")
+        found = make_examples(config.data, 0, "image").buckets
+        if len(found) > 1:
+            raise ConfigError(
+                f"The autoencoder takes pictures of one shape, and these have {len(found)}; prepare one alone."
+            )
         make_optimizer(config.optimizer, config.steps)
         shard_batch(np.zeros(config.batch_size), mesh)
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
         super().__init__(config, bundle, context)
         self.vae = bundle.vae
-        self.examples = make_examples(config.data, context.data_seed(), "image")
+        source = make_examples(config.data, context.data_seed(), "image")
+        self.examples = source.dataset(next(iter(source.buckets)))
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self._step = jax.jit(self._train_step)
         self._reconstruct = jax.jit(self._encode_decode)
 
     def _images(self, first: int, count: int) -> np.ndarray:
-        return np.stack([self.examples.example(index).image for index in range(first, first + count)])
+        return np.stack([self.examples[index].image for index in range(first, first + count)])
 
     def _train_step(
         self, state: AutoencoderState, images: jax.Array, key: jax.Array

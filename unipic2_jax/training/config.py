@@ -69,6 +69,7 @@ def optimizer_fields() -> ConfigDict:
             "weight_decay": 0.05,
             "clip_norm": 1.0,  # 0: no clipping
             "trainable": ".*",  # a regex on 'path/to/leaf'; what it does not match stays frozen
+            "lr_scales": (),  # ((regex, factor), ...): of the learning rate; the first that matches a trained leaf counts
         }
     )
 

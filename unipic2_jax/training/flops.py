@@ -27,6 +27,17 @@ def forward_flops(config: MMDiTConfig, target_tokens: int, text_tokens: int, ref
     return total
 
 
+def flow_step_flops(forward: int, batch: int, trains_weights: bool) -> int:
+    """One step of flow matching: the forward pass, gradients of activations, and of weights where they are trained.
+
+    Args:
+      forward: of one sample, from `forward_flops`.
+      batch: samples.
+      trains_weights: whether the transformer's own weights are trained; if not, gradients only go through it.
+    """
+    return forward * batch * (3 if trains_weights else 2)
+
+
 def grpo_step_flops(forward: int, sampled: int, trained: int, reference: bool) -> int:
     """One GRPO iteration: sampling, the policy's forward and backward pass, the reference's forward pass.
 

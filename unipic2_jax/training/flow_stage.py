@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from unipic2_jax.data.examples import Example, make_examples
+from unipic2_jax.data.examples import Example, ExampleSource, make_examples
+from unipic2_jax.data.loader import Loader
+from unipic2_jax.data.plan import BatchPlan, BatchShape
 from unipic2_jax.flow.timesteps import TimestepSampling
 from unipic2_jax.parallel.mesh import replicated, shard_batch
-from unipic2_jax.pipelines.sampling import encode_images, from_uint8
+from unipic2_jax.pipelines.bundle import check_dtype, for_training
+from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, reference_latents
 from unipic2_jax.rl.ema import ema_update
 from unipic2_jax.training.config import ConfigError, stage_fields
 from unipic2_jax.training.evaluator import Evaluator, check_evaluation, read_evaluation
-from unipic2_jax.training.flow import flow_loss
+from unipic2_jax.training.flops import flow_step_flops, forward_flops
+from unipic2_jax.training.flow import draw_corruption, flow_losses, loss_by_noise
 from unipic2_jax.training.optimizer import make_optimizer, merge_params, split_params
 from unipic2_jax.training.stage import Stage, StageContext
 
 ENCODE_BATCH = 256
+LATENTS = ("mode", "sample")
 
 
 class FlowState(NamedTuple):
@@ -35,10 +44,10 @@ class FlowState(NamedTuple):
 
 
 class FlowStage(Stage):
-    """Trains on `tasks` in turn, one task a batch, as the paper alternates text-to-image and editing.
+    """Trains on `tasks` in turn, one task and one bucket a batch, as the paper alternates text-to-image and editing.
 
     With `pool` > 0 the first so many examples of each task are encoded once and drawn from at random; with 0 every step
-    encodes examples never seen before. What is evaluated and kept is the moving average of the weights.
+    goes on through the data. What is evaluated and kept is the moving average of the weights.
     """
 
     @classmethod
@@ -47,13 +56,20 @@ class FlowStage(Stage):
         config = stage_fields()
         config.kind = "flow"
         config.data = {}  # see data.examples.make_examples
-        config.tasks = ("t2i", "edit")
+        config.tasks = ("t2i", "edit")  # the turn; a task may come several times
+        # (Part of the steps after which it holds, resolution in pixels; 0: the data's own.) ((0, 256), (0.5, 512)) grows halfway.
+        config.resolutions = ((0.0, 0),)
         config.pool = 0
         config.batch_size = 128
+        config.accumulation = 1  # parts that a batch is computed in, one after the other
+        config.compute_dtype = "float32"  # bfloat16: arithmetic only, weights and their sums stay float32
+        config.latents = "mode"  # of pictures under the VAE: mode | sample
+        config.loader_threads = 16
         config.caption_dropout = ConfigDict({"t2i": 0.1, "edit": 0.0})
         config.timesteps = ConfigDict(dataclasses.asdict(TimestepSampling()))
         config.weighting = "none"
         config.ema_decay = 0.999
+        config.validation = ConfigDict({"data": {}, "batches": 4, "sigmas": (0.1, 0.3, 0.5, 0.7, 0.9), "seed": 0})
         config.evaluations = {}
         config.optimizer.update({"lr": 4e-5, "schedule": "cosine", "trainable": "^transformer/"})
         return config
@@ -61,101 +77,220 @@ class FlowStage(Stage):
     @classmethod
     def check(cls, config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         """Builds everything that the configuration describes and that costs nothing."""
-        if not config.tasks:
-            raise ConfigError("tasks is empty; name 't2i', 'edit' or both.")
+        make_plan(config, make_sources(config, config.data, 0), 0)
         for task in config.tasks:
-            make_examples(config.data, 0, task)
             if task not in config.caption_dropout:
                 raise ConfigError(f"caption_dropout has no rate for the task '{task}'; add one.")
+        if config.latents not in LATENTS:
+            raise ConfigError(f"latents is '{config.latents}'; use one of {', '.join(LATENTS)}.")
+        check_dtype(config.compute_dtype)
         TimestepSampling(**config.timesteps)
         make_optimizer(config.optimizer, config.steps)
-        shard_batch(np.zeros(config.batch_size), mesh)
+        devices = mesh.shape["data"]
+        if config.accumulation < 1 or config.batch_size % (config.accumulation * devices):
+            raise ConfigError(
+                f"A batch of {config.batch_size} cannot be split into {config.accumulation} parts over {devices} devices; "
+                "choose numbers that divide."
+            )
+        if config.validation.data:
+            make_plan(config, make_sources(config, config.validation.data, 0), 0)
         for name, fields in config.evaluations.items():
             check_evaluation(name, fields)
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
         super().__init__(config, bundle, context)
-        self.examples = {task: make_examples(config.data, context.data_seed(), task) for task in config.tasks}
         self.sampling = TimestepSampling(**config.timesteps)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.trained, self.frozen = split_params(bundle.params, config.optimizer.trainable)
-        self.empty = None if bundle.conditioner.reads_images else bundle.conditioner.tokenize([""])
-        self._encode = jax.jit(lambda params, images: encode_images(bundle.vae, params, from_uint8(images)))
+        self.networks = for_training(bundle, check_dtype(config.compute_dtype))
+        # The loader's thread tokenises while others do; tokenizers do not bear that.
+        self.reader = copy.deepcopy(bundle.conditioner)
+        self.sources = make_sources(config, config.data, context.data_seed())
+        self.plan = make_plan(config, self.sources, context.data_seed())
+        self.loader = self._loader(self.sources, self.plan)
+        self.pools: dict[str, dict[str, Any]] = {}
+        if config.pool and (many := [task for task, found in self.plan.buckets.items() if len(found) > 1]):
+            raise ConfigError(
+                f"A pool needs examples of one shape, and those for '{many[0]}' have several; set pool=0."
+            )
+        self._encode = jax.jit(self._moments)
         self._step = jax.jit(self._train_step, static_argnames="task")
+        self._validate = jax.jit(self._validation_losses)
+        self.programs: dict[Any, Callable[..., Any]] = {}
+        self.nothing: dict[str, Any] = {}
+        self.compiled_phase = -1
         self.evaluators = [
             Evaluator(name, read_evaluation(name, fields), bundle, context.mesh)
             for name, fields in config.evaluations.items()
         ]
-        self.pools: dict[str, dict[str, Any]] = {}
 
-    def _latents(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [N, H, W, 3] -> normalised latents (modes) on the host."""
-        encoded = self._encode(self.bundle.params["vae"], shard_batch(images, self.context.mesh))
-        return np.asarray(encoded)
+    # The host's side: examples become batches.
 
-    def _tokens(self, examples: list[Example]) -> dict[str, Any]:
+    def _loader(self, sources: dict[str, ExampleSource], plan: BatchPlan) -> Loader:
+        return Loader(
+            sources,
+            plan,
+            self._collated,
+            threads=self.config.loader_threads,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+
+    def _collated(self, shape: BatchShape, examples: Sequence[Example]) -> dict[str, Any]:
+        """Pictures or what is stored of them, and the prompts' tokens or what is stored of those, [B, ...] each."""
+        first, batch = examples[0], {}
+        stacked = lambda name: np.stack([example.arrays[name] for example in examples])
+        if first.image is None:
+            batch |= {name: stacked(name) for name in first.arrays if name.endswith(("mean", "logvar"))}
+        else:
+            batch["images"] = np.stack([example.image for example in examples])
+            if first.references:
+                batch["reference_images"] = np.stack([np.stack(example.references) for example in examples])
+        if "context" in first.arrays:
+            return {**batch, "conditioning": (stacked("context"), stacked("pooled"))}
+        return {**batch, **self._tokens(examples, dropped=self.config.caption_dropout[shape.task] > 0)}
+
+    def _tokens(self, examples: Sequence[Example], dropped: bool) -> dict[str, Any]:
         """Tokens of the prompts, and where they are read together with images also those of no prompt."""
-        conditioner, prompts = self.bundle.conditioner, [example.prompt for example in examples]
-        if not conditioner.reads_images:
-            return {"tokens": conditioner.tokenize(prompts)}
+        prompts = [example.prompt for example in examples]
+        if not self.reader.reads_images:
+            return {"tokens": self.reader.tokenize(prompts)}
         count, images = len(examples), [example.references for example in examples]
-        both = conditioner.tokenize([*prompts, *[""] * count], images * 2)
+        if not dropped:
+            return {"tokens": self.reader.tokenize(prompts, images)}
+        both = self.reader.tokenize([*prompts, *[""] * count], images * 2)
         given, empty = (jax.tree.map(lambda x, part=part: x[part], both) for part in (slice(count), slice(count, None)))
         # The pictures, by far the largest part, are the same.
         shared = jax.tree.map(lambda x, y: x if np.array_equal(x, y) else y, given, empty)
         return {"tokens": given, "empty_tokens": shared}
 
-    def _encoded(self, examples: list[Example]) -> dict[str, Any]:
-        """A batch as `flow_loss` wants it, but for an empty caption that all share."""
-        batch = {"latents": self._latents(np.stack([example.image for example in examples])), **self._tokens(examples)}
-        if count := len(examples[0].references):
-            references = np.stack([picture for example in examples for picture in example.references])
-            latents = self._latents(references)
-            batch["references"] = latents.reshape(len(examples), count, *latents.shape[1:])
-        return batch
-
     def _pool(self, task: str) -> dict[str, Any]:
         """The first `pool` examples of a task, encoded; made when a task is first trained on."""
         if task not in self.pools:
+            shape = next(shape for shape in self.plan.shapes(0) if shape.task == task)
             starts = range(0, self.config.pool, ENCODE_BATCH)
-            parts = [
-                self._encoded([self.examples[task].example(i) for i in range(start, start + ENCODE_BATCH)])
-                for start in tqdm(starts, desc=f"encoding {task} examples", disable=None)
-            ]
+            parts = []
+            for start in tqdm(starts, desc=f"encoding {task} examples", disable=None):
+                examples = [self.loader.example(shape, i) for i in range(start, start + ENCODE_BATCH)]
+                batch = self._collated(shape, examples)
+                pictures = {name: batch.pop(name) for name in ("images", "reference_images") if name in batch}
+                moments = self._encode(self.bundle.params["vae"], shard_batch(pictures, self.context.mesh))
+                parts.append({**batch, **jax.device_get(moments)})
             self.pools[task] = _concatenate(parts)
         return self.pools[task]
 
-    def _batch(self, task: str, step: int) -> dict[str, Any]:
-        size = self.config.batch_size
+    def _batch(self, step: int) -> tuple[BatchShape, dict[str, Any]]:
         if not self.config.pool:
-            turn = step // len(self.config.tasks)
-            return self._encoded([self.examples[task].example(turn * size + i) for i in range(size)])
-        pool = self._pool(task)
-        index = np.random.default_rng([self.context.data_seed(), step]).integers(self.config.pool, size=size)
-        return jax.tree.map(lambda leaf: leaf[index], pool)
+            return self.loader.batch(step)
+        shape = self.plan.place(step).shape
+        rng = np.random.default_rng([self.context.data_seed(), step])
+        index = rng.integers(self.config.pool, size=self.config.batch_size)
+        return shape, jax.tree.map(lambda leaf: leaf[index], self._pool(shape.task))
+
+    # The device's side: pure functions of arrays.
+
+    def _moments(self, vae: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """'images' and 'reference_images' as the VAE's moments; without 'logvar' where only modes are used."""
+        moments = {}
+        for name, prefix in (("images", ""), ("reference_images", "reference_")):
+            if name not in batch:
+                continue
+            flat = batch[name].reshape(-1, *batch[name].shape[-3:])
+            found = encode_moments(self.bundle.vae, vae, from_uint8(flat))
+            found = [x.reshape(*batch[name].shape[:-3], *x.shape[1:]) for x in found]
+            moments[f"{prefix}mean"] = found[0]
+            if self.config.latents == "sample":
+                moments[f"{prefix}logvar"] = found[1]
+        return moments
+
+    def _latents(self, vae: Any, batch: dict[str, Any], keys: jax.Array) -> dict[str, Any]:
+        """The batch with normalised 'latents' [B, h, w, C] and 'references' [B, R, h, w, C] instead of pictures."""
+        batch = {**batch, **self._moments(vae, batch)}
+        sample = self.config.latents == "sample"
+        own = {
+            "latents": reference_latents(
+                self.bundle.vae, batch["mean"], batch["logvar"] if sample else None, keys if sample else None
+            )
+        }
+        if (mean := batch.get("reference_mean")) is not None:
+            size, count = mean.shape[:2]
+            flat = lambda x: x.reshape(-1, *x.shape[2:])
+            latents = reference_latents(
+                self.bundle.vae,
+                flat(mean),
+                flat(batch["reference_logvar"]) if sample else None,
+                jnp.repeat(keys, count) if sample else None,
+                1 + jnp.tile(jnp.arange(count), size),
+            )
+            own["references"] = latents.reshape(mean.shape)
+        return {**batch, **own}
+
+    def _losses(self, params: Any, batch: dict[str, Any], nothing: Any, corruption: Any, keys: jax.Array) -> jax.Array:
+        """Losses [B] of a batch or a part of it; `nothing` is what all dropped captions have in common."""
+        batch = self._latents(params["vae"], batch, keys)
+        given = {"empty_tokens": batch.get("tokens"), "empty_conditioning": batch.get("conditioning")}
+        return flow_losses(
+            self.networks.transformer,
+            self.networks.conditioner,
+            params,
+            {**given, **nothing, **batch},
+            corruption,
+            weighting=self.config.weighting,
+            num_train_timesteps=self.bundle.scheduler.num_train_timesteps,
+        )
+
+    def _latent_shape(self, batch: dict[str, Any]) -> tuple[int, ...]:
+        if "mean" in batch:
+            return batch["mean"].shape
+        count, height, width, _ = batch["images"].shape
+        factor = self.bundle.vae.config.downsampling
+        return count, height // factor, width // factor, self.bundle.vae.config.latent_channels
 
     def _train_step(
-        self, state: FlowState, frozen: Any, batch: Any, empty: Any, key: jax.Array, step: jax.Array, task: str
+        self, state: FlowState, frozen: Any, batch: Any, nothing: Any, key: jax.Array, step: jax.Array, task: str
     ) -> tuple[FlowState, dict[str, jax.Array]]:
-        def loss_fn(trained):
-            return flow_loss(
-                self.bundle.transformer,
-                self.bundle.conditioner,
-                merge_params(trained, frozen),
-                {"empty_tokens": empty, **batch},
-                key,
-                sampling=self.sampling,
-                weighting=self.config.weighting,
-                caption_dropout=self.config.caption_dropout[task],
-                num_train_timesteps=self.bundle.scheduler.num_train_timesteps,
-            )
+        # Everything random is drawn for the whole batch, so that it does not depend on the parts.
+        shape = self._latent_shape(batch)
+        corruption = draw_corruption(key, shape, self.sampling, self.config.caption_dropout[task])
+        keys = jax.random.split(jax.random.fold_in(key, 1), shape[0])
 
-        (loss, parts), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
+        def loss_fn(trained, batch, corruption, keys):
+            losses = self._losses(merge_params(trained, frozen), batch, nothing, corruption, keys)
+            return losses.mean(), losses
+
+        gradient_fn = jax.grad(loss_fn, has_aux=True)
+        parts = self.config.accumulation
+        if parts == 1:
+            gradients, losses = gradient_fn(state.trained, batch, corruption, keys)
+        else:
+            # Every device keeps its examples and has some of each part.
+            split = lambda x: rearrange(x, "(b parts) ... -> parts b ...", parts=parts)
+            whole = {"batch": batch, "corruption": corruption, "keys": keys}
+
+            def accumulate(total, part):
+                gradients, losses = gradient_fn(state.trained, **part)
+                return jax.tree.map(lambda t, g: t + g / parts, total, gradients), losses
+
+            zeros = jax.tree.map(jnp.zeros_like, state.trained)
+            gradients, losses = jax.lax.scan(accumulate, zeros, jax.tree.map(split, whole))
+            losses = rearrange(losses, "parts b -> (b parts)")
         changes, opt_state = self.optimizer.update(gradients, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, changes)
         ema = ema_update(state.ema, trained, step, self.config.ema_decay, 1)
-        metrics = {"loss": loss, **parts, "gradient_norm": optax.global_norm(gradients)}
+        metrics = {**loss_by_noise(losses, corruption["sigma"]), "gradient_norm": optax.global_norm(gradients)}
         return FlowState(trained, opt_state, ema), metrics
+
+    def _validation_losses(self, params: Any, batch: Any, key: jax.Array) -> jax.Array:
+        """Mean losses [S] at the levels of `validation.sigmas`, all with the same noise."""
+        shape = self._latent_shape(batch)
+        corruption = draw_corruption(key, shape, self.sampling)
+        keys = jax.random.split(key, shape[0])
+        level = lambda sigma: self._losses(
+            params, batch, {}, {**corruption, "sigma": jnp.full(shape[:1], sigma)}, keys
+        ).mean()
+        return jax.lax.map(level, jnp.asarray(self.config.validation.sigmas, jnp.float32))
+
+    # The stage.
 
     def init(self) -> FlowState:
         ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), self.trained)
@@ -163,17 +298,92 @@ class FlowStage(Stage):
             FlowState(self.trained, self.optimizer.init(self.trained), ema), replicated(self.context.mesh)
         )
 
+    def _nothing(self, task: str, batch: dict[str, Any]) -> dict[str, Any]:
+        """What stands for dropped captions, where one row serves all."""
+        if not self.config.caption_dropout[task] or "empty_tokens" in batch:
+            return {}
+        tokens = self.reader.tokenize([""])
+        if "conditioning" not in batch:
+            return {"empty_tokens": tokens}
+        if self.reader.reads_images and task == "edit":
+            raise ConfigError("Stored conditioning has no dropped captions of edits; set caption_dropout.edit=0.")
+        apply = jax.jit(self.bundle.conditioner.apply)
+        return {"empty_conditioning": apply(self.bundle.params["conditioner"], tokens)}
+
+    def _arguments(self, state: FlowState, shape: BatchShape, batch: dict[str, Any], step: int) -> tuple[Any, ...]:
+        if shape.task not in self.nothing:
+            self.nothing[shape.task] = jax.device_put(self._nothing(shape.task, batch), replicated(self.context.mesh))
+        placed = shard_batch(batch, self.context.mesh)
+        return state, self.frozen, placed, self.nothing[shape.task], self.context.key(step), np.int32(step)
+
+    def _program(self, shape: BatchShape, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        """The training step compiled for these arguments' shapes."""
+        kinds = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[2]))
+        if (shape.task, kinds) not in self.programs:
+            started = time.perf_counter()
+            self.programs[shape.task, kinds] = self._step.lower(*arguments, task=shape.task).compile()
+            seconds = time.perf_counter() - started
+            self.context.log(f"{self.context.name}: compiled the step for {shape} in {seconds:.1f} s")
+        return self.programs[shape.task, kinds]
+
+    def _compile_phase(self, state: FlowState, step: int) -> None:
+        """Compiles what the phase of this step needs, once, before its first step."""
+        phase = self.plan.phase(step)
+        if phase == self.compiled_phase or self.config.pool:
+            return
+        self.compiled_phase = phase
+        for shape in self.plan.shapes(phase):
+            batch = self._collated(shape, [self.loader.example(shape, 0)] * self.loader.local)
+            self._program(shape, self._arguments(state, shape, batch, step))
+
     def step(self, state: FlowState, step: int) -> tuple[FlowState, dict[str, float]]:
-        task = self.config.tasks[step % len(self.config.tasks)]
-        batch = shard_batch(self._batch(task, step), self.context.mesh)
-        state, metrics = self._step(state, self.frozen, batch, self.empty, self.context.key(step), step, task=task)
-        metrics = jax.device_get(metrics)
-        return state, {**metrics, f"loss_{task}": metrics["loss"]}
+        self._compile_phase(state, step)
+        started = time.perf_counter()
+        shape, batch = self._batch(step)
+        waited = time.perf_counter() - started
+        arguments = self._arguments(state, shape, batch, step)
+        program = self._program(shape, arguments)
+        started = time.perf_counter()
+        state, metrics = program(*arguments)
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        busy = time.perf_counter() - started
+        speed = {"seconds_data": waited, "model_tflops_per_second": self._flops(shape) / busy / 1e12}
+        return state, {**metrics, f"loss_{shape.task}": metrics["loss"], **speed}
+
+    def _flops(self, shape: BatchShape) -> int:
+        """Model FLOPs of a step: the transformer's."""
+        height, width = shape.size
+        patch = self.bundle.vae.config.downsampling * self.bundle.transformer.config.patch_size
+        tokens = height * width // patch**2
+        text, references = self.bundle.conditioner.context_length, tokens * shape.bucket.references
+        forward = forward_flops(self.bundle.transformer.config, tokens, text, references)
+        return flow_step_flops(forward, self.config.batch_size, "transformer" in self.trained)
+
+    def validate(self, params: Any) -> dict[str, float]:
+        """Losses on the first batches of the held-out data: by task, and by noise level."""
+        config = self.config.validation
+        if not config.data:
+            return {}
+        sources = make_sources(self.config, config.data, config.seed)
+        plan = make_plan(self.config, sources, config.seed, final=True)
+        loader = self._loader(sources, plan)
+        found: dict[str, list[np.ndarray]] = {}
+        for step in range(config.batches * len(plan.tasks)):
+            shape, batch = loader.batch(step)
+            placed = shard_batch(batch, self.context.mesh)
+            key = jax.random.fold_in(jax.random.key(config.seed), step)
+            found.setdefault(shape.task, []).append(np.asarray(self._validate(params, placed, key)))
+        metrics = {}
+        for task, losses in found.items():
+            by_level = np.mean(losses, axis=0)
+            metrics[f"validation/{task}"] = float(by_level.mean())
+            metrics |= {f"validation/{task}/sigma_{s:g}": float(x) for s, x in zip(config.sigmas, by_level)}
+        return metrics
 
     def evaluate(self, state: FlowState, step: int) -> dict[str, Any]:
         del step
-        result: dict[str, Any] = {"metrics": {}, "scores": {}, "images": {}}
         params = merge_params(state.ema, self.frozen)
+        result: dict[str, Any] = {"metrics": self.validate(params), "scores": {}, "images": {}}
         for evaluator in self.evaluators:
             for part, values in evaluator.run(params).items():
                 result[part] |= values
@@ -185,6 +395,35 @@ class FlowStage(Stage):
         params = merge_params(kept, self.frozen)
         groups = {name: params[name] for name in self.bundle.params}
         return dataclasses.replace(self.bundle, params=groups)
+
+
+def make_sources(config: ConfigDict, data: Any, seed: int) -> dict[str, ExampleSource]:
+    """The examples of each task of a stage.
+
+    Raises:
+      ConfigError: when there is no task.
+    """
+    if not config.tasks:
+        raise ConfigError("tasks is empty; name 't2i', 'edit' or both.")
+    return {task: make_examples(data, seed, task) for task in sorted(set(config.tasks))}
+
+
+def make_plan(config: ConfigDict, sources: dict[str, ExampleSource], seed: int, final: bool = False) -> BatchPlan:
+    """The order of a stage's batches; `final` is for the last resolution alone.
+
+    Raises:
+      ConfigError: when resolutions are not as described in the configuration, or larger than the data.
+    """
+    own = min(source.resolution for source in sources.values())
+    if len({source.multiple for source in sources.values()}) > 1:
+        raise ConfigError("The data of the tasks have edges of different multiples; prepare them with one --multiple.")
+    phases = [(int(part * config.steps), resolution or own) for part, resolution in config.resolutions]
+    if too_large := [resolution for _, resolution in phases if resolution > own]:
+        raise ConfigError(f"resolutions asks for {too_large[0]} pixels but the data has {own}; prepare it larger.")
+    phases = [(0, phases[-1][1])] if final else phases
+    shares = {task: source.buckets for task, source in sources.items()}
+    multiple = next(iter(sources.values())).multiple
+    return BatchPlan(config.tasks, shares, config.batch_size, seed, phases, multiple)
 
 
 def _concatenate(parts: list[dict[str, Any]]) -> dict[str, Any]:

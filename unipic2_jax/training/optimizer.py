@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
@@ -55,8 +57,29 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     }
     if config.name not in makers:
         raise ConfigError(f"optimizer.name '{config.name}' does not exist" + nearest(config.name, makers))
-    update = makers[config.name]()
+    update = optax.chain(makers[config.name](), scale_by_rules(config.lr_scales))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+
+
+def scale_by_rules(rules: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    """Updates times the factor of the first rule (regex on 'path/to/leaf', factor) that finds a match; others stay.
+
+    Behind an optimizer that is a learning rate of their own for these leaves, weight decay included.
+
+    Raises:
+      ConfigError: for a rule that is not a pair, or whose regex is none.
+    """
+    try:
+        compiled = [(re.compile(pattern), float(factor)) for pattern, factor in rules]
+    except (TypeError, ValueError, re.error) as error:
+        raise ConfigError(f"optimizer.lr_scales must hold pairs of a regex and a factor ({error}).") from error
+
+    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        factor = next((factor for pattern, factor in compiled if pattern.search(name)), None)
+        return update if factor is None else update * factor
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scaled, updates))
 
 
 def split_params(params: dict[str, Any], trainable: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from unipic2_jax.data.examples import Example
+from unipic2_jax.data.examples import EndlessExamples, Example
 from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.data.questions import Question
 from unipic2_jax.data.shapes.edits import EDIT_TYPES, ShapesEdit, random_edit
 from unipic2_jax.data.shapes.pool import dense_scene, edit_example, prompt_example
 from unipic2_jax.data.shapes.prompts import ShapesPrompt, random_prompt
 from unipic2_jax.data.shapes.questions import MAX_THINGS, QUESTION_TAGS, random_question
-from unipic2_jax.data.shapes.world import Scene, Thing, render
+from unipic2_jax.data.shapes.world import IMAGE_SIZE, Scene, Thing, render
 from unipic2_jax.rewards.geneval import TAGS
 
 TASKS = {"t2i": TAGS, "edit": EDIT_TYPES}
+# Pixels of a token of the tiny models, which edges of scaled pictures are multiples of.
+EDGE_MULTIPLE = 16
 
 
 def scene_to_dict(scene: Scene) -> dict[str, Any]:
@@ -64,7 +66,7 @@ class ShapesSource:
         return PromptRecord(found.prompt, render(found.source), metadata)
 
 
-class ShapesExamples:
+class ShapesExamples(EndlessExamples):
     """Training examples: 't2i' and 'edit' from the training split, 'image' crowded scenes for the autoencoder.
 
     Attributes:
@@ -72,6 +74,7 @@ class ShapesExamples:
     """
 
     def __init__(self, seed: int = 0, task: str = "t2i", weights: Mapping[str, float] | None = None):
+        super().__init__(task, IMAGE_SIZE, EDGE_MULTIPLE)
         self.seed, self.task, self.weights = seed, task, dict(weights or {})
         if unknown := self.weights.keys() - {*TAGS, *EDIT_TYPES}:
             raise ValueError(f"The shapes data has no tag or edit type '{unknown.pop()}'; correct its weights.")

@@ -1,0 +1,468 @@
+"""Records of every kind from real files, and what happens to bad ones."""
+
+import io
+import json
+import pickle
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import grain
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from picture_files import encoded, pixels, reason_of, seed_of
+
+from unipic2_jax.data.buckets import Bucket
+from unipic2_jax.data.images import decode
+from unipic2_jax.data.prepared import INDEX, PreparedExample, PreparedIndex, Shard, pack
+from unipic2_jax.data.records import BadRecord, Record, make_records
+
+
+def image_file(path, seed, kind="PNG"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(pixels(seed), kind))
+
+
+# Sources. Each writer below makes records 0 to 4 with picture n and the text 'text n', or edits with pictures 10 + n, ...
+
+
+def caption(n):
+    return f"text {n} é"
+
+
+def write_jsonl(folder, edit=False):
+    for n in range(5):
+        image_file(folder / "images" / f"{n}.png", n)
+        image_file(folder / "images" / f"{10 + n}.png", 10 + n)
+        image_file(folder / "images" / f"{20 + n}.png", 20 + n)
+    picture = lambda n: f"images/{n}.png"
+    lines = [{"image": picture(n), "caption": caption(n), "other": 1} for n in range(5)]
+    if edit:
+        sources = lambda n: [picture(10 + n), picture(20 + n)]
+        lines = [{"input_images": sources(n), "instruction": caption(n), "output_image": picture(n)} for n in range(5)]
+    (folder / "a.jsonl").write_text("\n\n" + "\n".join(json.dumps(line) for line in lines[:3]) + "\n  \n\n")
+    (folder / "b.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines[3:]))
+    return {"kind": "jsonl", "path": str(folder / "*.jsonl")}
+
+
+def write_folder(folder, edit=False):
+    for n in range(5):
+        image_file(folder / f"part{n // 2}" / f"{n}.{'PNG' if n == 3 else 'jpg'}", n, "PNG" if n == 3 else "JPEG")
+        (folder / f"part{n // 2}" / f"{n}.txt").write_text(caption(n) + "\n")
+    (folder / "notes.txt").write_text("no caption")
+    return {"kind": "folder", "path": str(folder)}
+
+
+def write_imagefolder(folder, edit=False):
+    write_folder(folder)
+    names = [f"part{n // 2}/{n}.{'PNG' if n == 3 else 'jpg'}" for n in range(5)]
+    lines = [{"file_name": name, "text": caption(n)} for n, name in enumerate(names)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return {"kind": "folder", "path": str(folder)}
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_webdataset(folder, edit=False):
+    shards = {"a.tar": [], "b.tar": [("dir/", b"")], "c.tar": []}  # the last one is empty
+    for n in range(5):
+        members = shards["a.tar" if n < 3 else "b.tar"]
+        key = f"./v1.0/{n:06d}" + "\udcff" * (n == 4)  # a name that is no UTF-8
+        if edit:
+            members += [
+                (f"{key}.input_1.png", encoded(pixels(20 + n))),
+                (f"{key}.input_0.png", encoded(pixels(10 + n))),
+            ]
+            members += [(f"{key}.output.webp", encoded(pixels(n), "WEBP")), (f"{key}.cls", b"7")]
+            members += [(f"{key}.json", json.dumps({"instruction": caption(n)}).encode())]
+        else:
+            text = (
+                (f"{key}.txt", caption(n).encode())
+                if n % 2
+                else (f"{key}.json", json.dumps({"prompt": caption(n)}).encode())
+            )
+            members += [
+                (f"{key}.{'JPG' if n else 'png'}", encoded(pixels(n), "JPEG" if n else "PNG", quality=95)),
+                text,
+            ]
+    for name, members in shards.items():
+        write_tar(folder / name, members)
+    return {"kind": "webdataset", "path": str(folder)}
+
+
+def write_parquet(folder, edit=False):
+    struct_of = lambda n: {"bytes": encoded(pixels(n)), "path": f"{n}.png"}
+    rows = [{"image": struct_of(n), "text": caption(n), "width": 20} for n in range(5)]
+    if edit:
+        rows = [
+            {
+                "edited_image": encoded(pixels(n)),
+                "edit_prompt": caption(n),
+                "input_images": [struct_of(10 + n), struct_of(20 + n)],
+                "original_prompt": "x",
+            }
+            for n in range(5)
+        ]
+    pq.write_table(pa.Table.from_pylist(rows[:3]), folder / "a.parquet", row_group_size=2)
+    pq.write_table(pa.Table.from_pylist(rows[3:]), folder / "b.parquet", row_group_size=2)
+    return {"kind": "parquet", "path": str(folder)}
+
+
+def write_prepared(folder, edit=False):
+    references = 2 if edit else 0
+    shards = []
+    for file, numbers in (("x.array_record", (0, 1, 2)), ("y.array_record", (3, 4))):
+        writer = ArrayRecordWriter(str(folder / file), "group_size:1")
+        for n in numbers:
+            sources = tuple(encoded(pixels(10 * (i + 1) + n)) for i in range(references))
+            arrays = {"mean": np.zeros((2, 2, 4), np.float32)}
+            writer.write(pack(PreparedExample(encoded(pixels(n)), caption(n), sources, arrays, f"line {n}")))
+        writer.close()
+        shards.append(Shard(file, Bucket("1:1", references), len(numbers)))
+    (folder / INDEX).write_text(PreparedIndex(16, 16, tuple(shards), ("mean",)).to_json())
+    return {"kind": "prepared", "path": str(folder)}
+
+
+def write_tfds(folder, edit=False):
+    import tensorflow_datasets as tfds
+
+    image = tfds.features.Image()
+    features = {"image": image, "text": tfds.features.Text(), "unused": image}
+    if edit:
+        features = {
+            "output_image": image,
+            "instruction": tfds.features.Text(),
+            "input_images": tfds.features.Sequence(image),
+        }
+
+    def examples():
+        for n in range(5):
+            picture = encoded(pixels(n))
+            sources = [encoded(pixels(10 + n)), encoded(pixels(20 + n))]
+            t2i = {"image": picture, "text": caption(n), "unused": b"no image"}
+            yield n, {"output_image": picture, "instruction": caption(n), "input_images": sources} if edit else t2i
+
+    write_tfds_data(folder, features, {"train": examples()})
+    return {"kind": "tfds", "name": "toy", "data_dir": str(folder)}
+
+
+def write_tfds_data(folder, features, splits):
+    import tensorflow_datasets as tfds
+
+    class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            found = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=found, disable_shuffling=True)
+
+        def _split_generators(self, _):
+            return splits
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    tfds.disable_progress_bar()
+    Toy(data_dir=str(folder), file_format="array_record").download_and_prepare()
+
+
+WRITERS = {
+    "jsonl": write_jsonl,
+    "folder": write_folder,
+    "imagefolder": write_imagefolder,
+    "webdataset": write_webdataset,
+    "parquet": write_parquet,
+    "prepared": write_prepared,
+    "tfds": write_tfds,
+}
+EDITS = [name for name in WRITERS if name not in ("folder", "imagefolder")]
+
+
+def check(records: list[Record], references: int):
+    assert [record.prompt for record in records] == [caption(n) for n in range(5)]
+    assert [seed_of(record.image) for record in records] == list(range(5))
+    wanted = [[10 * (i + 1) + n for i in range(references)] for n in range(5)]
+    assert [[seed_of(source) for source in record.references] for record in records] == wanted
+    assert len({record.name for record in records}) == 5 and all(record.name for record in records)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_records_of_every_kind_in_threads_and_in_copies(kind, tmp_path):
+    source = make_records(WRITERS[kind](tmp_path))
+    assert len(source) == 5
+    check([source[n] for n in range(5)], 0)
+    check(list(pickle.loads(pickle.dumps(source))), 0)  # after files were opened; and iteration ends
+    with ThreadPoolExecutor(8) as pool:
+        many = list(pool.map(lambda n: source[n % 5], range(100)))
+    check(many[:5], 0)
+    assert [record.prompt for record in many] == [caption(n % 5) for n in range(100)]
+    dataset = grain.MapDataset.source(source)
+    check(list(dataset.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4))), 0)
+    assert source[np.int64(4)].prompt == caption(4)
+    with pytest.raises(IndexError):
+        source[5]
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_edits_of_every_kind_have_their_references_in_order(kind, tmp_path):
+    source = make_records(WRITERS[kind](tmp_path, edit=True))
+    check(list(pickle.loads(pickle.dumps(source))), 2)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "folder", "webdataset", "parquet", "prepared", "tfds"])
+def test_what_is_missing_or_empty_is_one_sentence(kind, tmp_path):
+    config = {"kind": kind, "path": str(tmp_path / "none")}
+    if kind == "tfds":
+        config = {"kind": kind, "name": "none", "data_dir": str(tmp_path)}
+    with pytest.raises(FileNotFoundError) as caught:
+        make_records(config)
+    assert "\n" not in str(caught.value) and ";" in str(caught.value)
+    if kind in ("jsonl", "webdataset", "parquet"):
+        with pytest.raises(FileNotFoundError, match="check the path"):
+            make_records({"kind": kind, "path": [str(tmp_path / "*.none")]})
+        with pytest.raises(ValueError, match=r"There is no .* file in \[\]; "):
+            make_records({"kind": kind, "path": []})
+    if kind == "tfds":
+        return
+    if kind == "prepared":
+        (tmp_path / INDEX).write_text(PreparedIndex(16, 16, ()).to_json())
+    with pytest.raises(ValueError, match=r"^There is no .*; .*\.$"):
+        make_records({"kind": kind, "path": str(tmp_path)})
+    empty = {"jsonl": "\n\n", "webdataset": bytes(10240), "parquet": None}
+    if kind not in empty:
+        return
+    file = tmp_path / f"a.{ {'webdataset': 'tar'}.get(kind, kind) }"
+    if kind == "parquet":
+        pq.write_table(pa.table({"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())}), file)
+    else:
+        file.write_bytes(empty[kind].encode() if isinstance(empty[kind], str) else empty[kind])
+    with pytest.raises(ValueError, match=r"^There is no (line|row|example) in .*; .*\.$"):
+        make_records({"kind": kind, "path": str(file)})
+
+
+def test_bad_lines_of_a_manifest_are_bad_records_of_their_own(tmp_path):
+    image_file(tmp_path / "a.png", 1)
+    lines = [
+        ("not-json", '{"image": "a.png", "caption"'),
+        ("not-json", "[1, 2]"),
+        ("not-json", "[" * 100_000),
+        ("missing-field", '{"image": "a.png"}'),
+        ("missing-field", '{"caption": "x"}'),
+        ("missing-field", '{"caption": "x", "image": 3}'),
+        ("missing-image", '{"image": "none.png", "caption": "x"}'),
+        ("missing-image", '{"output_image": "a.png", "input_images": ["none.png"], "instruction": "x"}'),
+        ("missing-image", '{"image": "\\u0000", "caption": "x"}'),
+        ("missing-reference", '{"output_image": "a.png", "caption": "x"}'),
+        ("missing-reference", '{"image": "a.png", "instruction": "x", "input_images": []}'),
+        ("empty-prompt", '{"image": "a.png", "caption": "  "}'),
+        ("not-text", '{"image": "a.png", "caption": 3}'),
+        ("", '{"image": "a.png", "prompt": " x "}'),
+    ]
+    (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe\n" + "\n".join(line for _, line in lines).encode())
+    source = make_records({"kind": "jsonl", "path": str(tmp_path / "m.jsonl")})
+    assert len(source) == len(lines) + 1
+    assert reason_of(lambda: source[0]) == "not-json"
+    for number, (reason, line) in enumerate(lines[:-1], 1):
+        assert reason_of(lambda number=number: source[number]) == reason, line
+    with pytest.raises(BadRecord, match=r"line 2 of .*m\.jsonl"):
+        source[1]
+    assert source[len(lines)].prompt == "x"
+
+
+def test_bad_captions_of_a_folder(tmp_path):
+    for name in "abcd":
+        image_file(tmp_path / f"{name}.png", 1)
+    image_file(tmp_path / ".cache" / "hidden.png", 2)
+    image_file(tmp_path / "._a.png", 2)
+    (tmp_path / "b.txt").write_text("\n")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "d.txt").write_bytes("\ufefffine".encode())
+    source = make_records({"kind": "folder", "path": str(tmp_path)})
+    assert len(source) == 4
+    assert [reason_of(lambda n=n: source[n]) for n in range(3)] == ["missing-caption", "empty-prompt", "not-text"]
+    assert source[3].prompt == "fine"
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n{"file_name": "a.png"}')
+    listed = make_records({"kind": "folder", "path": str(tmp_path)})
+    assert [reason_of(lambda n=n: listed[n]) for n in range(2)] == ["missing-image", "missing-field"]
+
+
+def test_bad_examples_of_a_shard(tmp_path):
+    picture = encoded(pixels(1))
+    members = [
+        ("a.txt", b"x"),
+        ("b.jpg", picture),
+        ("c.jpg", picture),
+        ("c.json", b"{"),
+        ("d.png", picture),
+        ("d.txt", b""),
+        ("e.output.png", picture),
+        ("e.txt", b"x"),
+        ("f.png", picture),
+        ("f.json", b'{"instruction": "x"}'),
+        ("g.input.png", picture),
+        ("g.txt", b"x"),
+        ("h.png", b""),
+        ("h.txt", b"x"),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    source = make_records({"kind": "webdataset", "path": str(tmp_path / "a.tar")})
+    reasons = "missing-image missing-caption not-json empty-prompt missing-reference missing-reference missing-image"
+    assert [reason_of(lambda n=n: source[n]) for n in range(7)] == reasons.split()
+    assert reason_of(lambda: decode(source[7].image, source[7].name)) == "empty-file"
+
+
+def test_a_shard_that_is_cut_off_or_damaged_is_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", [(f"{n}.{kind}", bytes(700)) for n in range(4) for kind in ("jpg", "txt")])
+    sound = (tmp_path / "a.tar").read_bytes()
+    member = 512 + 1024
+    flipped = bytearray(sound)
+    flipped[2 * member + 150] ^= 255  # in the third header's checksum
+    bad = {
+        "in a picture": sound[: 2 * member + 800],
+        "in a header": sound[: 2 * member + 100],
+        "header": bytes(flipped),
+        "gzip": b"\x1f\x8b\x08" + bytes(2000),
+        "nothing": b"",
+    }
+    assert len(make_records({"kind": "webdataset", "path": str(tmp_path / "a.tar")})) == 4
+    for data in bad.values():
+        (tmp_path / "bad.tar").write_bytes(data)
+        with pytest.raises(
+            ValueError, match=r"bad.tar is no sound uncompressed tar file \(.*\); copy or write it again\.$"
+        ):
+            make_records({"kind": "webdataset", "path": str(tmp_path)})
+
+
+def test_columns_of_parquet_are_named_or_found_by_type(tmp_path):
+    image_file(tmp_path / "img" / "3.png", 3)
+    table = pa.Table.from_pylist(
+        [
+            {"pic": "img/3.png", "image": encoded(pixels(1)), "text": 7, "words": "x", "input": "text", "old": None},
+            {"pic": "none.png", "image": None, "text": 7, "words": None, "input": "text", "old": encoded(pixels(2))},
+        ]
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    make = lambda **options: make_records({"kind": "parquet", "path": str(tmp_path / "a.parquet"), **options})
+    with pytest.raises(
+        ValueError, match=r"usual name of the prompt in .*a\.parquet; set prompt to one of pic, words, input"
+    ):
+        make()
+    with pytest.raises(ValueError, match=r"has no column 'none'; name one of pic, image"):
+        make(prompt="none")
+    source = make(prompt="words")
+    assert source.references == () and seed_of(source[0].image) == 1
+    assert reason_of(lambda: source[1]) == "missing-image"
+    other = make(image="pic", prompt="input", references="old")
+    assert seed_of(other[0].image) == 3 and other[0].references == () and seed_of(other[1].references[0]) == 2
+    assert reason_of(lambda: decode(other[1].image)) == "missing-image"
+    assert reason_of(lambda: make(image="pic", prompt="words")[1]) == "missing-caption"
+    assert reason_of(lambda: make(image="text", prompt="words")[0]) == "missing-image"
+
+    edits = pa.table({"image": [b"x"], "edited_image": [b"y"], "edit_prompt": ["z"]})
+    pq.write_table(edits, tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="edits but no usual column of what was edited"):
+        make(path=str(tmp_path / "b.parquet"))
+    assert make(path=str(tmp_path / "b.parquet"), references="image")[0].references == (b"x",)
+    assert make(path=str(tmp_path / "b.parquet"), references=())[0].references == ()
+
+
+def test_damaged_parquet(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no PAR1")
+    with pytest.raises(ValueError, match=r"a\.parquet is no sound Parquet file \([^\n]*\); copy"):
+        make_records({"kind": "parquet", "path": str(tmp_path)})
+    table = pa.table({"image": [np.random.default_rng(n).bytes(5000) for n in range(4)], "text": list("abcd")})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[4:60] = b"\xff" * 56  # the first page's header
+    (tmp_path / "a.parquet").write_bytes(data)
+    source = make_records({"kind": "parquet", "path": str(tmp_path)})
+    assert reason_of(lambda: source[0]) == "damaged-record" and source[2].prompt == "c"
+
+
+def test_damaged_prepared_data(tmp_path):
+    config = write_prepared(tmp_path)
+    data = bytearray((tmp_path / "x.array_record").read_bytes())
+    place = data.index(b"text 1")
+    data[place : place + 4] = b"xxxx"
+    (tmp_path / "x.array_record").write_bytes(data)
+    source = make_records(config)
+    assert reason_of(lambda: source[1]) == "damaged-record" and source[2].prompt == caption(2)
+    (tmp_path / "x.array_record").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"A shard in .* is damaged"):
+        make_records(config)
+
+
+def test_labels_tensors_and_empty_sequences_of_tensorflow_datasets(tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Tensor(shape=(None, None, 3), dtype=np.uint8, encoding="zlib"),
+        "label": tfds.features.ClassLabel(names=["apple_pie", "sushi"]),
+        "input_images": tfds.features.Sequence(tfds.features.Image()),
+    }
+    sources = lambda n: [encoded(pixels(10 + n))] * (n % 2)
+    rows = [{"image": pixels(n), "label": n if n < 2 else -1, "input_images": sources(n)} for n in range(3)]
+    write_tfds_data(tmp_path, features, {"train": enumerate(rows), "test": enumerate(rows[:1])})
+    make = lambda **options: make_records({"kind": "tfds", "name": "toy", "data_dir": str(tmp_path), **options})
+    source = make(template="a photo of {}")
+    assert [source[n].prompt for n in range(2)] == ["a photo of apple pie", "a photo of sushi"]
+    assert [len(source[n].references) for n in range(2)] == [0, 1] and seed_of(source[1].references[0]) == 11
+    assert isinstance(source[1].references[0], bytes)  # not decoded, so that what is wrong with it is found later
+    np.testing.assert_array_equal(source[1].image, pixels(1))
+    assert reason_of(lambda: source[2]) == "missing-caption"
+    assert len(make(split="test")) == 1 and make(references=())[1].references == ()
+    with pytest.raises(ValueError, match=r"no examples in the split 'val'; use one of test, train"):
+        make(split="val")
+    with pytest.raises(ValueError, match="no feature 'x'; name some of image, input_images, label"):
+        make(image="x")
+    info = next(tmp_path.rglob("dataset_info.json"))
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match=r"kept as tfrecord, which needs TensorFlow .*--file_format=array_record`\.$"):
+        make()
+
+
+def test_the_shapes_world_as_records():
+    source = make_records({"kind": "shapes", "task": "edit", "count": 6, "seed": 3})
+    assert len(list(source)) == 6 and source[2].image.shape == source[2].references[0].shape == (48, 48, 3)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[5].image, source[5].image)
+    plain = make_records({"kind": "shapes", "task": "t2i", "count": 2, "weights": {"counting": 1000}})
+    assert plain[0].references == () and plain[0].prompt
+    for options, words in (({"task": "image"}, "no records for the task 'image'"), ({"count": 0}, "at least 1")):
+        with pytest.raises(ValueError, match=words):
+            make_records({"kind": "shapes", "task": "t2i", "count": 1, **options})
+
+
+@pytest.mark.parametrize("task", ["t2i", "edit"])
+def test_the_shapes_world_as_tensorflow_dataset_without_tensorflow(task, tmp_path):
+    import tensorflow_datasets as tfds
+
+    from unipic2_jax.data.shapes.tfds_builder import ShapesConfig, ShapesWorld
+
+    assert {config.name for config in ShapesWorld.BUILDER_CONFIGS} == {"t2i", "edit"}
+    tfds.disable_progress_bar()
+    config = ShapesConfig(name=f"{task}_small", task=task, train=12, heldout=8, seed=3)
+    ShapesWorld(config=config, data_dir=str(tmp_path)).download_and_prepare()
+    expected = make_records({"kind": "shapes", "task": task, "count": 12, "seed": 3})
+
+    raw = tfds.data_source(f"shapes_world/{task}_small", split="train", data_dir=str(tmp_path))
+    image, text = ("output_image", "instruction") if task == "edit" else ("image", "caption")
+    np.testing.assert_array_equal(raw[7][image], expected[7].image)
+    assert raw[7][image].dtype == np.uint8 and raw[7][text].decode() == expected[7].prompt
+
+    options = {"kind": "tfds", "name": f"shapes_world/{task}_small", "data_dir": str(tmp_path)}
+    source, held = make_records(options), make_records({**options, "split": "heldout"})
+    assert len(source) == 12 and len(held) == 8 and len(make_records({**options, "split": "train[:25%]"})) == 3
+    for found, wanted in zip(source, expected):
+        assert found.prompt == wanted.prompt and len(found.references) == (task == "edit")
+        for one, other in zip((found.image, *found.references), (wanted.image, *wanted.references)):
+            np.testing.assert_array_equal(decode(one), other)
+    assert "tensorflow" not in sys.modules

@@ -1,0 +1,85 @@
+"""Batches of a plan, read and decoded ahead of their use by threads of grain."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from PIL import Image
+
+from unipic2_jax.data.buckets import crop_to
+from unipic2_jax.data.examples import Example, ExampleSource
+from unipic2_jax.data.plan import BatchPlan, BatchShape
+
+
+class Loader:
+    """Batch n of a plan for one process; going on from any step costs nothing, so a step number is the whole position.
+
+    Processes take neighbouring parts of every batch: however many there are, a step's examples are the same.
+
+    Args:
+      sources: for each task of the plan.
+      collate: makes the host's batch of a process's examples; called by the threads.
+      threads: that read and decode; 0 does it when a batch is asked for.
+      ahead: batches that are ready before they are asked for.
+      process, processes: which one this is.
+
+    Raises:
+      ValueError: when a batch does not split evenly over the processes.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, ExampleSource],
+        plan: BatchPlan,
+        collate: Callable[[BatchShape, Sequence[Example]], Any],
+        *,
+        threads: int = 16,
+        ahead: int = 2,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        if plan.batch_size % processes:
+            raise ValueError(f"A batch of {plan.batch_size} does not split over {processes} processes; use a multiple.")
+        self.plan, self.collate, self.threads, self.ahead = plan, collate, threads, ahead
+        self.local = plan.batch_size // processes
+        self.offset = process * self.local
+        self.datasets = {
+            (task, bucket): sources[task].dataset(bucket) for task, found in plan.buckets.items() for bucket in found
+        }
+        self.following, self.batches = -1, iter(())
+
+    def example(self, shape: BatchShape, index: int) -> Example:
+        """Example `index` of a bucket, its pictures brought to the shape's size."""
+        found: Example = self.datasets[shape.task, shape.bucket][index]
+        height, width = shape.size
+        fit = lambda pixels: np.asarray(crop_to(Image.fromarray(pixels), height, width))
+        image = None if found.image is None else fit(found.image)
+        return Example(image, found.prompt, tuple(map(fit, found.references)), found.arrays)
+
+    def batch(self, step: int) -> tuple[BatchShape, Any]:
+        """The shape and the collated examples of a step."""
+        if step != self.following:
+            self.batches = self._batches(step)
+        self.following = step + 1
+        return next(self.batches)
+
+    def _batches(self, step: int) -> Iterator[tuple[BatchShape, Any]]:
+        numbered = grain.MapDataset.range(step * self.local, sys.maxsize).map(self._numbered)
+        options = grain.ReadOptions(self.threads, self.local * self.ahead if self.threads else 0)
+        batches = numbered.to_iter_dataset(options).batch(self.local, batch_fn=self._collated)
+        if self.threads:
+            batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=self.ahead)
+        return iter(batches)
+
+    def _numbered(self, number: int) -> tuple[BatchShape, Example]:
+        step, place = divmod(number, self.local)
+        found = self.plan.place(step)
+        return found.shape, self.example(found.shape, found.first + self.offset + place)
+
+    def _collated(self, numbered: Sequence[tuple[BatchShape, Example]]) -> tuple[BatchShape, Any]:
+        shape = numbered[0][0]
+        return shape, self.collate(shape, [example for _, example in numbered])
