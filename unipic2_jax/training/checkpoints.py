@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from unipic2_jax.training.config import ConfigError
-from unipic2_jax.training.optimizer import merge_params
 
 
 class Checkpoints:
@@ -124,15 +124,18 @@ class Checkpoints:
         with ocp.StandardCheckpointer() as writer:
             writer.save(path, {"params": params, "checksums": _device_checksums(params)})
 
-    def load_params(self, index: int, like: dict[str, Any]) -> dict[str, Any]:
+    def load_params(self, index: int, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         """`like`, its leaves being arrays of one sharding, with what `save_params` saved for stage `index`.
 
+        Returns:
+          The parameters, and by path those that were saved for networks which `like` does not have.
+
         Raises:
-          ConfigError: when the folder is damaged.
+          ConfigError: when the folder is damaged, or holds a parameter of another shape than `like`.
         """
         path = self.folder / "params" / str(index)
         if not path.exists():
-            return like
+            return like, {}
         try:
             with ocp.StandardCheckpointer() as reader:
                 # By their own description, since a group may be there that `like` does not have (a LoRA that is kept).
@@ -149,7 +152,17 @@ class Checkpoints:
                 f"The parameters at the start of stage {index} in {path} cannot be read ({reason}); "
                 "delete the run's folder to start from the beginning."
             ) from error
-        return merge_params(saved["params"], like)
+        known, found = (traverse_util.flatten_dict(tree, sep="/") for tree in (like, saved["params"]))
+        # A group of its own (a LoRA that is kept) goes along; other networks of a group are another model's.
+        carried = {name: leaf for name, leaf in found.items() if name not in known and name.split("/")[0] in like}
+        for name, leaf in found.items():
+            if name in known and leaf.shape != known[name].shape:
+                raise ConfigError(
+                    f"The stages before stage {index} trained {name} of shape {leaf.shape} and its model has "
+                    f"{known[name].shape}; give both stages models of one size."
+                )
+        ours = {name: leaf for name, leaf in found.items() if name not in carried}
+        return traverse_util.unflatten_dict(known | ours, sep="/"), carried
 
     def close(self) -> None:
         """Finishes pending saves and stops the writer's threads."""

@@ -20,6 +20,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; the message is one sentence with the remedy."""
 
 
+# What says which model is trained.
+MODEL_FIELDS = ("init", "model", "parts", "vlm", "vlm_dtype")
+
+
 def base_config() -> ConfigDict:
     """The fields of every run. `schedule` is the order in which the named `stages` run."""
     return ConfigDict(
@@ -33,6 +37,8 @@ def base_config() -> ConfigDict:
             # Of a MetaQuery model: where its Qwen2.5-VL is when not in `init`/vlm, and the dtype it is kept in.
             "vlm": config_dict.placeholder(str),
             "vlm_dtype": config_dict.placeholder(str),
+            # Other models, by name, that stages can name as theirs: {'text': {'init': DIR}}; fields as the ones above.
+            "models": {},
             "schedule": (),
             "stages": {},
             "keep_checkpoints": 3,
@@ -45,6 +51,8 @@ def stage_fields() -> ConfigDict:
     return ConfigDict(
         {
             "kind": "",
+            # One of config.models, or None for the run's own. It takes over, by name, all that stages before it have trained.
+            "model": config_dict.placeholder(str),
             "steps": 1000,
             "save_every": 100,
             "eval_every": 0,  # 0: only before and after the stage
@@ -117,8 +125,13 @@ def validate(config: ConfigDict) -> ConfigDict:
         raise ConfigError(
             "config.schedule names a stage twice; give the second run of it another name in config.stages."
         )
+    for name, fields in config.models.items():
+        if unknown := [field for field in fields if field not in MODEL_FIELDS]:
+            raise ConfigError(f"config.models.{name} has no field '{unknown[0]}'" + nearest(unknown[0], MODEL_FIELDS))
     for name in config.schedule:
         stage = config.stages[name]
+        if stage.model is not None and stage.model not in config.models:
+            raise ConfigError(f"config.stages.{name}.model is '{stage.model}'" + nearest(stage.model, config.models))
         for field, least in {"steps": 1, "save_every": 1, "log_every": 1, "eval_every": 0}.items():
             if stage[field] < least:
                 raise ConfigError(f"config.stages.{name}.{field} is {stage[field]}; it must be at least {least}.")

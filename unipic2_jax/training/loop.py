@@ -67,13 +67,21 @@ def run(
     workdir = Path(workdir)
     config_lib.check_same_run(config, workdir / "config.json")
     use_compilation_cache(workdir)
-    try:
-        initial = (load or load_bundle)(config, mesh)
-    except ValueError as error:
-        raise config_lib.ConfigError(str(error)) from error
     # A language model that came from a folder of its own stays there.
-    save = save or functools.partial(save_bundle, with_vlm=config.vlm is None)
-    return _Run(config, workdir, mesh, initial, save).go()
+    with_vlm = model_config(config, config.stages[config.schedule[-1]].model).vlm is None
+    save = save or functools.partial(save_bundle, with_vlm=with_vlm)
+    return _Run(config, workdir, mesh, load or load_bundle, save).go()
+
+
+def model_config(config: ConfigDict, name: str | None) -> ConfigDict:
+    """The configuration with the fields of `config.models[name]` instead of the run's own model; None changes nothing."""
+    if name is None:
+        return config
+    values = {**{field: config_lib.base_config()[field] for field in config_lib.MODEL_FIELDS}, **config.models[name]}
+    with (changed := config.copy_and_resolve_references()).unlocked():
+        for field, value in values.items():
+            changed[field] = value
+    return changed
 
 
 def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
@@ -129,9 +137,12 @@ class _Signals:
 class _Run:
     """One call of `run`: what its steps share."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, initial: Any, save: Callable):
-        self.config, self.workdir, self.mesh, self.initial, self.save_bundle = config, workdir, mesh, initial, save
+    def __init__(self, config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, load: Callable, save: Callable):
+        self.config, self.workdir, self.mesh, self.load, self.save_bundle = config, workdir, mesh, load, save
         self.names = list(config.schedule)
+        # The model that the current stage's is made of, and what stages before trained that is no part of it.
+        self.initial, self.carried = self.load_model(config.stages[self.names[0]].model), {}
+        self.model = config.stages[self.names[0]].model
         self.offsets = [sum(config.stages[n].steps for n in self.names[:i]) for i in range(len(self.names))]
         self.drawn = time.monotonic()
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, self.say)
@@ -141,28 +152,28 @@ class _Run:
         tqdm.write(sentence, file=sys.stderr)
 
     def go(self) -> Path:
-        export, initial = self.workdir / "export", self.initial
+        export = self.workdir / "export"
         stage, first, step, state = None, 0, 0, None
 
         def like(record: dict[str, Any]) -> Any:
             nonlocal stage
-            stage = self.stage_at(record["stage_index"], initial)
+            stage = self.stage_at(record["stage_index"])
             return stage.init()
 
         if found := self.checkpoints.restore_newest(like):
             record, state = found
             first, step = record["stage_index"], record["step"]
             self.say(f"Continuing after step {step} of stage '{self.names[first]}' in {self.workdir}.")
-        stage = stage or self.stage_at(first, initial)
+        stage = stage or self.stage_at(first)
         # Only now, so that a mistake which shows up while starting can be corrected in the same folder.
         config_lib.write_config(self.config, self.workdir / "config.json")
         self.metrics = Metrics(self.workdir, self.offsets[first] + step)
         with _Signals() as self.signals:
             bundle = None
             for index in range(first, len(self.names)):
-                stage = stage or self.stage_at(index, bundle or initial)
+                stage = stage or self.stage_at(index)
                 state = self.train(stage, step, stage.init() if state is None else state)
-                bundle = self.finish(stage, state, initial)
+                bundle = self.finish(stage, state)
                 stage, step, state = None, 0, None
         self.metrics.close()
         self.checkpoints.close()
@@ -175,10 +186,21 @@ class _Run:
         self.say(f"Done: the model is in {export}, the report in {report}.")
         return export
 
-    def stage_at(self, index: int, bundle: Any) -> Stage:
-        """Stage `index`, on the parameters it started from when those were saved."""
+    def load_model(self, name: str | None) -> Any:
+        """The run's model, or the one of this name, as it was before any training."""
+        try:
+            return self.load(model_config(self.config, name), self.mesh)
+        except ValueError as error:
+            raise config_lib.ConfigError(str(error)) from error
+
+    def stage_at(self, index: int) -> Stage:
+        """Stage `index`, on its model with all that stages before it have trained, by name."""
         name = self.names[index]
-        bundle = dataclasses.replace(bundle, params=self.checkpoints.load_params(index, bundle.params))
+        if (model := self.config.stages[name].model) != self.model:
+            self.initial = None  # two full-size models at a time are too many
+            self.initial, self.model = self.load_model(model), model
+        params, self.carried = self.checkpoints.load_params(index, self.initial.params)
+        bundle = dataclasses.replace(self.initial, params=params)
         following = self.config.stages[self.names[index + 1]] if index + 1 < len(self.names) else None
         context = StageContext(name, index, self.config.seed, self.mesh, self.workdir, following, self.say)
         return stage_class(self.config.stages[name].kind)(self.config.stages[name], bundle, context)
@@ -237,7 +259,7 @@ class _Run:
         if place["step"] or not index or not stage.config.get("evaluations"):
             return None
         before = self.config.stages[self.names[index - 1]]
-        if before.get("evaluations") != stage.config.evaluations:
+        if before.get("evaluations") != stage.config.evaluations or before.model != stage.config.model:
             return None
         ended = (index - 1, before.steps)
         found = [r for r in read_evaluations(self.workdir) if (r["stage_index"], r["step"]) == ended]
@@ -268,16 +290,17 @@ class _Run:
         self.say(f"Stopped by a signal after step {place['step']} of '{place['stage']}'; the same command continues.")
         raise SystemExit(128 + self.signals.received)
 
-    def finish(self, stage: Stage, state: Any, initial: Any) -> Any:
+    def finish(self, stage: Stage, state: Any) -> Any:
         """Ends a stage: its extras under stages/, and the parameters that the next stage starts from."""
         bundle = stage.finish(state)
         folder = self.workdir / "stages" / stage.context.name
         folder.mkdir(parents=True, exist_ok=True)
         stage.export(state, folder)
         if stage.context.index + 1 < len(self.names):
-            before, after = (traverse_util.flatten_dict(b.params, sep="/") for b in (initial, bundle))
+            before, after = (traverse_util.flatten_dict(b.params, sep="/") for b in (self.initial, bundle))
             changed = {path: leaf for path, leaf in after.items() if leaf is not before.get(path)}
-            self.checkpoints.save_params(stage.context.index + 1, traverse_util.unflatten_dict(changed, sep="/"))
+            kept = traverse_util.unflatten_dict({**self.carried, **changed}, sep="/")
+            self.checkpoints.save_params(stage.context.index + 1, kept)
         return bundle
 
 

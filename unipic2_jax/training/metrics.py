@@ -89,7 +89,7 @@ def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(workdir: Path) -> Path | None:
-    """Writes curves.png: a column per stage, a row per metric, evaluations as dots. None when nothing was logged."""
+    """Writes curves.png: a column per stage, a row per metric, evaluations as dots. None when nothing worth a curve was logged."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -99,6 +99,8 @@ def draw_curves(workdir: Path) -> Path | None:
         return None
     stages = sorted({(row["stage_index"], row["stage"]) for row in train})
     names = _curve_names(rows)
+    if not names:
+        return None
     figure = Figure(figsize=(4.2 * len(stages), 2.0 * len(names) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(names), len(stages), squeeze=False, sharex="col")
