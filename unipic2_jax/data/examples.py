@@ -105,6 +105,8 @@ class PreparedExamples:
     }
 
     def __init__(self, path: str, seed: int = 0, task: str = "t2i", stored: tuple[str, ...] = ()):
+        if not path:
+            raise ValueError("There is prepared data without a path; give the folder that launch.prepare_data wrote.")
         self.path, self.seed, self.stored = path, seed, tuple(stored)
         self.index = PreparedIndex.read(path)
         self.resolution, self.multiple = self.index.resolution, self.index.multiple

@@ -221,6 +221,10 @@ def init_bundle(
         if sizes not in SIZES:
             raise ValueError(f"The model size {sizes!r} is unknown; choose one of {', '.join(SIZES)}.")
         sizes = SIZES[sizes]
+    if nowhere := [name for name, folder in (parts or {}).items() if not os.fspath(folder)]:
+        raise ValueError(
+            f"The part '{nowhere[0]}' of the model has no folder; name one, as in --config.parts.{nowhere[0]}=DIR."
+        )
     folders = {name: Path(folder) for name, folder in (parts or {}).items()}
     if unknown := [name for name in folders if name not in sizes.networks]:
         raise ValueError(f"A model of this size has no part {unknown[0]!r}; it has {', '.join(sizes.networks)}.")
