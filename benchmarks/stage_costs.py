@@ -31,7 +31,9 @@ def abstract_params(model: str) -> dict[str, Any]:
     """Shapes and dtypes of a model's parameters; a language model is kept in bfloat16."""
     sizes = SIZES[model]
     tokenizer = type("Tokenizer", (SimpleNamespace,), {"__len__": lambda self: 1})(model_max_length=77)
-    modules = make_modules(sizes.networks, dict.fromkeys(TOKENIZERS, tokenizer), sizes.settings, jnp.float32, jnp.bfloat16)
+    modules = make_modules(
+        sizes.networks, dict.fromkeys(TOKENIZERS, tokenizer), sizes.settings, jnp.float32, jnp.bfloat16
+    )
     return jax.eval_shape(lambda key: init_params(*modules, key), jax.random.key(0))
 
 

@@ -24,6 +24,7 @@ class WordConditioner:
 
     context_length = 3
     reads_images = False
+    latent_references = True
 
     def tokenize(self, prompts, images=None):
         return {"ids": np.array([[ord(c) % 16 for c in prompt.ljust(3)[:3]] for prompt in prompts], np.int32)}

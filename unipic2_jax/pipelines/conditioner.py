@@ -28,13 +28,15 @@ class Conditioner(Protocol):
     its `params` are the trees of `modules`, by the same names, which are the folders of a checkpoint.
 
     Attributes:
-      reads_images: whether `tokenize` looks at the images, so that an unconditional branch needs them too.
+      reads_images: whether `tokenize` depends on the images, so that an unconditional branch needs them too.
+      latent_references: whether references also go into the transformer's self-attention.
       joint_attention_dim, context_length, pooled_dim: J, S and P.
       modules: the networks, by folder.
       SETTINGS: fields that `unipic2.json` keeps.
     """
 
     reads_images: ClassVar[bool]
+    latent_references: bool
     SETTINGS: ClassVar[tuple[str, ...]]
     joint_attention_dim: int
 
@@ -108,6 +110,7 @@ class TextConditioner:
     joint_attention_dim: int = 4096
 
     reads_images: ClassVar[bool] = False
+    latent_references: ClassVar[bool] = True
     SETTINGS: ClassVar[tuple[str, ...]] = ("max_sequence_length",)
 
     def __post_init__(self) -> None:

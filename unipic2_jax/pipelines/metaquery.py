@@ -32,6 +32,8 @@ EDIT_NEGATIVE = (
 # The tower sees an edit's image at this part of its edges: one merged token of 28 pixels for 32 of the image.
 VISION_SCALE = 28 / 32
 POSITIONS = ("1d", "mrope")
+# Where the pictures of an edit go (paper, Table 2).
+REFERENCE_PATHS = ("both", "mllm", "dit")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +51,8 @@ class MetaQueryConditioner:
       vision_scale: edges of what the tower sees, in parts of the image's.
       max_sequence_length: room for a prompt's text with its template; None: the next of a few sizes.
       edit_negative: what an edit's unconditional branch is told; by default what the published script says.
+      reference_path: where the pictures of an edit go: to the language model ('mllm'), as latents into the transformer ('dit'),
+        or, as in the released model, to 'both'.
     """
 
     vlm: Qwen2_5_VL
@@ -58,9 +62,16 @@ class MetaQueryConditioner:
     vision_scale: float = VISION_SCALE
     max_sequence_length: int | None = None
     edit_negative: str = EDIT_NEGATIVE
+    reference_path: str = "both"
 
     reads_images: ClassVar[bool] = True
-    SETTINGS: ClassVar[tuple[str, ...]] = ("positions", "vision_scale", "max_sequence_length", "edit_negative")
+    SETTINGS: ClassVar[tuple[str, ...]] = (
+        "positions",
+        "vision_scale",
+        "max_sequence_length",
+        "edit_negative",
+        "reference_path",
+    )
 
     def __post_init__(self) -> None:
         ours, theirs = self.connector.config.llm_hidden_size, self.vlm.config.hidden_size
@@ -71,6 +82,13 @@ class MetaQueryConditioner:
             )
         if self.positions not in POSITIONS:
             raise ValueError(f"positions is {self.positions!r}; choose one of {', '.join(POSITIONS)}.")
+        if self.reference_path not in REFERENCE_PATHS:
+            raise ValueError(f"reference_path is {self.reference_path!r}; choose one of {', '.join(REFERENCE_PATHS)}.")
+
+    @property
+    def latent_references(self) -> bool:
+        """Whether the transformer attends to the pictures of an edit."""
+        return self.reference_path != "mllm"
 
     @property
     def joint_attention_dim(self) -> int:
@@ -116,11 +134,12 @@ class MetaQueryConditioner:
         rows = [[to_pil(picture) for picture in row] for row in images or [()] * len(prompts)]
         if len(rows) != len(prompts):
             raise ValueError(f"There are images for {len(rows)} prompts of {len(prompts)}; give one entry for each.")
+        texts = [text if row else T2I_TEMPLATE.format(prompt=text) for row, text in zip(rows, prompts)]
+        rows = rows if self.reference_path != "dit" else [()] * len(prompts)
         sizes = {picture.size for row in rows for picture in row}
         if len(sizes) > 1:
             raise ValueError(f"The images of a batch have {len(sizes)} sizes; resize them to the target's first.")
         pixels = np.prod([edge * self.vision_scale for edge in sizes.pop()]) if sizes else None
-        texts = (text if row else T2I_TEMPLATE.format(prompt=text) for row, text in zip(rows, prompts))
         return self.processor(
             [[user_message(row, text)] for row, text in zip(rows, texts)],
             system_prompt=False,

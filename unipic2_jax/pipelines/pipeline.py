@@ -325,7 +325,7 @@ class Pipeline:
         """References' latents [B, R, h, w, C] and their sizes [B, R, 2] in latent pixels (None: all alike)."""
         bundle = self.bundle
         count = max(len(request.references) for request in requests)
-        if not count:
+        if not count or not bundle.conditioner.latent_references:
             return None, None
         # (picture, reference) -> the size it is encoded at.
         slots: dict[tuple[int, int], list[tuple[int, int]]] = {}

@@ -185,7 +185,7 @@ def sample_images(
         unconditional = bundle.conditioner.apply(params["conditioner"], negative_tokens)
         unconditional = tuple(jnp.broadcast_to(u, c.shape) for u, c in zip(unconditional, conditioning, strict=True))
     references = None
-    if reference_images is not None:
+    if reference_images is not None and bundle.conditioner.latent_references:
         batch, count = reference_images.shape[:2]
         mean, logvar = encode_moments(
             bundle.vae, params["vae"], reference_images.reshape(-1, *reference_images.shape[2:])

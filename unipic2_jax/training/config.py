@@ -21,7 +21,7 @@ class TrainingError(RuntimeError):
 
 
 # What says which model is trained.
-MODEL_FIELDS = ("init", "model", "parts", "vlm", "vlm_dtype")
+MODEL_FIELDS = ("init", "model", "parts", "vlm", "vlm_dtype", "settings")
 
 
 def base_config() -> ConfigDict:
@@ -37,6 +37,8 @@ def base_config() -> ConfigDict:
             # Of a MetaQuery model: where its Qwen2.5-VL is when not in `init`/vlm, and the dtype it is kept in.
             "vlm": config_dict.placeholder(str),
             "vlm_dtype": config_dict.placeholder(str),
+            # Of the conditioner: fields that overrule the model's own (positions, max_sequence_length, reference_path ...).
+            "settings": {},
             # Other models, by name, that stages can name as theirs: {'text': {'init': DIR}}; fields as the ones above.
             "models": {},
             "schedule": (),

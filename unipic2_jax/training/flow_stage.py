@@ -139,12 +139,14 @@ class FlowStage(Stage):
     def _collated(self, shape: BatchShape, examples: Sequence[Example]) -> dict[str, Any]:
         """Pictures or what is stored of them, and the prompts' tokens or what is stored of those, [B, ...] each."""
         first, batch = examples[0], {}
+        attended = self.reader.latent_references
         stacked = lambda name: np.stack([example.arrays[name] for example in examples])
         if first.image is None:
-            batch |= {name: stacked(name) for name in first.arrays if name.endswith(("mean", "logvar"))}
+            moments = [name for name in first.arrays if name.endswith(("mean", "logvar"))]
+            batch |= {name: stacked(name) for name in moments if attended or not name.startswith("reference_")}
         else:
             batch["images"] = np.stack([example.image for example in examples])
-            if first.references:
+            if first.references and attended:
                 batch["reference_images"] = np.stack([np.stack(example.references) for example in examples])
         if "context" in first.arrays:
             return {**batch, "conditioning": (stacked("context"), stacked("pooled"))}
@@ -356,6 +358,7 @@ class FlowStage(Stage):
         patch = self.bundle.vae.config.downsampling * self.bundle.transformer.config.patch_size
         tokens = height * width // patch**2
         text, references = self.bundle.conditioner.context_length, tokens * shape.bucket.references
+        references *= self.bundle.conditioner.latent_references
         forward = forward_flops(self.bundle.transformer.config, tokens, text, references)
         return flow_step_flops(forward, self.config.batch_size, "transformer" in self.trained)
 

@@ -168,7 +168,7 @@ class GRPOStage(Stage):
         repeat = lambda x: jnp.repeat(x, self.grpo.group_size, axis=0)
         apply, count = self.bundle.conditioner.apply, self.config.num_prompts
         shared = {}
-        if sources is not None:
+        if sources is not None and self.bundle.conditioner.latent_references:
             # A group shares its reference, so that its samples differ by their own noise alone.
             keys = jax.random.split(key, count) if self.config.reference_mode == "sample" else None
             latents = sampling.encode_images(self.bundle.vae, params["vae"], sources, keys)
@@ -248,7 +248,9 @@ class GRPOStage(Stage):
             "seconds_reward": scored - rolled_out,
             "seconds_update": updated - scored,
             "samples_per_second": self.samples / (updated - started),
-            "model_tflops_per_second": self._flops(sources is not None, int(trajectory.steps[0])) / busy / 1e12,
+            "model_tflops_per_second": self._flops("references" in inputs["cond"], int(trajectory.steps[0]))
+            / busy
+            / 1e12,
         }
         return state, metrics
 

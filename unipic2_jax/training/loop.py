@@ -89,9 +89,17 @@ def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
     from unipic2_jax.pipelines import bundle
 
     if config.init is not None:
-        return bundle.load_bundle(config.init, mesh=mesh, vlm=config.vlm, vlm_dtype=config.vlm_dtype)
-    parts = config.parts.to_dict()
-    return bundle.init_bundle(config.model, config.seed, mesh=mesh, parts=parts, vlm_dtype=config.vlm_dtype)
+        found = bundle.load_bundle(config.init, mesh=mesh, vlm=config.vlm, vlm_dtype=config.vlm_dtype)
+    else:
+        parts = config.parts.to_dict()
+        found = bundle.init_bundle(config.model, config.seed, mesh=mesh, parts=parts, vlm_dtype=config.vlm_dtype)
+    settings, known = config.settings.to_dict(), found.conditioner.SETTINGS
+    if unknown := [name for name in settings if name not in known]:
+        raise config_lib.ConfigError(
+            f"config.settings.{unknown[0]} is no setting of this model's conditioner"
+            + config_lib.nearest(unknown[0], known)
+        )
+    return found.replace(conditioner=dataclasses.replace(found.conditioner, **settings))
 
 
 def save_bundle(bundle: Any, folder: Path, with_vlm: bool = True) -> None:
