@@ -66,7 +66,7 @@ def unified(**fields: Any) -> dict:
 
 
 def tiny_stage(trainable: str, steps: int, lr: float, smoke: bool, **fields: Any) -> dict:
-    """A stage in the shapes world, on both tasks unless told otherwise."""
+    """A stage in the shapes world, on both tasks unless told otherwise; fields of `optimizer` go over its own."""
     steps = 4 if smoke else steps
     return {
         "kind": "flow",
@@ -88,6 +88,7 @@ def tiny_stage(trainable: str, steps: int, lr: float, smoke: bool, **fields: Any
             "warmup": min(100, steps // 2),
             "weight_decay": 0.02,
             "trainable": trainable,
+            **fields.pop("optimizer", {}),
         },
         **fields,
     }

@@ -7,49 +7,29 @@ and draws more of what is still wrong: positions, colour binding, moves, and mov
 
 from ml_collections import ConfigDict
 
+from configs import pretraining
 from configs.shapes import HARD, evaluations
 from unipic2_jax.training.config import make_config
 
 
 def flow_stage(steps: int, smoke: bool, **fields) -> dict:
-    """What both stages share."""
-    return {
-        "kind": "flow",
-        "steps": 6 if smoke else steps,
-        "save_every": 500,
-        "log_every": 10,
-        "pool": 256 if smoke else 40960,
-        "batch_size": 64,
-        # Guidance needs an unconditional branch for both tasks, and nothing here was pre-trained with one.
-        "caption_dropout": {"t2i": 0.1, "edit": 0.1},
-        # The prompt decides at high noise only: half of the levels lie above 0.83.
-        "timesteps": {"kind": "logit_normal", "shift": 5.0},
-        "evaluations": evaluations(6, 1) if smoke else evaluations(200, 4),
-        "optimizer": {
-            "lr": 1e-3,
-            "schedule": "trapezoid",
-            "warmup": 2 if smoke else 200,
-            "weight_decay": 0.02,
-            "trainable": "^(transformer|conditioner)/",
-            **fields.pop("optimizer", {}),
-        },
-        **fields,
-    }
+    """What both stages share. Guidance needs an unconditional branch, and nothing here was pre-trained with one."""
+    fields |= {"pool": 256 if smoke else 40960, "batch_size": 64, "validation": {}}
+    fields["evaluations"] = evaluations(6, 1) if smoke else evaluations(200, 4)
+    fields["optimizer"] = {"schedule": "constant", "warmup": 2 if smoke else 200}
+    return pretraining.tiny_stage("^(transformer|conditioner)/", steps, 1e-3, smoke, **fields)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is empty, or 'smoke' for a few steps."""
     smoke = {"": False, "smoke": True}[arg]
     stages = {
-        "base": flow_stage(
-            5000, smoke, data={"kind": "shapes", "weights": {"arrange": 0.0}}, optimizer={"schedule": "constant"}
-        ),
+        "base": flow_stage(5000, smoke, data={"kind": "shapes", "weights": {"arrange": 0.0}}),
         "hard": flow_stage(
             2500,
             smoke,
             data={"kind": "shapes", "weights": HARD},
             tasks=("t2i", "t2i", "t2i", "t2i", "edit"),
-            optimizer={"schedule": "constant"},
         ),
     }
     return make_config({"model": "tiny", "schedule": ("base", "hard"), "stages": stages})

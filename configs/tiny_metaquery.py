@@ -6,11 +6,8 @@ language model stays as it is. `--config.parts.vlm=DIR` names its folder.
 
 from ml_collections import ConfigDict
 
-from configs.shapes import evaluations
-from unipic2_jax.pipelines import TINY
+from configs import pretraining
 from unipic2_jax.training.config import make_config
-
-CONNECTOR, WITH_TRANSFORMER = "^conditioner/conditioner/", "^(conditioner/conditioner|transformer)/"
 
 # What is learned last, of both tasks.
 WEIGHTS = {
@@ -25,44 +22,15 @@ WEIGHTS = {
 }
 
 
-def flow_stage(trainable: str, steps: int, lr: float, smoke: bool, **fields) -> dict:
-    """A stage of flow matching on both tasks."""
-    steps = 4 if smoke else steps
-    return {
-        "kind": "flow",
-        "steps": steps,
-        "save_every": 500,
-        "log_every": 10,
-        "data": {"kind": "shapes"},
-        "pool": 256 if smoke else 20480,
-        "batch_size": 8 if smoke else 64,
-        "caption_dropout": {"t2i": 0.1, "edit": 0.1},
-        "timesteps": {"kind": "logit_normal", "shift": 5.0},
-        "evaluations": evaluations(2, 1) if smoke else evaluations(100, 2),
-        "optimizer": {
-            "lr": lr,
-            "schedule": "trapezoid",
-            "warmup": min(200, steps // 2),
-            "weight_decay": 0.02,
-            "trainable": trainable,
-        },
-        **fields,
-    }
-
-
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is empty, or 'smoke' for a few steps."""
     smoke = {"": False, "smoke": True}[arg]
+    pooled = lambda count, **fields: {"pool": 256 if smoke else count, "validation": {}, **fields}
     # Editing comes back soon, since the transformer can do it.
     mixture = {"data": {"kind": "shapes", "weights": WEIGHTS}, "tasks": ("t2i", "t2i", "edit")}
-    return make_config(
-        {
-            "model": "tiny_metaquery",
-            "parts": {"transformer": f"{TINY}/transformer", "vae": f"{TINY}/vae", "vlm": "runs/tiny_vlm/half/vlm"},
-            "schedule": ("connector", "unified"),
-            "stages": {
-                "connector": flow_stage(CONNECTOR, 1000, 1e-3, smoke),
-                "unified": flow_stage(WITH_TRANSFORMER, 6000, 5e-4, smoke, pool=256 if smoke else 30720, **mixture),
-            },
-        }
-    )
+    stages = {
+        "connector": pretraining.tiny_stage(pretraining.CONNECTOR, 1000, 1e-3, smoke, **pooled(20480)),
+        "unified": pretraining.tiny_stage(pretraining.BOTH, 6000, 5e-4, smoke, **pooled(30720, **mixture)),
+    }
+    parts = {**pretraining.TINY_PARTS, "vlm": "runs/tiny_vlm/half/vlm"}
+    return make_config({"model": "tiny_metaquery", "parts": parts, "schedule": tuple(stages), "stages": stages})
