@@ -7,30 +7,33 @@ language model stays as it is. `--config.parts.vlm=DIR` names its folder.
 from ml_collections import ConfigDict
 
 from configs import pretraining
+from configs.shapes import HARD
 from unipic2_jax.training.config import make_config
 
-# What is learned last, of both tasks.
-WEIGHTS = {
-    "position": 4.0,
+# What `unified` leaves behind: whatever depends on a colour's name.
+NAMED = {
+    "position": 3.0,
     "color_attr": 3.0,
-    "two_object": 2.0,
-    "counting": 2.0,
-    "replace": 2.0,
-    "recolor": 2.0,
-    "move": 2.0,
-    "arrange": 2.0,
+    "add": 2.0,
+    "replace": 3.0,
+    "recolor": 3.0,
+    "remove": 0.5,
+    "background": 0.5,
 }
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is empty, or 'smoke' for a few steps."""
     smoke = {"": False, "smoke": True}[arg]
-    pooled = lambda count, **fields: {"pool": 256 if smoke else count, "validation": {}, **fields}
-    # Editing comes back soon, since the transformer can do it.
-    mixture = {"data": {"kind": "shapes", "weights": WEIGHTS}, "tasks": ("t2i", "t2i", "edit")}
+    shared = {"pool": 256 if smoke else 20480, "validation": {}}
+    # Editing comes back soon, since the transformer can do it, but for what depends on a colour's name.
+    mixture = {"data": {"kind": "shapes", "weights": HARD}, "tasks": ("t2i", "t2i", "edit"), **shared}
+    rest = {"data": {"kind": "shapes", "weights": NAMED}, **shared}
+    slow = {"optimizer": {"warmup": 2 if smoke else 200}}
     stages = {
-        "connector": pretraining.tiny_stage(pretraining.CONNECTOR, 1000, 1e-3, smoke, **pooled(20480)),
-        "unified": pretraining.tiny_stage(pretraining.BOTH, 6000, 5e-4, smoke, **pooled(30720, **mixture)),
+        "connector": pretraining.tiny_stage(pretraining.CONNECTOR, 1000, 1e-3, smoke, **shared, **slow),
+        "unified": pretraining.tiny_stage(pretraining.BOTH, 3200, 5e-4, smoke, **mixture, **slow),
+        "refined": pretraining.tiny_stage(pretraining.BOTH, 2200, 5e-4, smoke, **rest, **slow),
     }
     parts = {**pretraining.TINY_PARTS, "vlm": "runs/tiny_vlm/half/vlm"}
     return make_config({"model": "tiny_metaquery", "parts": parts, "schedule": tuple(stages), "stages": stages})

@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
     smoke = {"": False, "smoke": True}[arg]
     stages = {
         "single": vlm_stage(400, smoke, 10240, 1e-3, data={"kind": "shapes", "most": 1}, equal_answers=True),
-        "several": vlm_stage(1500, smoke, 40960, 2e-3, "constant", data={"kind": "shapes"}),
-        "answers": vlm_stage(3500, smoke, 40960, 1e-3, data={"kind": "shapes"}, equal_answers=True),
+        "several": vlm_stage(1000, smoke, 40960, 2e-3, "constant", data={"kind": "shapes"}),
+        "answers": vlm_stage(1800, smoke, 40960, 1e-3, data={"kind": "shapes"}, equal_answers=True),
     }
     return make_config({"model": "tiny_metaquery", "schedule": tuple(stages), "stages": stages})

@@ -126,8 +126,6 @@ TINY_METAQUERY = ModelSizes(
         num_key_value_heads=2,
         max_position_embeddings=512,
         mrope_section=(4, 5, 5),
-        # With the 7B model's million, rows and columns of three cells would be turned by angles near zero: all one place.
-        rope_theta=10.0,
         tie_word_embeddings=True,
         bos_token_id=561,
         eos_token_id=563,
