@@ -183,7 +183,7 @@ def test_a_folder_in_the_published_layout_is_read_back(folder):
     for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(made.params), strict=True):
         np.testing.assert_array_equal(a, b)
     settings = json.loads((folder / "unipic2.json").read_text())
-    own = {"vision_scale": 1.0, "max_sequence_length": 90, "edit_negative": "bad"}
+    own = {"vision_scale": 1.0, "max_sequence_length": 90, "edit_negative": "bad", "reference_path": "both"}
     assert settings == {"positions": "1d", **own}
 
 
