@@ -121,9 +121,10 @@ def main(argv: list[str]) -> None:
     count, batch = EXAMPLES.value, BATCH_SIZE.value
     if count < 4 * batch:
         raise app.UsageError(f"{count} examples are too few to time batches of {batch}; give at least {4 * batch}.")
-    with tempfile.TemporaryDirectory() as name:
-        raw, prepared = Path(name) / "raw", Path(name) / "prepared"
-        fresh = (Path(name) / f"again{i}" for i in itertools.count())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        raw, prepared = folder / "raw", folder / "prepared"
+        fresh = (folder / f"again{i}" for i in itertools.count())
         raw.mkdir()
         manifest = write_pictures(raw, count)
         prepare_pictures(manifest, prepared, workers=0)

@@ -149,7 +149,6 @@ class MixtureExamples:
         if not sources:
             raise ValueError("A mixture has no sources; name at least one under 'sources'.")
         self.parts: list[tuple[float, ExampleSource]] = []
-        self.names = tuple(sources)
         for number, (name, options) in enumerate(sources.items()):
             options = dict(options)
             weight = float(options.pop("weight", 1.0))

@@ -17,47 +17,28 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
 import sys
-import threading
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import grain
 import numpy as np
-from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
-from PIL import Image
 from tqdm import tqdm
 
-from unipic2_jax.data.buckets import ASPECTS, MULTIPLE, Bucket, bucket_size, crop_to, nearest_aspect
-from unipic2_jax.data.images import decode
-from unipic2_jax.data.prepared import INDEX, PreparedExample, PreparedIndex, Shard, pack
+from unipic2_jax.data.buckets import Bucket, bucket_size
+from unipic2_jax.data.examine import DIGEST_BYTES, Dropped, Examine, Kept, Settings, examined_records
+from unipic2_jax.data.prepared import INDEX, PreparedIndex, Shard, pack
 from unipic2_jax.data.records import BadRecord, RecordSource
 
 JOURNAL, DROPPED = "journal", "dropped.jsonl"
 SUFFIX, UNFINISHED = ".array_record", ".part"
-# Reasons to leave out sound records; all others are those of bad ones, which are limited in number.
-FILTERS = ("too-small", "aspect", "empty-prompt", "long-prompt", "pair-size", "duplicate")
-# An edit's picture and its only reference may differ so much in aspect ratio: roundings of an edge, not another crop.
-PAIR_TOLERANCE = 1.02
 # Bad records that are forgiven without being asked: this part of all, and at least so many.
 BAD_PART, BAD_LEAST = 0.01, 10
-DIGEST_BYTES = 16
-# Format -> what PIL is told; the quality is added to those that have one.
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    "png": ("PNG", {}),
-    "jpeg": ("JPEG", {"subsampling": 0}),
-    "webp": ("WEBP", {}),
-}
 
 
 class Encoder(Protocol):
@@ -76,60 +57,6 @@ class Encoder(Protocol):
     def __call__(self, pixels: np.ndarray, prompts: Sequence[str]) -> Mapping[str, np.ndarray]:
         """Arrays to store, by name, [B, ...] each, for pictures uint8 [B, 1 + R, H, W, 3], targets first."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides what is kept and how it is stored.
-
-    Attributes:
-      resolution: pixels; a square picture gets resolution^2 of them, and other buckets about as many.
-      multiple: pixels that every edge is a multiple of.
-      aspects: the buckets' aspect ratios, of `buckets.ASPECTS`.
-      min_size: pixels that the shorter edge of every picture must have; half the resolution if None, so that nothing is
-        enlarged more than twice.
-      max_aspect: longer by shorter edge; a picture that is longer would lose much of itself.
-      max_prompt: characters.
-      image_format: 'jpeg' (without chroma subsampling), 'webp', or 'png', which loses nothing.
-      quality: 1 to 100, of JPEG and WebP.
-      shard_size: records of a chunk; a shard holds at most so many examples.
-
-    Raises:
-      ValueError: for values outside of these ranges.
-    """
-
-    resolution: int
-    multiple: int = MULTIPLE
-    aspects: tuple[str, ...] = tuple(ASPECTS)
-    min_size: int | None = None
-    max_aspect: float = 2.5
-    max_prompt: int = 2000
-    image_format: str = "jpeg"
-    quality: int = 95
-    shard_size: int = 4096
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "aspects", tuple(self.aspects))
-        if self.min_size is None:
-            object.__setattr__(self, "min_size", self.resolution // 2)
-        if not self.aspects:
-            raise ValueError("There are no aspect ratios to sort pictures by; name at least '1:1'.")
-        for aspect in self.aspects:
-            bucket_size(aspect, self.resolution, self.multiple)
-        if self.image_format not in FORMATS:
-            raise ValueError(f"The image format {self.image_format!r} is not one of {', '.join(FORMATS)}; choose one.")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"The quality {self.quality} is outside of 1 to 100; choose one within.")
-        for name in ("max_aspect", "max_prompt", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1.")
-
-    def encoded(self, pixels: np.ndarray) -> bytes:
-        """A picture uint8 [H, W, 3] as a file."""
-        file, (name, options) = io.BytesIO(), FORMATS[self.image_format]
-        # Made of nothing but pixels, so that no colour profile or thumbnail of the source comes along.
-        Image.fromarray(pixels).save(file, name, **options, **({} if name == "PNG" else {"quality": self.quality}))
-        return file.getvalue()
 
 
 def prepare(
@@ -182,8 +109,8 @@ def prepare(
         return index
     progress = _Progress(out, described)
     if progress.read < total:
-        examine = _Examine(source, wanted, with_pixels=encode is not None)
-        results = _results(examine, progress.read, total, workers)
+        examine = Examine(source, wanted, with_pixels=encode is not None)
+        results = examined_records(examine, progress.read, total, workers)
         bar = tqdm(total=total, initial=progress.read, unit="record", desc=f"preparing {out.name}", disable=None)
         with contextlib.closing(results), bar:
             for _ in range(progress.read, total, wanted.shard_size):
@@ -227,127 +154,6 @@ def describe(out: str | os.PathLike) -> str:
         height, width = bucket_size(bucket.aspect, index.resolution, index.multiple)
         rows.append((f"  {bucket}", count, f"{width} x {height} pixels"))
     return "\n".join(f"{name:<16}{count:>10}  {more}".rstrip() for name, count, more in rows)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Kept:
-    """A record that passed; `pixels` uint8 [1 + R, H, W, 3] are what its files decode to, where they are asked for."""
-
-    bucket: Bucket
-    example: PreparedExample
-    digest: str
-    pixels: np.ndarray | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dropped:
-    """A record that did not."""
-
-    name: str
-    reason: str
-    message: str
-    is_bad: bool = False
-
-    def to_json(self) -> dict[str, str]:
-        """A line of dropped.jsonl."""
-        return {"name": self.name, "reason": self.reason, "message": self.message}
-
-
-class _Examine:
-    """Everything about one record that needs no other; workers have copies of it."""
-
-    def __init__(self, source: RecordSource, settings: Settings, with_pixels: bool):
-        self.source, self.settings, self.with_pixels = source, settings, with_pixels
-
-    def __call__(self, number: int) -> _Kept | _Dropped:
-        name = f"record {number}"
-        try:
-            record = self.source[number]
-            name = _text(record.name) or name
-            return self._examined(record, name)
-        except BadRecord as error:
-            return _Dropped(name, error.reason, _text(str(error)), is_bad=error.reason not in FILTERS)
-        except Exception as error:
-            # Workers hand errors on by pickling. Not every error survives that, and one that does not would be lost.
-            bug = RuntimeError(f"Reading {name} of the source failed with {type(error).__name__}: {error}")
-            bug.add_note(traceback.format_exc())
-            raise bug from error
-
-    def _examined(self, record: Any, name: str) -> _Kept:
-        settings, prompt = self.settings, record.prompt
-        if not prompt.strip():
-            raise BadRecord("empty-prompt", f"{name} has an empty prompt.")
-        if len(prompt) > settings.max_prompt:
-            raise BadRecord(
-                "long-prompt",
-                f"{name} has a prompt of {len(prompt)} characters, and max_prompt is {settings.max_prompt}.",
-            )
-        if prompt != _text(prompt):
-            raise BadRecord("not-unicode", f"{name} has a prompt with half a character in it (a lone surrogate).")
-        pictures = [decode(picture, name) for picture in (record.image, *record.references)]
-        for width, height in (picture.size for picture in pictures):
-            found = f"{name} has a picture of {width} x {height} pixels"
-            if min(width, height) < settings.min_size:
-                raise BadRecord("too-small", f"{found}, and min_size is {settings.min_size}.")
-            if max(width, height) > settings.max_aspect * min(width, height):
-                raise BadRecord("aspect", f"{found}, and max_aspect is {settings.max_aspect:g}.")
-        target, *references = pictures
-        if len(references) == 1:
-            ratio = target.width * references[0].height / (target.height * references[0].width)
-            if max(ratio, 1 / ratio) > PAIR_TOLERANCE:
-                sizes = " made from ".join(f"{p.width} x {p.height}" for p in pictures)
-                raise BadRecord("pair-size", f"{name} has a picture of {sizes} pixels, which is another aspect ratio.")
-        bucket = Bucket(nearest_aspect(*target.size, settings.aspects), len(references))
-        size = bucket_size(bucket.aspect, settings.resolution, settings.multiple)
-        cropped = [np.asarray(crop_to(picture, *size)) for picture in pictures]
-        image, *others = (settings.encoded(pixels) for pixels in cropped)
-        # Of the stored files: what is computed beforehand is what training would compute from them.
-        pixels = np.stack([np.asarray(decode(file)) for file in (image, *others)]) if self.with_pixels else None
-        return _Kept(bucket, PreparedExample(image, prompt, tuple(others), name=name), _digest(cropped, prompt), pixels)
-
-
-def _digest(pictures: Sequence[np.ndarray], prompt: str) -> str:
-    """What two records have in common only when they are duplicates."""
-    digest = hashlib.blake2b(json.dumps([prompt, [p.shape for p in pictures]]).encode(), digest_size=DIGEST_BYTES)
-    for pixels in pictures:
-        digest.update(np.ascontiguousarray(pixels))
-    return digest.hexdigest()
-
-
-def _text(text: str) -> str:
-    """The text, without what UTF-8 cannot hold: names of files may be any bytes."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _results(examine: _Examine, start: int, stop: int, workers: int) -> Iterator[_Kept | _Dropped]:
-    """The records from `start` to `stop`, examined, in order."""
-    # Buffers hold whole pictures, so they are short.
-    threads = 2 if workers else os.cpu_count() or 1
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-    dataset = grain.MapDataset.range(start, stop).map(examine).to_iter_dataset(options)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # grain reads flags of its own, which a program without absl's never parses
-            flags.FLAGS.mark_as_parsed()
-        # A worker without a record of its own would be an error of grain's.
-        count = min(workers, stop - start)
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(count, per_worker_buffer_size=4), _end_with_parent)
-    iterator = iter(dataset)
-    try:
-        yield from iterator
-    finally:
-        iterator.close()
-
-
-def _end_with_parent(index: int, count: int) -> None:
-    """Makes a worker end when its parent is killed; by itself it would wait for ever for someone to take its results."""
-    del index, count
-    if (parent := multiprocessing.parent_process()) is not None:
-
-        def wait() -> None:
-            multiprocessing.connection.wait([parent.sentinel])
-            os._exit(1)
-
-        threading.Thread(target=wait, daemon=True).start()
 
 
 def _ticking(results: Iterable[Any], bar: tqdm) -> Iterator[Any]:
@@ -429,16 +235,14 @@ class _Progress:
             file.writelines(json.dumps(drop) + "\n" for drop in dropped)
 
 
-def _prepare_chunk(
-    results: Iterable[_Kept | _Dropped], progress: _Progress, encode: Encoder | None, limit: int
-) -> None:
+def _prepare_chunk(results: Iterable[Kept | Dropped], progress: _Progress, encode: Encoder | None, limit: int) -> None:
     """Writes the shards of a chunk and commits it."""
     shards, dropped, digests, read, bad = _Shards(progress.out, progress.chunks, encode), [], {}, 0, 0
     for read, result in enumerate(results, 1):
-        if isinstance(result, _Kept) and (result.digest in progress.seen or result.digest in digests):
+        if isinstance(result, Kept) and (result.digest in progress.seen or result.digest in digests):
             name = result.example.name
-            result = _Dropped(name, "duplicate", f"{name} has the pictures and the prompt of an earlier record.")
-        if isinstance(result, _Kept):
+            result = Dropped(name, "duplicate", f"{name} has the pictures and the prompt of an earlier record.")
+        if isinstance(result, Kept):
             digests[result.digest] = None
             shards.add(result)
             continue
@@ -470,11 +274,11 @@ class _Shards:
     def __init__(self, out: Path, chunk: int, encode: Encoder | None):
         self.out, self.chunk, self.encode = out, chunk, encode
         self.writers: dict[Bucket, tuple[Path, ArrayRecordWriter]] = {}
-        self.waiting: dict[Bucket, list[_Kept]] = {}
+        self.waiting: dict[Bucket, list[Kept]] = {}
         self.counts: collections.Counter[Bucket] = collections.Counter()
         self.arrays: dict[str, None] = {}
 
-    def add(self, kept: _Kept) -> None:
+    def add(self, kept: Kept) -> None:
         """Writes an example, when enough of its bucket are there for the encoder."""
         self.waiting.setdefault(kept.bucket, []).append(kept)
         if len(self.waiting[kept.bucket]) >= (self.encode.batch_size if self.encode else 1):

@@ -160,7 +160,7 @@ class PreparedBucket:
 
     def __init__(self, folder: str | Path, index: PreparedIndex, bucket: Bucket):
         files = [str(Path(folder) / shard.file) for shard in index.shards if shard.bucket == bucket]
-        self.folder, self.source = str(folder), ArrayRecordDataSource(files)
+        self.source = ArrayRecordDataSource(files)
 
     def __len__(self) -> int:
         return len(self.source)
