@@ -18,11 +18,7 @@ from configs import pretraining
 from unipic2_jax.pipelines import TINY, TINY_METAQUERY
 from unipic2_jax.training.config import make_config
 
-# Steps at each scale.
-STEPS = {
-    "tiny": {"base": 2500, "kontext": 1500, "connector": 1000, "variant": 1500},
-    "smoke": dict.fromkeys(("base", "kontext", "connector", "variant"), 2),
-}
+STEPS = {"base": 2500, "kontext": 1500, "connector": 1000, "variant": 1500}
 # Variant -> (reference_path, trainable); None: Kontext under its text encoders.
 VARIANTS = {
     "kontext_more": (None, pretraining.TRANSFORMER),
@@ -38,10 +34,12 @@ def get_config(arg: str = "") -> ConfigDict:
     """`arg` is 'RUN,FOLDER' or 'RUN,FOLDER,smoke': the run's name, and where the exports of the runs before it are.
 
     Raises:
-      ValueError: for a run that does not exist.
+      ValueError: for another form, or a run that does not exist.
     """
-    run, folder, *rest = [*arg.split(","), "runs/ablations"][: 3 if "smoke" in arg else 2]
-    scale = "smoke" if "smoke" in rest else "tiny"
+    run, folder, *scale = arg.split(",") if arg.count(",") else (arg, "runs/ablations")
+    if scale not in ([], ["smoke"]):
+        raise ValueError(f"configs/ablations.py takes RUN,FOLDER or RUN,FOLDER,smoke, not '{arg}'.")
+    smoke = bool(scale)
     start = lambda name, part="": f"{folder}/{name}/export{part and '/' + part}"
     vae, vlm = f"{TINY}/vae", f"{TINY_METAQUERY}/vlm"
     if run == "base":
@@ -65,8 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
     else:
         known = ", ".join(("base", "kontext", "connector", *VARIANTS))
         raise ValueError(f"configs/ablations.py has no run '{run}'; choose one of {known}.")
-    smoke = scale == "smoke"
-    stage = pretraining.tiny_stage(trainable, STEPS[scale][steps], lr, smoke, **fields)
+    stage = pretraining.tiny_stage(trainable, STEPS[steps], lr, smoke, **fields)
     if not smoke:
         stage |= {"pool": 20480, "validation": {}}
     return make_config({**model, "schedule": (run,), "stages": {run: stage}})

@@ -116,7 +116,8 @@ def test_stored_latents_are_those_that_training_would_compute(folder, tmp_path):
 
 
 def test_stored_conditioning_replaces_the_conditioner(folder, tmp_path):
-    options = {"tasks": ("t2i",), "caption_dropout": {"t2i": 0.5}}
+    optimizer = {"lr": 3e-3, "trainable": "^transformer/"}
+    options = {"tasks": ("t2i",), "caption_dropout": {"t2i": 0.5}, "optimizer": optimizer}
     plain = make(folder, tmp_path, **options)
 
     def conditioning(number, bucket):
@@ -130,6 +131,10 @@ def test_stored_conditioning_replaces_the_conditioner(folder, tmp_path):
     assert "tokens" not in stored.loader.batch(0)[1]
     one, two = plain.step(plain.init(), 0)[1], stored.step(stored.init(), 0)[1]
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    both = {**options, "optimizer": {**optimizer, "trainable": "^(transformer|conditioner)/"}}
+    useless = make(where, tmp_path, **both, data=data)
+    with pytest.raises(ConfigError, match="nothing to learn for the conditioner"):
+        useless.step(useless.init(), 0)
 
 
 def test_validation_is_the_same_question_every_time(folder, tmp_path):
@@ -168,8 +173,10 @@ def test_what_does_not_fit_is_said_before_work_starts(folder, tmp_path):
     with pytest.raises(ValueError, match="ascend from 0"):
         make(folder, tmp_path, resolutions=((0.5, 4),))
     several = written(tmp_path / "several", {**SQUARE, Bucket("16:9"): 24})
-    with pytest.raises(ConfigError, match="those for 't2i' have several"):
+    with pytest.raises(ConfigError, match="one shape for each task, and here are 3"):
         make(several, tmp_path, pool=256)
+    with pytest.raises(ConfigError, match="one shape for each task, and here are 4"):
+        make(folder, tmp_path, pool=256, resolutions=((0.0, 2), (0.5, 4)))
     with pytest.raises(ConfigError, match="use one of mode, sample"):
         make(folder, tmp_path, latents="mean")
     with pytest.raises(ValueError, match="float8_e4m3fn' is not supported"):

@@ -16,11 +16,13 @@ class Row:
 
     Attributes:
       label: its cells before the figures.
+      short: for a plot.
       variant: the run of configs/ablations.py that is its counterpart.
       paper: the figures, by benchmark.
     """
 
     label: tuple[str, ...]
+    short: str
     variant: str
     paper: Mapping[str, float]
 
@@ -47,10 +49,10 @@ TABLES = {
         "Where the reference image goes",
         ("model", "MLLM", "DiT"),
         (
-            Row(("UniPic2-SD3.5M-Kontext", "", "x"), "kontext_more", {GEDIT: 6.31}),
-            Row(("UniPic2-MetaQuery", "x", ""), "mllm", {GEDIT: 5.00}),
-            Row(("UniPic2-MetaQuery", "", "x"), "dit", {GEDIT: 6.40}),
-            Row(("UniPic2-MetaQuery", "x", "x"), "both", {GEDIT: 6.90}),
+            Row(("UniPic2-SD3.5M-Kontext", "", "x"), "Kontext", "kontext_more", {GEDIT: 6.31}),
+            Row(("UniPic2-MetaQuery", "x", ""), "MLLM", "mllm", {GEDIT: 5.00}),
+            Row(("UniPic2-MetaQuery", "", "x"), "DiT", "dit", {GEDIT: 6.40}),
+            Row(("UniPic2-MetaQuery", "x", "x"), "MLLM + DiT", "both", {GEDIT: 6.90}),
         ),
         {GEDIT: EDIT_SCORE},
     ),
@@ -58,9 +60,9 @@ TABLES = {
         "What is fine-tuned",
         ("connector", "DiT"),
         (
-            Row(("frozen", "fine-tuned"), "dit_only", {GENEVAL: 0.84, GEDIT: 6.75}),
-            Row(("fine-tuned", "frozen"), "connector_only", {GENEVAL: 0.85, GEDIT: 6.46}),
-            Row(("fine-tuned", "fine-tuned"), "both", {GENEVAL: 0.86, GEDIT: 6.90}),
+            Row(("frozen", "fine-tuned"), "DiT", "dit_only", {GENEVAL: 0.84, GEDIT: 6.75}),
+            Row(("fine-tuned", "frozen"), "connector", "connector_only", {GENEVAL: 0.85, GEDIT: 6.46}),
+            Row(("fine-tuned", "fine-tuned"), "both", "both", {GENEVAL: 0.86, GEDIT: 6.90}),
         ),
         {GENEVAL: T2I_SCORE, GEDIT: EDIT_SCORE},
     ),
@@ -107,10 +109,7 @@ def plot(table: Table, scores: Mapping[str, Mapping[str, Sequence[float]]], path
     figure = Figure(figsize=(5.5 * len(table.benchmarks), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     places = np.arange(len(table.rows))
-    names = ["\n".join(filter(None, (f"#{i}", *row.label))) for i, row in enumerate(table.rows, 1)]
-    if table.head[0] == "model":
-        shown = lambda row: "+".join(n for n, mark in zip(table.head[1:], row.label[1:]) if mark)
-        names = [f"#{i} {row.label[0].removeprefix('UniPic2-')}\n{shown(row)}" for i, row in enumerate(table.rows, 1)]
+    names = [f"#{number} {row.short}" for number, row in enumerate(table.rows, 1)]
     for axis, (paper, ours) in zip(
         figure.subplots(1, len(table.benchmarks), squeeze=False)[0], table.benchmarks.items()
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -103,16 +104,15 @@ class FlowStage(Stage):
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.trained, self.frozen = split_params(bundle.params, config.optimizer.trainable)
         self.networks = for_training(bundle, check_dtype(config.compute_dtype))
-        # The loader's thread tokenises while others do; tokenizers do not bear that.
-        self.reader = copy.deepcopy(bundle.conditioner)
+        # Loaders' threads tokenise, and this one when it compiles; tokenizers do not bear that, nor evaluators beside them.
+        self.reader, self.reading = copy.deepcopy(bundle.conditioner), threading.Lock()
         self.sources = make_sources(config, config.data, context.data_seed())
         self.plan = make_plan(config, self.sources, context.data_seed())
         self.loader = self._loader(self.sources, self.plan)
         self.pools: dict[str, dict[str, Any]] = {}
-        if config.pool and (many := [task for task, found in self.plan.buckets.items() if len(found) > 1]):
-            raise ConfigError(
-                f"A pool needs examples of one shape, and those for '{many[0]}' have several; set pool=0."
-            )
+        shapes = {shape for phase in range(len(self.plan.phases)) for shape in self.plan.shapes(phase)}
+        if config.pool and len(shapes) > len(set(config.tasks)):
+            raise ConfigError(f"A pool needs one shape for each task, and here are {len(shapes)} in all; set pool=0.")
         self._encode = jax.jit(self._moments)
         self._step = jax.jit(self._train_step, static_argnames="task")
         self._validate = jax.jit(self._validation_losses)
@@ -150,7 +150,8 @@ class FlowStage(Stage):
                 batch["reference_images"] = np.stack([np.stack(example.references) for example in examples])
         if "context" in first.arrays:
             return {**batch, "conditioning": (stacked("context"), stacked("pooled"))}
-        return {**batch, **self._tokens(examples, dropped=self.config.caption_dropout[shape.task] > 0)}
+        with self.reading:
+            return {**batch, **self._tokens(examples, dropped=self.config.caption_dropout[shape.task] > 0)}
 
     def _tokens(self, examples: Sequence[Example], dropped: bool) -> dict[str, Any]:
         """Tokens of the prompts, and where they are read together with images also those of no prompt."""
@@ -302,9 +303,15 @@ class FlowStage(Stage):
 
     def _nothing(self, task: str, batch: dict[str, Any]) -> dict[str, Any]:
         """What stands for dropped captions, where one row serves all."""
+        if "conditioning" in batch and "conditioner" in self.trained:
+            raise ConfigError(
+                "Stored conditioning leaves nothing to learn for the conditioner, which optimizer.trainable trains; take it "
+                "out of data.stored, or train the transformer alone."
+            )
         if not self.config.caption_dropout[task] or "empty_tokens" in batch:
             return {}
-        tokens = self.reader.tokenize([""])
+        with self.reading:
+            tokens = self.reader.tokenize([""])
         if "conditioning" not in batch:
             return {"empty_tokens": tokens}
         if self.reader.reads_images and task == "edit":

@@ -181,8 +181,11 @@ class _Run:
             for index in range(first, len(self.names)):
                 stage = stage or self.stage_at(index)
                 state = self.train(stage, step, stage.init() if state is None else state)
+                # What the next stage needs is saved; in memory there is one full-size model at a time.
                 bundle = self.finish(stage, state)
                 stage, step, state = None, 0, None
+                if index + 1 < len(self.names):
+                    bundle = None
         self.metrics.close()
         self.checkpoints.close()
         if not export.exists():
@@ -205,7 +208,7 @@ class _Run:
         """Stage `index`, on its model with all that stages before it have trained, by name."""
         name = self.names[index]
         if (model := self.config.stages[name].model) != self.model:
-            self.initial = None  # two full-size models at a time are too many
+            self.initial = None
             self.initial, self.model = self.load_model(model), model
         params, self.carried = self.checkpoints.load_params(index, self.initial.params)
         bundle = dataclasses.replace(self.initial, params=params)
