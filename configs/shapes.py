@@ -1,8 +1,6 @@
-"""What the recipes over the shapes world share: how a model is measured there, and what is hard to learn."""
+"""What the recipes over the shapes world share: how a model is measured there."""
 
 SIZE = {"height": 48, "width": 48}
-# Weights of what is learned last, for `data` of a flow stage.
-HARD = {"position": 4.0, "color_attr": 3.0, "two_object": 2.0, "counting": 2.0, "move": 6.0, "arrange": 6.0}
 
 
 def evaluations(num_prompts: int, samples: int, num_steps: int = 20, guidance_scale: float = 1.0) -> dict:

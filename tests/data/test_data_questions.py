@@ -45,6 +45,10 @@ def test_answers_are_true():
     for q in questions("where"):
         (thing,) = (t for t in q.scene.things if f"the {t.name}?" in q.question)
         assert q.answer == f"at the {CELL_NAMES[thing.cell]}"
+    for q in questions("places"):
+        names = q.question.removeprefix("locate: ").split(", ")
+        cells = {t.name: CELL_NAMES[t.cell] for t in q.scene.things}
+        assert q.answer == ", ".join(f"{name} at the {cells[name]}" for name in names)
     for q in questions("color"):
         (thing,) = (t for t in q.scene.things if f"the {t.shape}?" in q.question)
         assert q.answer == thing.color

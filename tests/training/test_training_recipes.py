@@ -22,7 +22,7 @@ TINY = {
     "kontext": ("tiny", "tiny,smoke"),
     "unified": ("tiny", "tiny,smoke"),
     "unipic2": ("tiny", "tiny,smoke"),
-    "ablations": ("base,x", "mllm,x", "connector_only,x,smoke"),
+    "ablations": ("connector,x", "mllm,x", "connector_only,x,smoke"),
 }
 
 

@@ -120,12 +120,14 @@ TINY_METAQUERY = ModelSizes(
     vlm=Qwen2_5_VLConfig(
         vocab_size=568,
         hidden_size=112,
-        intermediate_size=224,
-        num_hidden_layers=4,
+        intermediate_size=176,
+        num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        mrope_section=(4, 5, 5),
+        # At Qwen's base of 1e6 the eleven columns' frequencies of so small a head would be next to nothing; rows and time need few.
+        rope_theta=1e4,
+        mrope_section=(1, 2, 11),
         tie_word_embeddings=True,
         bos_token_id=561,
         eos_token_id=563,

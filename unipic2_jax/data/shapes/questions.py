@@ -18,7 +18,7 @@ MAX_THINGS = 4
 
 @dataclasses.dataclass(frozen=True)
 class ShapesQuestion:
-    """A question about what `scene` shows (None: about a text alone), its answer, and its kind (one of `QUESTION_TAGS`)."""
+    """A question about what `scene` shows (None: about a text alone), its answer, and its kind (of `QUESTION_TAGS` or `EXERCISE_TAGS`)."""
 
     scene: Scene | None
     tag: str
@@ -62,6 +62,15 @@ def _pick(rng: np.random.Generator, things: list[Thing]) -> Thing | None:
 def _where(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
     thing = _pick(rng, _alone(scene.things, lambda t: t.name))
     return thing and (f"where is the {thing.name}?", f"at the {CELL_NAMES[thing.cell]}")
+
+
+def _places(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    things = _alone(scene.things, lambda t: t.name)
+    if not things:
+        return None
+    # In any order: in that of the cells, a reader could count along instead of looking where each one is.
+    things = [things[i] for i in rng.permutation(len(things))]
+    return f"locate: {', '.join(thing.name for thing in things)}", ", ".join(map(describe, things))
 
 
 def _color(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
@@ -122,6 +131,9 @@ _SCENE_MAKERS = {
 }
 _TEXT_MAKERS = {"ground": _ground, "parse": _parse}
 QUESTION_TAGS = (*_SCENE_MAKERS, *_TEXT_MAKERS)
+# What only training asks: several questions of `QUESTION_TAGS` in one.
+_EXERCISE_MAKERS = {"places": _places}
+EXERCISE_TAGS = tuple(_EXERCISE_MAKERS)
 # Words of questions and answers that no prompt has.
 QUESTION_WORDS = (
     *(
@@ -148,7 +160,7 @@ QUESTION_WORDS = (
 def random_question(
     rng: np.random.Generator, tag: str | None = None, split: str = "train", most: int = MAX_THINGS
 ) -> ShapesQuestion:
-    """A question of a kind (any by default), about a scene of at most `most` objects where it is about a scene alone.
+    """A question of a kind (one of `QUESTION_TAGS` by default), about a scene of at most `most` objects where it is about a scene alone.
 
     In 'train' neither a scene nor a prompt or an instruction shows a held-out combination. In 'heldout' the scene shows one,
     or the prompt or instruction asks for one.
@@ -156,8 +168,10 @@ def random_question(
     Raises:
       ValueError: for an unknown kind or split.
     """
-    if tag is not None and tag not in QUESTION_TAGS:
-        raise ValueError(f"'{tag}' is not a kind of question; use one of {', '.join(QUESTION_TAGS)}.")
+    if tag is not None and tag not in (*QUESTION_TAGS, *EXERCISE_TAGS):
+        raise ValueError(
+            f"'{tag}' is not a kind of question; use one of {', '.join((*QUESTION_TAGS, *EXERCISE_TAGS))}."
+        )
     if split not in ("train", "heldout"):
         raise ValueError(f"'{split}' is not a split of the shapes world; use 'train' or 'heldout'.")
     tag = QUESTION_TAGS[rng.integers(len(QUESTION_TAGS))] if tag is None else tag
@@ -172,5 +186,5 @@ def random_question(
             scene = Scene(scene.background, tuple(dataclasses.replace(thing, shape=shape) for thing in scene.things))
         if shows_held_out(scene) != (split == "heldout"):
             continue
-        if made := _SCENE_MAKERS[tag](rng, scene):
+        if made := (_SCENE_MAKERS | _EXERCISE_MAKERS)[tag](rng, scene):
             return ShapesQuestion(scene, tag, *made)

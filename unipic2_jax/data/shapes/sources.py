@@ -16,7 +16,7 @@ from unipic2_jax.data.questions import Question
 from unipic2_jax.data.shapes.edits import EDIT_TYPES, ShapesEdit, random_edit
 from unipic2_jax.data.shapes.pool import dense_scene, edit_example, prompt_example
 from unipic2_jax.data.shapes.prompts import ShapesPrompt, random_prompt
-from unipic2_jax.data.shapes.questions import MAX_THINGS, QUESTION_TAGS, random_question
+from unipic2_jax.data.shapes.questions import EXERCISE_TAGS, MAX_THINGS, QUESTION_TAGS, random_question
 from unipic2_jax.data.shapes.world import IMAGE_SIZE, Scene, Thing, render
 from unipic2_jax.rewards.geneval import TAGS
 
@@ -95,16 +95,21 @@ class ShapesQuestions:
     Attributes:
       split: 'train', or 'heldout' for scenes and prompts with a combination that none in training has.
       most: objects in a scene.
+      tags: the turn, when it is not once through `QUESTION_TAGS`; a kind may come several times.
     """
 
-    def __init__(self, seed: int = 0, split: str = "train", most: int = MAX_THINGS):
+    def __init__(self, seed: int = 0, split: str = "train", most: int = MAX_THINGS, tags: Sequence[str] = ()):
         if not 1 <= most <= MAX_THINGS:
             raise ValueError(f"Scenes of at most {most} objects are not in the shapes world; give 1 to {MAX_THINGS}.")
-        self.seed, self.split, self.most = seed, split, most
+        if unknown := set(tags) - {*QUESTION_TAGS, *EXERCISE_TAGS}:
+            raise ValueError(
+                f"'{min(unknown)}' is not a kind of question; use some of {', '.join((*QUESTION_TAGS, *EXERCISE_TAGS))}."
+            )
+        self.seed, self.split, self.most, self.tags = seed, split, most, tuple(tags) or QUESTION_TAGS
 
     def question(self, index: int) -> Question:
         """Question number `index`."""
         rng = np.random.default_rng([self.seed, self.split == "heldout", index])
-        found = random_question(rng, QUESTION_TAGS[index % len(QUESTION_TAGS)], self.split, self.most)
+        found = random_question(rng, self.tags[index % len(self.tags)], self.split, self.most)
         image = None if found.scene is None else render(found.scene)
         return Question(image, found.question, found.answer, found.tag)
