@@ -15,11 +15,11 @@ from unipic2_jax.training.config import make_config
 HARD = {"position": 4.0, "color_attr": 3.0, "two_object": 2.0, "counting": 2.0, "move": 6.0, "arrange": 6.0}
 
 
-def flow_stage(steps: int, smoke: bool, **fields) -> dict:
+def flow_stage(steps: int, smoke: bool, schedule: str, **fields) -> dict:
     """What both stages share. Guidance needs an unconditional branch, and nothing here was pre-trained with one."""
     fields |= {"pool": 256 if smoke else 40960, "batch_size": 64, "validation": {}}
     fields["evaluations"] = evaluations(6, 1) if smoke else evaluations(200, 4)
-    fields["optimizer"] = {"schedule": "constant", "warmup": 2 if smoke else 200}
+    fields["optimizer"] = {"schedule": schedule, "warmup": 2 if smoke else 200}
     return pretraining.tiny_stage("^(transformer|conditioner)/", steps, 1e-3, smoke, **fields)
 
 
@@ -27,10 +27,11 @@ def get_config(arg: str = "") -> ConfigDict:
     """`arg` is empty, or 'smoke' for a few steps."""
     smoke = {"": False, "smoke": True}[arg]
     stages = {
-        "base": flow_stage(5000, smoke, data={"kind": "shapes", "weights": {"arrange": 0.0}}),
+        "base": flow_stage(5000, smoke, "constant", data={"kind": "shapes", "weights": {"arrange": 0.0}}),
         "hard": flow_stage(
-            2500,
+            4000,
             smoke,
+            "trapezoid",
             data={"kind": "shapes", "weights": HARD},
             tasks=("t2i", "t2i", "t2i", "t2i", "edit"),
         ),
