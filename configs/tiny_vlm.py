@@ -8,7 +8,7 @@ last, where an object is that a question names, and at half the rate: at 1e-3 th
 
 from ml_collections import ConfigDict
 
-from unipic2_jax.data.shapes.questions import EXERCISE_TAGS, QUESTION_TAGS
+from unipic2_jax.data.shapes.questions import ALL_TAGS, QUESTION_TAGS
 from unipic2_jax.training.config import make_config
 
 
@@ -41,7 +41,7 @@ def vlm_stage(steps: int, smoke: bool, pool: int, lr: float, schedule: str = "tr
 def get_config(arg: str = "") -> ConfigDict:
     """`arg` is empty, or 'smoke' for a few steps."""
     smoke = {"": False, "smoke": True}[arg]
-    everything = {"kind": "shapes", "tags": (*QUESTION_TAGS, *EXERCISE_TAGS)}
+    everything = {"kind": "shapes", "tags": ALL_TAGS}
     named = {"kind": "shapes", "tags": (*QUESTION_TAGS, "where", "box", "ground")}
     stages = {
         "single": vlm_stage(400, smoke, 10240, 1e-3, data={**everything, "most": 1}, equal_answers=True),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from unipic2_jax.data.shapes.prompts import shows_held_out
-from unipic2_jax.data.shapes.questions import NUMBER_WORDS, QUESTION_TAGS, QUESTION_WORDS, random_question
+from unipic2_jax.data.shapes.questions import ALL_TAGS, NUMBER_WORDS, QUESTION_WORDS, random_question
+from unipic2_jax.data.shapes.sources import ShapesQuestions
 from unipic2_jax.data.shapes.world import CELL, CELL_NAMES, CLASSES, GRID
 
 
@@ -79,7 +80,11 @@ def test_every_word_has_a_token():
 
 
 def test_unknown_kinds_and_splits_are_named():
-    with pytest.raises(ValueError, match=f"use one of {', '.join(QUESTION_TAGS)}"):
+    with pytest.raises(ValueError, match=f"use one of {', '.join(ALL_TAGS)}"):
         random_question(np.random.default_rng(0), "weather")
+    with pytest.raises(ValueError, match="'weather' is not a kind of question; use some of"):
+        ShapesQuestions(tags=("where", "weather"))
+    asked = ShapesQuestions(tags=("where", "places", "where"))
+    assert [asked.question(i).tag for i in range(4)] == ["where", "places", "where", "where"]
     with pytest.raises(ValueError, match="'test' is not a split"):
         random_question(np.random.default_rng(0), "count", "test")

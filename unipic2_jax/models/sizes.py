@@ -125,7 +125,7 @@ TINY_METAQUERY = ModelSizes(
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        # At Qwen's base of 1e6 the eleven columns' frequencies of so small a head would be next to nothing; rows and time need few.
+        # At Qwen's base of 1e6 so small a head would have next to no frequency left for columns; rows and time need few.
         rope_theta=1e4,
         mrope_section=(1, 2, 11),
         tie_word_embeddings=True,

@@ -18,7 +18,7 @@ MAX_THINGS = 4
 
 @dataclasses.dataclass(frozen=True)
 class ShapesQuestion:
-    """A question about what `scene` shows (None: about a text alone), its answer, and its kind (of `QUESTION_TAGS` or `EXERCISE_TAGS`)."""
+    """A question about what `scene` shows (None: about a text alone), its answer, and its kind (one of `ALL_TAGS`)."""
 
     scene: Scene | None
     tag: str
@@ -133,7 +133,7 @@ _TEXT_MAKERS = {"ground": _ground, "parse": _parse}
 QUESTION_TAGS = (*_SCENE_MAKERS, *_TEXT_MAKERS)
 # What only training asks: several questions of `QUESTION_TAGS` in one.
 _EXERCISE_MAKERS = {"places": _places}
-EXERCISE_TAGS = tuple(_EXERCISE_MAKERS)
+ALL_TAGS = (*QUESTION_TAGS, *_EXERCISE_MAKERS)
 # Words of questions and answers that no prompt has.
 QUESTION_WORDS = (
     *(
@@ -160,7 +160,7 @@ QUESTION_WORDS = (
 def random_question(
     rng: np.random.Generator, tag: str | None = None, split: str = "train", most: int = MAX_THINGS
 ) -> ShapesQuestion:
-    """A question of a kind (one of `QUESTION_TAGS` by default), about a scene of at most `most` objects where it is about a scene alone.
+    """A question of kind `tag` (any of `QUESTION_TAGS` if None); about a scene alone, it has at most `most` objects.
 
     In 'train' neither a scene nor a prompt or an instruction shows a held-out combination. In 'heldout' the scene shows one,
     or the prompt or instruction asks for one.
@@ -168,10 +168,8 @@ def random_question(
     Raises:
       ValueError: for an unknown kind or split.
     """
-    if tag is not None and tag not in (*QUESTION_TAGS, *EXERCISE_TAGS):
-        raise ValueError(
-            f"'{tag}' is not a kind of question; use one of {', '.join((*QUESTION_TAGS, *EXERCISE_TAGS))}."
-        )
+    if tag is not None and tag not in ALL_TAGS:
+        raise ValueError(f"'{tag}' is not a kind of question; use one of {', '.join(ALL_TAGS)}.")
     if split not in ("train", "heldout"):
         raise ValueError(f"'{split}' is not a split of the shapes world; use 'train' or 'heldout'.")
     tag = QUESTION_TAGS[rng.integers(len(QUESTION_TAGS))] if tag is None else tag

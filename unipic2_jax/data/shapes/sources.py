@@ -16,7 +16,7 @@ from unipic2_jax.data.questions import Question
 from unipic2_jax.data.shapes.edits import EDIT_TYPES, ShapesEdit, random_edit
 from unipic2_jax.data.shapes.pool import dense_scene, edit_example, prompt_example
 from unipic2_jax.data.shapes.prompts import ShapesPrompt, random_prompt
-from unipic2_jax.data.shapes.questions import EXERCISE_TAGS, MAX_THINGS, QUESTION_TAGS, random_question
+from unipic2_jax.data.shapes.questions import ALL_TAGS, MAX_THINGS, QUESTION_TAGS, random_question
 from unipic2_jax.data.shapes.world import IMAGE_SIZE, Scene, Thing, render
 from unipic2_jax.rewards.geneval import TAGS
 
@@ -101,10 +101,8 @@ class ShapesQuestions:
     def __init__(self, seed: int = 0, split: str = "train", most: int = MAX_THINGS, tags: Sequence[str] = ()):
         if not 1 <= most <= MAX_THINGS:
             raise ValueError(f"Scenes of at most {most} objects are not in the shapes world; give 1 to {MAX_THINGS}.")
-        if unknown := set(tags) - {*QUESTION_TAGS, *EXERCISE_TAGS}:
-            raise ValueError(
-                f"'{min(unknown)}' is not a kind of question; use some of {', '.join((*QUESTION_TAGS, *EXERCISE_TAGS))}."
-            )
+        if unknown := set(tags) - set(ALL_TAGS):
+            raise ValueError(f"'{min(unknown)}' is not a kind of question; use some of {', '.join(ALL_TAGS)}.")
         self.seed, self.split, self.most, self.tags = seed, split, most, tuple(tags) or QUESTION_TAGS
 
     def question(self, index: int) -> Question:
