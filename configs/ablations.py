@@ -17,7 +17,7 @@ from configs import pretraining
 from unipic2_jax.pipelines import TINY
 from unipic2_jax.training.config import make_config
 
-STEPS = {"connector": 1000, "variant": 1000}
+STEPS = {"connector": 1000, "variant": 500}
 # Variant -> (reference_path, trainable); None: Kontext under its text encoders.
 VARIANTS = {
     "kontext_more": (None, pretraining.TRANSFORMER),
@@ -55,5 +55,5 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     stage = pretraining.tiny_stage(trainable, steps, lr, smoke, **fields)
     if not smoke:
-        stage |= {"pool": 20480, "validation": {}}
+        stage |= {"pool": 12288, "validation": {}}
     return make_config({**model, "schedule": (run,), "stages": {run: stage}})

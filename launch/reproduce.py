@@ -5,13 +5,15 @@
 
 Trains every variant with several seeds (configs/ablations.py) and writes tableN.md and tableN.png into the workdir. What is
 there already is not trained again, and the same command goes on after an interruption; both tables share runs in one workdir.
-Runs come one after the other, or `--jobs` at a time, each with its output in a file: two on two cores, one core each, take less
-time than one on both.
+Runs come one after the other, or `--jobs` at a time, each with its output in a file and its share of the cores: two on two cores
+take less time than one on both.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import queue
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +29,17 @@ _SCALE = flags.DEFINE_enum("scale", "tiny", ["tiny", "smoke"], "smoke: two steps
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Folder of all runs and of the tables.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of every variant.", lower_bound=2)
 _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
-_CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 1, "As for launch.train.", lower_bound=1)
+_CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", 1, "As for launch.train; runs at the same time share them.", lower_bound=1
+)
 flags.mark_flags_as_required(["table"])
 
 
-def train(run: str, workdir: Path, seed: int) -> None:
+def train(run: str, workdir: Path, seed: int, cores: set[int] | None = None) -> None:
     """One run by `launch.train`, in a process of its own, so that its memory is given back; nothing when it is done.
+
+    Args:
+      cores: that the process may use; None: all, as for a run that is alone.
 
     Raises:
       RuntimeError: when it fails.
@@ -41,14 +48,38 @@ def train(run: str, workdir: Path, seed: int) -> None:
         return
     arg = ",".join([run, str(workdir.parent), *(["smoke"] if _SCALE.value == "smoke" else [])])
     command = [sys.executable, "-m", "launch.train", f"--config=configs/ablations.py:{arg}", f"--config.seed={seed}"]
-    command += [f"--workdir={workdir}", f"--cpu_devices={_CPU_DEVICES.value}"]
+    devices = _CPU_DEVICES.value if cores is None else max(1, _CPU_DEVICES.value // _JOBS.value)
+    command += [f"--workdir={workdir}", f"--cpu_devices={devices}"]
     workdir.parent.mkdir(parents=True, exist_ok=True)
     log = workdir.with_name(f"{workdir.name}.log")
     print(f"{workdir.name}" + (f": {log}" if _JOBS.value > 1 else ":"), flush=True)
     with log.open("a") if _JOBS.value > 1 else nullcontext() as output:
-        done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], stdout=output, stderr=output)
+        limit = functools.partial(os.sched_setaffinity, 0, cores) if cores else None
+        root = Path(__file__).resolve().parents[1]
+        done = subprocess.run(command, cwd=root, stdout=output, stderr=output, preexec_fn=limit)
     if done.returncode:
         raise RuntimeError(f"The run {workdir.name} ended with {done.returncode}; the same command goes on from there.")
+
+
+def train_all(runs: list[tuple[str, Path, int]], jobs: int) -> None:
+    """Arguments of `train`, `jobs` at a time. After a failure nothing new is started."""
+    cores = sorted(os.sched_getaffinity(0)) if jobs > 1 and hasattr(os, "sched_getaffinity") else []
+    free: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+    for job in range(jobs):
+        free.put(set(cores[job::jobs]))
+
+    def on_its_cores(run: tuple[str, Path, int]) -> None:
+        own = free.get()
+        try:
+            train(*run, own)
+        finally:
+            free.put(own)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            list(pool.map(on_its_cores, runs))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def main(argv: list[str]) -> None:
@@ -62,11 +93,7 @@ def main(argv: list[str]) -> None:
     runs = [(row.variant, folder / f"{row.variant}-seed{n}", n) for row in table.rows for n in range(_SEEDS.value)]
     try:
         train("connector", folder / "connector", 0)
-        with ThreadPoolExecutor(_JOBS.value) as pool:
-            try:
-                list(pool.map(lambda run: train(*run), runs))
-            finally:
-                pool.shutdown(cancel_futures=True)
+        train_all(runs, _JOBS.value)
     except RuntimeError as error:
         sys.exit(str(error))
     scores: dict[str, dict[str, list[float]]] = {}
