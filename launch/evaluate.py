@@ -21,9 +21,7 @@ _OUT = flags.DEFINE_string("out", None, "Folder that receives scores.json, and c
 _RECONSTRUCT = flags.DEFINE_bool("reconstruct", False, "Measure the autoencoder alone: which scenes stay readable.")
 _GATES = flags.DEFINE_bool("gates", False, "Exit with 1 unless the scores lie where a checkpoint for RL must lie.")
 _BASELINE = flags.DEFINE_string(
-    "baseline",
-    None,
-    "scores.json of another model (from its --out): the gates are then to be no worse, as far as these prompts can tell.",
+    "baseline", None, "scores.json of another model (from its --out): the gates are then to be no worse."
 )
 _QUESTIONS = flags.DEFINE_integer("questions", 600, "Held-out questions of shapes-vqa.", lower_bound=1)
 _PROMPTS = flags.DEFINE_integer("prompts", 200, "Held-out prompts per task.", lower_bound=1)
@@ -92,7 +90,7 @@ def _read_baseline() -> dict | None:
         return None
     try:
         scores = json.loads(Path(_BASELINE.value).read_text())
-        return {task: list(scores[task]["correct_by_prompt"]) for task in ("t2i", "edit")}
+        return {task: dict(scores[task]) for task in ("t2i", "edit")}
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{_BASELINE.value} holds no scores of both tasks; give the scores.json that --out of another model wrote."
@@ -102,7 +100,6 @@ def _read_baseline() -> dict | None:
 def _score_tasks(bundle, baseline: dict | None) -> list[str]:
     from configs.shapes import evaluations
     from unipic2_jax.evaluation import shapes
-    from unipic2_jax.evaluation.statistics import paired_bootstrap
     from unipic2_jax.parallel.mesh import make_mesh
     from unipic2_jax.training.evaluator import Evaluator, read_evaluation
 
@@ -113,8 +110,7 @@ def _score_tasks(bundle, baseline: dict | None) -> list[str]:
     configs = evaluations(_PROMPTS.value, _SAMPLES.value, _STEPS.value, _GUIDANCE.value)
     for task, fields in configs.items():
         result = Evaluator(task, read_evaluation(task, fields), bundle, make_mesh()).run(bundle.params)
-        correct = result["scores"][f"{task}/shapes_{task}_correct"]
-        table[task] = {**result["metrics"], "correct_by_prompt": correct.tolist()}
+        table[task] = result["metrics"]
         strict = shapes.summarize(task, result["metrics"], "correct")
         gated = strict if task == "t2i" else shapes.summarize(task, result["metrics"], "instruction")
         print(f"\n{task}: {_PROMPTS.value} held-out prompts x {_SAMPLES.value} samples")
@@ -123,13 +119,8 @@ def _score_tasks(bundle, baseline: dict | None) -> list[str]:
             print(f"{tag:16}{value:10.3f}" + (f"{gated[tag]:13.3f}" if task == "edit" else ""))
         if baseline is None:
             missed += shapes.failed_gates(gated, "GenEval-shapes" if task == "t2i" else "Instruction success")
-        else:
-            # Both are measured on the same prompts, and a model as good as the other is below it half of the time.
-            found = paired_bootstrap(baseline[task], correct)
-            difference = f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-            print(f"{'prompts':16}{found.after:10.3f}, the baseline {found.before:.3f}: {difference}")
-            if found.fallen:
-                missed.append(f"{task} is {found.after:.3f}, below the baseline's {found.before:.3f}: {difference}.")
+        elif strict["overall"] < (other := shapes.summarize(task, baseline[task], "correct")["overall"]):
+            missed.append(f"{task} is {strict['overall']:.3f}, below the baseline's {other:.3f}.")
         if out:
             for name, picture in result["images"].items():
                 picture.save(out / f"{name}.png")
