@@ -16,7 +16,7 @@ import os
 import queue
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def train(run: str, workdir: Path, seed: int, cores: set[int] | None = None) -> 
     """One run by `launch.train`, in a process of its own, so that its memory is given back; nothing when it is done.
 
     Args:
-      cores: that the process may use; None: all, as for a run that is alone.
+      cores: of a run beside others, those that it may use, or none where that cannot be said; None: the run is alone.
 
     Raises:
       RuntimeError: when it fails.
@@ -77,7 +77,8 @@ def train_all(runs: list[tuple[str, Path, int]], jobs: int) -> None:
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            list(pool.map(on_its_cores, runs))
+            for done in as_completed([pool.submit(on_its_cores, run) for run in runs]):
+                done.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
