@@ -16,6 +16,7 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from pathlib import Path
@@ -68,19 +69,22 @@ def train_all(runs: list[tuple[str, Path, int]], jobs: int) -> None:
     for job in range(jobs):
         free.put(set(cores[job::jobs]))
 
+    failed = threading.Event()
+
     def on_its_cores(run: tuple[str, Path, int]) -> None:
         own = free.get()
         try:
-            train(*run, own)
+            if not failed.is_set():
+                train(*run, own)
+        except BaseException:
+            failed.set()
+            raise
         finally:
             free.put(own)
 
     with ThreadPoolExecutor(jobs) as pool:
-        try:
-            for done in as_completed([pool.submit(on_its_cores, run) for run in runs]):
-                done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for done in as_completed([pool.submit(on_its_cores, run) for run in runs]):
+            done.result()
 
 
 def main(argv: list[str]) -> None:

@@ -1,12 +1,38 @@
 """`launch.reproduce` from nothing to a table, with two steps for everything."""
 
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from launch import reproduce
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_runs_at_a_time_share_the_cores_and_stop_at_the_first_failure(monkeypatch):
+    started, together, given = [], threading.Barrier(2, timeout=30), []
+
+    def train(run, workdir, seed, cores):
+        started.append(run)
+        given.append(cores)
+        if run in ("a", "b"):
+            together.wait()  # both at once
+        if run == "c":
+            raise RuntimeError("The run c ended with 1.")
+
+    monkeypatch.setattr(reproduce, "train", train)
+    runs = [(name, Path(name), 0) for name in "ab"]
+    reproduce.train_all(runs, 2)
+    assert sorted(started) == ["a", "b"]
+    assert not given[0] & given[1] and given[0] | given[1] == os.sched_getaffinity(0)
+    started.clear()
+    with pytest.raises(RuntimeError, match="run c"):
+        reproduce.train_all([(name, Path(name), 0) for name in "dcefghi"], 1)
+    assert started == ["d", "c"]
 
 
 @pytest.mark.slow
