@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
             pretraining.CONNECTOR, 1000, 1e-3, smoke, pool=256 if smoke else 20480, **slow
         ),
         "unified": pretraining.tiny_stage(
-            pretraining.BOTH, 6000, 5e-4, smoke, pool=256 if smoke else 30720, **mixture, **slow
+            pretraining.BOTH, 10000, 5e-4, smoke, pool=256 if smoke else 30720, **mixture, **slow
         ),
     }
     parts = {**pretraining.TINY_PARTS, "vlm": "runs/tiny_vlm/half/vlm"}
