@@ -22,15 +22,16 @@ ABSTRACT = """
     import jax, jax.numpy as jnp, numpy as np
     from unipic2_jax.models.qwen_vision import VisionInput
     from unipic2_jax.models.sizes import SIZES
-    from unipic2_jax.parallel.mesh import batch_sharding, make_mesh, split
+    from unipic2_jax.parallel.mesh import batch_sharding, make_mesh
+    from unipic2_jax.parallel.rules import shardings
     from unipic2_jax.pipelines.bundle import init_params, make_modules
     from unipic2_jax.pipelines.vlm import VLMInput
 
-    sizes, mesh = SIZES["unipic2_metaquery"], make_mesh()
+    sizes, mesh = SIZES["unipic2_metaquery"], make_mesh(preset="fsdp")
     transformer, vae, conditioner = make_modules(sizes.networks, None, sizes.settings, jnp.float32, jnp.bfloat16)
     abstract = jax.eval_shape(lambda key: init_params(transformer, vae, conditioner, key), jax.random.key(0))
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    params = jax.tree.map(place, abstract, split(mesh, abstract))
+    params = jax.tree.map(place, abstract, shardings(mesh, abstract))
     held = lambda leaf: np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     print(whole, sum(held(leaf) for leaf in jax.tree.leaves(params)))
@@ -55,7 +56,8 @@ def test_the_model_is_split_over_devices_without_being_allocated():
     whole, held, arguments = run(ABSTRACT)
     # bfloat16 for the frozen 8.3e9 parameters, float32 for the 3.5e9 of transformer, autoencoder and connector.
     assert 30e9 < whole < 31e9, whole
-    assert held < whole / 8 * 1.01
+    # What is whole everywhere is little: the autoencoder above all.
+    assert held < whole / 8 * 1.1
     # What a device of the compiled conditioner is given: its eighth of the language model, and of the connector.
     assert 8.3e9 * 2 / 8 < arguments < held
     print(f"{whole / 1e9:.1f} GB in all, {held / 1e9:.2f} GB a device, {arguments / 1e9:.2f} GB for the conditioner")
@@ -67,7 +69,8 @@ STREAM = """
     import jax, jax.numpy as jnp, numpy as np
     from ml_dtypes import bfloat16
     from unipic2_jax.models.qwen import QWEN2_5_VL_7B, Qwen2_5_VL
-    from unipic2_jax.parallel.mesh import make_mesh, split
+    from unipic2_jax.parallel.mesh import make_mesh
+    from unipic2_jax.parallel.rules import shardings
     from unipic2_jax.weights import io, native, qwen, registry, table
 
     tower = dataclasses.replace(
@@ -85,10 +88,10 @@ STREAM = """
     draw = rng.integers(0, 1 << 14, max(int(np.prod(s)) for s in shapes.values()), np.uint16)
     made = lambda n, shape: np.roll(draw, n)[: int(np.prod(shape))].view(bfloat16).reshape(shape)
     io.write_folder(folder, "model", ((name, made(n, s)) for n, (name, s) in enumerate(shapes.items())), 32 << 20)
-    mesh = make_mesh()
-    shardings = split(mesh, abstract)
+    mesh = make_mesh(preset="fsdp")
+    placed = shardings(mesh, {"vlm": abstract})["vlm"]
     # The first use of JAX allocates what is its own; it is done before measuring.
-    jax.device_put(np.ones(8), jax.tree.leaves(shardings)[0]).block_until_ready()
+    jax.device_put(np.ones(8), jax.tree.leaves(placed)[0]).block_until_ready()
     del draw
 
     def anonymous():
@@ -100,7 +103,7 @@ STREAM = """
         while not done.wait(0.002):
             peak = max(peak, anonymous() - start)
     threading.Thread(target=watch, daemon=True).start()
-    params = native.load_component(folder, rules, abstract, shardings, jnp.bfloat16)
+    params = native.load_component(folder, rules, abstract, placed, jnp.bfloat16)
     jax.block_until_ready(params)
     done.set()
     leaves = jax.tree.leaves(params)

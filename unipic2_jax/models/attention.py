@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from unipic2_jax.parallel.rules import constrain
+
 IMPLEMENTATIONS = ("xla", "cudnn")
 
 
@@ -31,6 +33,9 @@ def attention(
       [B, Q, N, D] in value's dtype.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    # Each device has some of the queries and of the heads, and all keys of those.
+    query = constrain(query, "batch", "sequence", "heads", None)
+    key, value = (constrain(x, "batch", None, "heads", None) for x in (key, value))
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation="cudnn")
     if implementation != "xla":

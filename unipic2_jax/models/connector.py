@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from unipic2_jax.models.clip import ACTIVATIONS, CLIPMLP, CLIPAttention
 from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.parallel.rules import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ class ConnectorLayer(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(nn.LayerNorm, epsilon=self.config.layer_norm_eps, **kinds)
         attend = CLIPAttention(self.config, causal=False, **kinds, name="self_attn")
+        x = constrain(x, "batch", "sequence", None)
         x = x + attend(norm(name="layer_norm1")(x))
         return x + CLIPMLP(self.config, **kinds, name="mlp")(norm(name="layer_norm2")(x)), None
 

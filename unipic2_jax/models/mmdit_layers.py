@@ -11,6 +11,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from unipic2_jax.models.attention import attention
+from unipic2_jax.parallel.rules import constrain, split_over
 
 EPS = 1e-6
 
@@ -37,8 +38,11 @@ class Dense(nn.Module):
         dtype, param_dtype = self.compute.dtype, self.compute.param_dtype
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
-        # As one matrix product XLA's CPU backend is up to twice as fast; accelerators do not care.
-        lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1]).astype(dtype)
+        # As one matrix product XLA's CPU backend is up to twice as fast; accelerators do not care, unless a sample's
+        # tokens are on several of them: then the batch's and the tokens' axes cannot become one.
+        lead, x = x.shape[:-1], x.astype(dtype)
+        if not split_over("sequence"):
+            x = x.reshape(-1, x.shape[-1])
         y = x @ kernel.astype(dtype) + bias.astype(dtype)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
@@ -80,7 +84,8 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, emb: jax.Array) -> list[jax.Array]:
         linear = Dense(self.count * emb.shape[-1], self.compute, nn.initializers.zeros, name="linear")
-        return jnp.split(linear(nn.silu(emb)), self.count, axis=-1)
+        vectors = jnp.split(linear(nn.silu(emb)), self.count, axis=-1)
+        return [constrain(vector, "batch", None) for vector in vectors]
 
 
 class FeedForward(nn.Module):
@@ -154,6 +159,7 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         """streams: image [B, S, D] and context [B, T, D]; emb [B, D]; mask bool [B, 1, 1, S + T] over keys, or None."""
         x, context = streams
+        x, context = constrain(x, "batch", "sequence", None), constrain(context, "batch", None, None)
         compute = self.compute
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = Modulation(
             9 if self.dual else 6, compute, name="norm1"

@@ -27,6 +27,7 @@ from unipic2_jax.models.qwen_vision import (
     VisionTower,
     rotate,
 )
+from unipic2_jax.parallel.rules import constrain
 
 # Keys and values of the places seen so far: {'key': [L, B, T, KV, D], 'value': the same}.
 Cache = dict[str, jax.Array]
@@ -222,6 +223,7 @@ class QwenAttention(nn.Module):
         if cache is not None:
             put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
             cache = {"key": put(cache["key"], key), "value": put(cache["value"], value)}
+            cache = {name: constrain(x, "batch", None, "heads", None) for name, x in cache.items()}
             key, value = cache["key"].astype(key.dtype), cache["value"].astype(value.dtype)
         # The queries that share a key stand beside each other as more queries: keys and values are never repeated.
         groups = c.num_attention_heads // c.num_key_value_heads
@@ -246,6 +248,7 @@ class QwenLayer(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(nn.RMSNorm, epsilon=c.rms_norm_eps, **kinds)
         attend = QwenAttention(c, **kinds, name="self_attn")
+        x = constrain(x, "batch", "sequence", None)
         mixed, cache = attend(norm(name="input_layernorm")(x), angle, mask, cache, index)
         x = x + mixed
         mlp = GatedMLP(c.intermediate_size, False, **kinds, name="mlp")

@@ -20,6 +20,7 @@ from flax import linen as nn
 
 from unipic2_jax.models.attention import attention
 from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.parallel.rules import constrain
 
 EPS = 1e-6
 ROPE_THETA = 10000.0
@@ -252,6 +253,7 @@ class VisionBlock(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(nn.RMSNorm, epsilon=EPS, **kinds)
         dense = functools.partial(nn.Dense, kernel_init=KERNEL_INIT, **kinds)
+        x = constrain(x, "batch", "sequence", None, None)  # by windows
         qkv = dense(3 * c.hidden_size, name="qkv")(norm(name="norm1")(x))
         query, key, value = rearrange(qkv, "b w s (three n d) -> three b w s n d", three=3, n=c.num_heads)
         query, key = rotate(query, angle), rotate(key, angle)

@@ -2,18 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from unipic2_jax.parallel.rules import RULES, devices_along
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A data-parallel mesh over `devices` (all of them by default), one axis called 'data'."""
+AXES = ("data", "fsdp", "tensor", "sequence")
+# Preset -> the sizes of its mesh; -1 takes all devices that the others leave.
+PRESETS: dict[str, dict[str, int]] = {
+    "ddp": {"data": -1},  # every device has all parameters
+    "fsdp": {"fsdp": -1},  # parameters and optimizer are split, and gathered a layer at a time
+    "fsdp_tp": {"fsdp": -1, "tensor": 2},  # heads and hidden layers are split too
+    "fsdp_sp": {"fsdp": -1, "sequence": 2},  # the tokens of a sample are split too
+}
+
+
+def mesh_sizes(devices: int, preset: str = "ddp", sizes: Mapping[str, int] | None = None, slices: int = 1) -> list[int]:
+    """Devices along each of `AXES`.
+
+    Args:
+      devices: all of them.
+      preset: one of `PRESETS`.
+      sizes: axis -> size, over the preset's own; 0 leaves the preset's.
+      slices: groups of devices with slow links between them; they are along 'data', whose size they divide.
+
+    Raises:
+      ValueError: for an unknown preset or axis, or sizes that do not multiply to `devices`.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"The parallel preset '{preset}' does not exist; choose one of {', '.join(PRESETS)}.")
+    given = {axis: size for axis, size in (sizes or {}).items() if size}
+    if unknown := [axis for axis in given if axis not in AXES]:
+        raise ValueError(f"The mesh has no axis '{unknown[0]}'; it has {', '.join(AXES)}.")
+    wanted = {**dict.fromkeys(AXES, 1), "data": slices, **PRESETS[preset], **given}
+    rest = [axis for axis in AXES if wanted[axis] < 0]
+    fixed = math.prod(size for size in wanted.values() if size > 0)
+    if len(rest) == 1 and devices % fixed == 0:
+        wanted[rest[0]] = devices // fixed
+    found = " x ".join(f"{axis} {wanted[axis]}" for axis in AXES)
+    if min(wanted.values()) < 1 or math.prod(wanted.values()) != devices:
+        raise ValueError(f"The mesh '{preset}' of {found} does not fit {devices} devices; choose other sizes.")
+    if wanted["data"] % slices:
+        raise ValueError(f"{slices} slices do not divide the data axis of {found}; make parallel.data a multiple.")
+    return [wanted[axis] for axis in AXES]
+
+
+def make_mesh(
+    devices: Sequence[jax.Device] | None = None,
+    preset: str = "ddp",
+    sizes: Mapping[str, int] | None = None,
+    slices: int = 1,
+) -> Mesh:
+    """A mesh with the axes `AXES` over `devices` (all of them by default); see `mesh_sizes`.
+
+    Several slices (TPU pods joined by a data-centre network) become the outer part of 'data', so that only gradients
+    cross it.
+    """
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    shape = mesh_sizes(len(devices), preset, sizes, slices)
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    inside = [shape[0] // slices, *shape[1:]]
+    # Where devices do not say which slice they are of, a process is one.
+    by_process = not hasattr(devices[0], "slice_index")
+    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices, process_is_granule=by_process)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -21,39 +81,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return devices_along(mesh, RULES.batch)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis is split over 'data'."""
-    return NamedSharding(mesh, PartitionSpec("data"))
-
-
-def split(mesh: Mesh, abstract: Any) -> Any:
-    """Shardings for a tree of parameters too large for one device: each leaf is split along its longest axis that the
-    devices divide, and replicated when there is none.
-    """
-    size = mesh.shape["data"]
-
-    def place(leaf: Any) -> NamedSharding:
-        axes = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
-        if not axes:
-            return replicated(mesh)
-        longest = max(axes, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
-
-    return jax.tree.map(place, abstract)
+    """The leading axis is the batch."""
+    return NamedSharding(mesh, RULES.spec("batch"))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Places a pytree of host arrays on the mesh, split along their leading axis.
 
     Raises:
-      ValueError: when a leading axis is not a multiple of the number of devices.
+      ValueError: when a leading axis cannot be split evenly.
     """
-    size = mesh.shape["data"]
+    parts = batch_shards(mesh)
 
     def place(x: Any) -> jax.Array:
         x = np.asarray(x)
-        if x.shape[0] % size:
-            raise ValueError(f"A batch of {x.shape[0]} cannot be split over {size} devices; use a multiple of {size}.")
+        if x.shape[0] % parts:
+            raise ValueError(
+                f"A batch of {x.shape[0]} cannot be split over {parts} devices; use a multiple of {parts}."
+            )
         return jax.device_put(x, batch_sharding(mesh))
 
     return jax.tree.map(place, batch)

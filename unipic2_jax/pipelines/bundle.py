@@ -28,7 +28,7 @@ from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig
 from unipic2_jax.models.sizes import SIZES, ModelSizes
 from unipic2_jax.models.t5 import T5Config, T5Encoder
 from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
-from unipic2_jax.parallel.mesh import replicated
+from unipic2_jax.parallel.rules import shardings
 from unipic2_jax.pipelines.conditioner import Conditioner, TextConditioner, load_tokenizers
 from unipic2_jax.pipelines.metaquery import MetaQueryConditioner
 from unipic2_jax.pipelines.tiny_tokenizers import build_tokenizers
@@ -207,7 +207,7 @@ def init_bundle(
       seed: a number or a PRNG key.
       tokenizers: as `make_conditioner` takes them, or a folder that holds them (`tokenizer/` ..., `vlm/`). None builds
         those of the shapes world, which fit the tiny models only.
-      mesh: parameters are replicated over it; None: the default device.
+      mesh: parameters are on it as `parallel.rules` says; None: the default device.
       dtype: of parameters and arithmetic; float32 by default.
       parts: networks that are read, by folder name: 'transformer', 'vae', 'vlm' (with its tokenizer) ... -> the folder of
         that network, whose config.json overrules `sizes`.
@@ -245,14 +245,14 @@ def init_bundle(
     vlm_dtype = dtype if vlm_dtype is None else check_dtype(vlm_dtype)
     modules = make_modules(configs, tokenizers, sizes.settings, dtype, vlm_dtype)
     key = jax.random.key(seed) if isinstance(seed, (int, np.integer)) else seed
-    sharding = None if mesh is None else replicated(mesh)
 
     def fresh(key):
         return {name: tree for name, tree in _by_folder(init_params(*modules, key)).items() if name not in folders}
 
-    loaded = _load_folders(folders, configs, modules, sharding, dtype, vlm_dtype)
+    loaded = _load_folders(folders, configs, modules, mesh, dtype, vlm_dtype)
+    placed = None if mesh is None else shardings(mesh, jax.eval_shape(fresh, key))
     # It runs once, so compiling fast matters and running fast does not.
-    made = jax.jit(fresh, out_shardings=sharding, compiler_options=FAST_COMPILE)(key)
+    made = jax.jit(fresh, out_shardings=placed, compiler_options=FAST_COMPILE)(key)
     return Bundle(*modules, FlowMatchConfig(shift=sizes.shift), _by_group({**made, **loaded}))
 
 
@@ -271,7 +271,7 @@ def load_bundle(
       source: the folder, or the id of a model on the Hugging Face hub ('owner/name'), of which only safetensors, JSON
         and text files are fetched.
       dtype: of parameters and arithmetic: float32 (default), bfloat16 or float16, whatever the files hold.
-      mesh: parameters are replicated over it; None: the default device.
+      mesh: parameters are on it as `parallel.rules` says; None: the default device.
       vlm: where a MetaQuery model's language model is, folder or hub id; None: `vlm/` in the model folder.
       vlm_dtype: of the language model, which is frozen; None: `dtype`.
 
@@ -293,8 +293,7 @@ def load_bundle(
         raise ValueError(f"max_sequence_length in {folder / EXTRAS_FILE} is {length!r}; give a number of tokens.")
     vlm_dtype = dtype if vlm_dtype is None else check_dtype(vlm_dtype)
     modules = make_modules(configs, _load_tokenizers(folder, configs, folders), settings, dtype, vlm_dtype)
-    sharding = None if mesh is None else replicated(mesh)
-    loaded = _load_folders(folders, configs, modules, sharding, dtype, vlm_dtype)
+    loaded = _load_folders(folders, configs, modules, mesh, dtype, vlm_dtype)
     return Bundle(*modules, scheduler, _by_group(loaded))
 
 
@@ -303,7 +302,7 @@ def _read_config(name: str, folder: Path) -> Any:
 
 
 def _load_folders(
-    folders: Mapping[str, Path], configs: Mapping[str, Any], modules: Any, sharding: Any, dtype: Any, vlm_dtype: Any
+    folders: Mapping[str, Path], configs: Mapping[str, Any], modules: Any, mesh: Mesh | None, dtype: Any, vlm_dtype: Any
 ) -> dict[str, Any]:
     """Parameters of these networks, by folder name."""
     abstract = _by_folder(jax.eval_shape(lambda key: init_params(*modules, key), jax.random.key(0)))
@@ -312,7 +311,8 @@ def _load_folders(
     for part in parts.values():
         native.check_component(*part)
     dtypes = {"vlm": vlm_dtype}
-    return {name: native.load_component(*part, sharding, dtypes.get(name, dtype)) for name, part in parts.items()}
+    placed = dict.fromkeys(abstract) if mesh is None else shardings(mesh, abstract)
+    return {name: native.load_component(*part, placed[name], dtypes.get(name, dtype)) for name, part in parts.items()}
 
 
 def save_bundle(bundle: Bundle, folder: str | os.PathLike, dtype: Any = "float32", with_vlm: bool = True) -> Path:

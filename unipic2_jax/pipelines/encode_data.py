@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from unipic2_jax.parallel.mesh import make_mesh, shard_batch
+from unipic2_jax.parallel.mesh import batch_shards, make_mesh, shard_batch
 from unipic2_jax.pipelines.bundle import Bundle
 from unipic2_jax.pipelines.sampling import encode_moments, from_uint8
 
@@ -60,7 +60,7 @@ class ModelEncoder:
         self.bundle, self.dtype = bundle, np.dtype(dtype)
         self.store = [kind for kind in STORES if kind in store]
         self.mesh = make_mesh() if mesh is None else mesh
-        devices = self.mesh.size
+        devices = batch_shards(self.mesh)
         self.batch_size = -(-batch_size // devices) * devices
         self.multiple = bundle.patch_pixels
         self.settings = {

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unipic2_jax.data.images import to_pil
-from unipic2_jax.parallel.mesh import shard_batch
+from unipic2_jax.parallel.mesh import batch_shards, shard_batch
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.bundle import Bundle
@@ -256,7 +256,7 @@ class Pipeline:
 
     def _padded(self, count: int) -> int:
         """`count`, or the next multiple of the number of devices."""
-        devices = 1 if self.mesh is None else self.mesh.shape["data"]
+        devices = 1 if self.mesh is None else batch_shards(self.mesh)
         return math.ceil(count / devices) * devices
 
     def _place(self, tree: Any) -> Any:

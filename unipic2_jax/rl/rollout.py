@@ -13,6 +13,7 @@ from unipic2_jax.flow import guidance
 from unipic2_jax.flow.guidance import VelocityFn
 from unipic2_jax.flow.ode import euler_step
 from unipic2_jax.flow.sde import sde_step
+from unipic2_jax.parallel.rules import constrain
 from unipic2_jax.rl.config import GRPOConfig
 
 # (params, lora or None, latents [B, ...], sigma scalar or [B], inputs with leading axis B) -> velocity [B, ...].
@@ -159,6 +160,7 @@ def rollout(
             x_next, log_prob, mean = stochastic(velocity_fn, x, *rest)
         else:
             x_next, log_prob, mean = jax.lax.switch(kind(index), kinds, x, *rest)
+        x_next = constrain(x_next, "batch", *[None] * (x.ndim - 1))
         return x_next, (x_next, log_prob, mean if config.guard else None)
 
     x = initial_noise.astype(jnp.float32)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unipic2_jax.parallel.rules import constrain_parameters
 from unipic2_jax.rl.config import GRPOConfig
 from unipic2_jax.rl.ema import ema_update
 from unipic2_jax.rl.objective import grpo_loss
@@ -120,9 +121,10 @@ def accumulate_gradients(
         }
         (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(lora, data)
         weight = 1.0 / (parts * trained)
-        return jax.tree.map(lambda g, n: g + weight * n.astype(jnp.float32), gradients, new), metrics
+        gradients = jax.tree.map(lambda g, n: g + weight * n.astype(jnp.float32), gradients, new)
+        return constrain_parameters(gradients), metrics
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), lora)
+    zeros = constrain_parameters(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), lora))
     gradients, metrics = jax.lax.scan(visit, zeros, jnp.arange(parts * trained))
     return gradients, jax.tree.map(lambda m: m.reshape(trained, batch), metrics)
 
@@ -228,7 +230,7 @@ def make_update(
             ema = ema_update(state.ema, lora, state.step, config.ema_decay, config.ema_interval)
             new = PolicyState(lora, opt_state, ema, state.step + 1)
             good = summary["non_finite"] == 0
-            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state), summary
+            return constrain_parameters(jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)), summary
 
         state, metrics = jax.lax.scan(update, state, jnp.arange(updates))
         return state, _combine(metrics)

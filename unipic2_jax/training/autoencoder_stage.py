@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.data.examples import make_examples
 from unipic2_jax.evaluation.grids import contact_sheet
-from unipic2_jax.parallel.mesh import replicated, shard_batch
+from unipic2_jax.parallel.mesh import shard_batch
 from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, to_uint8
 from unipic2_jax.training.autoencoder import autoencoder_loss
 from unipic2_jax.training.config import ConfigError, stage_fields
@@ -86,7 +86,7 @@ class AutoencoderStage(Stage):
 
     def init(self) -> AutoencoderState:
         params = self.bundle.params["vae"]
-        return jax.device_put(AutoencoderState(params, self.optimizer.init(params)), replicated(self.context.mesh))
+        return self.place(AutoencoderState(params, self.optimizer.init(params)))
 
     def step(self, state: AutoencoderState, step: int) -> tuple[AutoencoderState, dict[str, float]]:
         images = self._images(step * self.config.batch_size, self.config.batch_size)

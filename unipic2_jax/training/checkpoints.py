@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from unipic2_jax.parallel.rules import shardings
 from unipic2_jax.training.config import ConfigError
 
 
@@ -124,8 +125,10 @@ class Checkpoints:
         with ocp.StandardCheckpointer() as writer:
             writer.save(path, {"params": params, "checksums": _device_checksums(params)})
 
-    def load_params(self, index: int, like: dict[str, Any]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-        """`like`, its leaves being arrays of one sharding, with what `save_params` saved for stage `index`.
+    def load_params(
+        self, index: int, like: dict[str, Any], mesh: jax.sharding.Mesh
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """`like` with what `save_params` saved for stage `index`, on the mesh.
 
         Returns:
           The parameters, and by path those that were saved for networks which `like` does not have.
@@ -139,10 +142,9 @@ class Checkpoints:
         try:
             with ocp.StandardCheckpointer() as reader:
                 # By their own description, since a group may be there that `like` does not have (a LoRA that is kept).
-                sharding = jax.tree.leaves(like)[0].sharding
-                describe = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-                described = jax.tree.map(describe, dict(reader.metadata(path).item_metadata))
-                saved = reader.restore(path, described)
+                stored = dict(reader.metadata(path).item_metadata)
+                describe = lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+                saved = reader.restore(path, jax.tree.map(describe, stored, shardings(mesh, stored)))
             found = checksums(saved["params"])
             if found != checksums_to_dict(saved["checksums"]):
                 raise ValueError("a checksum differs")

@@ -44,6 +44,8 @@ def base_config() -> ConfigDict:
             "schedule": (),
             "stages": {},
             "keep_checkpoints": 3,
+            # How the devices share the work: a preset of `parallel.mesh`, and devices along single axes instead of its own.
+            "parallel": {"preset": "ddp", "data": 0, "fsdp": 0, "tensor": 0, "sequence": 0, "slices": 1},
         }
     )
 
@@ -162,8 +164,9 @@ def unknown_override(config: ConfigDict, path: str) -> str | None:
     return None
 
 
-# What may differ between two commands that continue the same run: none of these changes its result.
+# What may differ between two commands that continue the same run: none of these changes its result by more than rounding.
 FREE_FIELDS = ("save_every", "log_every", "keep_checkpoints")
+FREE_GROUPS = ("parallel",)
 
 
 def check_same_run(config: ConfigDict, path: Path) -> None:
@@ -176,7 +179,7 @@ def check_same_run(config: ConfigDict, path: Path) -> None:
         return
     saved, asked = _flat(json.loads(path.read_text())), _flat(json.loads(to_json(config)))
     for name in sorted({*saved, *asked}):
-        if name.rsplit(".", 1)[-1] in FREE_FIELDS:
+        if name.rsplit(".", 1)[-1] in FREE_FIELDS or name.split(".", 1)[0] in FREE_GROUPS:
             continue
         old, new = (json.dumps(side[name]) if name in side else "absent" for side in (saved, asked))
         if old != new:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.evaluation.grids import contact_sheet
-from unipic2_jax.parallel.mesh import shard_batch
+from unipic2_jax.parallel.mesh import batch_shards, shard_batch
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.conditioner import tokenize_negative
@@ -114,7 +114,7 @@ class Evaluator:
         pictures.check_size(config.height, config.width, factor * bundle.transformer.config.patch_size)
         self.shape = (config.height // factor, config.width // factor, bundle.transformer.config.in_channels)
         self.sigmas = bundle.scheduler.sigmas(config.num_steps)
-        devices = mesh.shape["data"]
+        devices = batch_shards(mesh)
         self.batch = math.ceil(min(config.batch_size, config.num_prompts * config.samples) / devices) * devices
         self._sample = jax.jit(self._images)
 

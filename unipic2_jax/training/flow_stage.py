@@ -21,7 +21,8 @@ from unipic2_jax.data.examples import Example, ExampleSource, make_examples
 from unipic2_jax.data.loader import Loader
 from unipic2_jax.data.plan import BatchPlan, BatchShape
 from unipic2_jax.flow.timesteps import TimestepSampling
-from unipic2_jax.parallel.mesh import replicated, shard_batch
+from unipic2_jax.parallel.mesh import batch_shards, replicated, shard_batch
+from unipic2_jax.parallel.rules import constrain_parameters
 from unipic2_jax.pipelines.bundle import check_dtype, for_training
 from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, reference_latents
 from unipic2_jax.rl.ema import ema_update
@@ -87,7 +88,7 @@ class FlowStage(Stage):
         check_dtype(config.compute_dtype)
         TimestepSampling(**config.timesteps)
         make_optimizer(config.optimizer, config.steps)
-        devices = mesh.shape["data"]
+        devices = batch_shards(mesh)
         if config.accumulation < 1 or config.batch_size % (config.accumulation * devices):
             raise ConfigError(
                 f"A batch of {config.batch_size} cannot be split into {config.accumulation} parts over {devices} devices; "
@@ -272,16 +273,18 @@ class FlowStage(Stage):
 
             def accumulate(total, part):
                 gradients, losses = gradient_fn(state.trained, **part)
-                return jax.tree.map(lambda t, g: t + g / parts, total, gradients), losses
+                total = jax.tree.map(lambda t, g: t + g / parts, total, gradients)
+                return constrain_parameters(total), losses
 
-            zeros = jax.tree.map(jnp.zeros_like, state.trained)
+            zeros = constrain_parameters(jax.tree.map(jnp.zeros_like, state.trained))
             gradients, losses = jax.lax.scan(accumulate, zeros, jax.tree.map(split, whole))
             losses = rearrange(losses, "parts b -> (b parts)")
+        gradients = constrain_parameters(gradients)
         changes, opt_state = self.optimizer.update(gradients, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, changes)
         ema = ema_update(state.ema, trained, step, self.config.ema_decay, 1)
         metrics = {**loss_by_noise(losses, corruption["sigma"]), "gradient_norm": optax.global_norm(gradients)}
-        return FlowState(trained, opt_state, ema), metrics
+        return constrain_parameters(FlowState(trained, opt_state, ema)), metrics
 
     def _validation_losses(self, params: Any, batch: Any, key: jax.Array) -> jax.Array:
         """Mean losses [S] at the levels of `validation.sigmas`, all with the same noise."""
@@ -297,9 +300,7 @@ class FlowStage(Stage):
 
     def init(self) -> FlowState:
         ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), self.trained)
-        return jax.device_put(
-            FlowState(self.trained, self.optimizer.init(self.trained), ema), replicated(self.context.mesh)
-        )
+        return self.place(FlowState(self.trained, self.optimizer.init(self.trained), ema))
 
     def _nothing(self, task: str, batch: dict[str, Any]) -> dict[str, Any]:
         """What stands for dropped captions, where one row serves all."""

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.flow.sde import SDEConfig
 from unipic2_jax.models.lora import init_lora, merge_lora
-from unipic2_jax.parallel.mesh import batch_sharding, replicated, shard_batch
+from unipic2_jax.parallel.mesh import batch_sharding, batch_shards, replicated, shard_batch
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.conditioner import tokenize_negative
@@ -94,7 +94,7 @@ class GRPOStage(Stage):
     def check(cls, config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         """Builds everything that the configuration describes and that costs nothing."""
         grpo = read_grpo(config)
-        samples, devices = config.num_prompts * grpo.group_size, mesh.shape["data"]
+        samples, devices = config.num_prompts * grpo.group_size, batch_shards(mesh)
         part = samples // grpo.updates_per_rollout
         if (
             samples % grpo.updates_per_rollout
@@ -190,7 +190,7 @@ class GRPOStage(Stage):
 
     def _place(self, tree: Any) -> Any:
         """One row per prompt, split over the devices when that comes out even."""
-        even = self.config.num_prompts % self.context.mesh.shape["data"] == 0
+        even = self.config.num_prompts % batch_shards(self.context.mesh) == 0
         return shard_batch(tree, self.context.mesh) if even else jax.device_put(tree, replicated(self.context.mesh))
 
     def init(self) -> PolicyState:
@@ -204,7 +204,7 @@ class GRPOStage(Stage):
             raise ConfigError(
                 f"Stage '{self.context.name}' continues a LoRA of rank {had} and has lora.rank {rank}; make them equal."
             )
-        return jax.device_put(init_state(kept, self.optimizer), replicated(self.context.mesh))
+        return self.place(init_state(kept, self.optimizer))
 
     def step(self, state: PolicyState, step: int) -> tuple[PolicyState, dict[str, float]]:
         """Rollout, rewards, updates."""

@@ -46,7 +46,7 @@ def run(
       config: see `config.make_config`; it is validated before anything else.
       workdir: receives config.json, metrics.jsonl, tensorboard/, samples/, evaluations/, checkpoints/, curves.png,
         report.md and export/ (plus export/ extras of each stage under stages/).
-      mesh: devices; a data-parallel mesh over all of them by default.
+      mesh: devices; all of them in the shape of `config.parallel` by default.
       load, save: how a bundle is made from the configuration, and written; diffusers layout by default.
 
     Returns:
@@ -58,7 +58,7 @@ def run(
       SystemExit: with 128 + the signal's number after SIGTERM or SIGINT, when the state has been saved.
     """
     config = config_lib.validate(config)
-    mesh = mesh or make_mesh()
+    mesh = mesh or config_mesh(config)
     for name in config.schedule:
         try:
             stage_class(config.stages[name].kind).check(config.stages[name], mesh)
@@ -70,7 +70,18 @@ def run(
     # A language model that came from a folder of its own stays there.
     with_vlm = model_config(config, config.stages[config.schedule[-1]].model).vlm is None
     save = save or functools.partial(save_bundle, with_vlm=with_vlm)
-    return _Run(config, workdir, mesh, load or load_bundle, save).go()
+    with jax.set_mesh(mesh):
+        return _Run(config, workdir, mesh, load or load_bundle, save).go()
+
+
+def config_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """All devices, in the shape that `config.parallel` asks for."""
+    sizes = config.parallel.to_dict()
+    preset, slices = sizes.pop("preset"), sizes.pop("slices")
+    try:
+        return make_mesh(preset=preset, sizes=sizes, slices=slices)
+    except ValueError as error:
+        raise config_lib.ConfigError(f"config.parallel: {error}") from error
 
 
 def model_config(config: ConfigDict, name: str | None) -> ConfigDict:
@@ -210,7 +221,7 @@ class _Run:
         if (model := self.config.stages[name].model) != self.model:
             self.initial = None
             self.initial, self.model = self.load_model(model), model
-        params, self.carried = self.checkpoints.load_params(index, self.initial.params)
+        params, self.carried = self.checkpoints.load_params(index, self.initial.params, self.mesh)
         bundle = dataclasses.replace(self.initial, params=params)
         following = self.config.stages[self.names[index + 1]] if index + 1 < len(self.names) else None
         context = StageContext(name, index, self.config.seed, self.mesh, self.workdir, following, self.say)

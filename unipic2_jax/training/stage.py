@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from unipic2_jax.parallel.rules import shardings
 from unipic2_jax.training.config import ConfigError, nearest, stage_fields
 
 # Kind -> class, or 'module:class' which is imported when a run first asks for it.
@@ -70,6 +71,10 @@ class Stage:
     def init(self) -> Any:
         """The state before the first step."""
         raise NotImplementedError
+
+    def place(self, state: Any) -> Any:
+        """A state on the mesh, each leaf where the table of parallelism wants it."""
+        return jax.device_put(state, shardings(self.context.mesh, state))
 
     def step(self, state: Any, step: int) -> tuple[Any, dict[str, float]]:
         """Does step number `step` (from 0). A metric that has no value in this step is left out, never NaN."""

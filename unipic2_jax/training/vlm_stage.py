@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from unipic2_jax.data.questions import make_questions
 from unipic2_jax.evaluation.vqa import HELD_OUT_SEED, answer_questions, conversation, score_answers
-from unipic2_jax.parallel.mesh import replicated, shard_batch
+from unipic2_jax.parallel.mesh import shard_batch
+from unipic2_jax.parallel.rules import constrain_parameters
 from unipic2_jax.pipelines.chat import ChatModel
 from unipic2_jax.rl.ema import ema_update
 from unipic2_jax.training.config import ConfigError, stage_fields
@@ -100,15 +101,17 @@ class VLMStage(Stage):
     def _train_step(self, state: VLMState, batch: Any, step: jax.Array) -> tuple[VLMState, dict[str, jax.Array]]:
         loss_fn = lambda params: answer_loss(self.vlm, params, *batch, self.config.equal_answers)
         (loss, parts), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        gradients = constrain_parameters(gradients)
         changes, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, changes)
         ema = ema_update(state.ema, params, step, self.config.ema_decay, 1)
-        return VLMState(params, opt_state, ema), {"loss": loss, "gradient_norm": optax.global_norm(gradients), **parts}
+        new = constrain_parameters(VLMState(params, opt_state, ema))
+        return new, {"loss": loss, "gradient_norm": optax.global_norm(gradients), **parts}
 
     def init(self) -> VLMState:
         params = self.bundle.params["conditioner"]["vlm"]
         ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
-        return jax.device_put(VLMState(params, self.optimizer.init(params), ema), replicated(self.context.mesh))
+        return self.place(VLMState(params, self.optimizer.init(params), ema))
 
     def step(self, state: VLMState, step: int) -> tuple[VLMState, dict[str, float]]:
         rng = np.random.default_rng([self.context.data_seed(), step])

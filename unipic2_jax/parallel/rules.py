@@ -1,0 +1,137 @@
+"""The one table of parallelism: what each axis of a parameter or activation is, and which mesh axes it is split over.
+
+Presets differ in the shape of the mesh alone (`mesh.PRESETS`); the table is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# What one axis of an array means; None: nothing is ever split there.
+Logical = str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical axis -> the mesh axes it is split over, outermost first.
+
+    Raises:
+      ValueError: from `spec`, for a logical axis that is not in the table, or when an array would be split over a mesh
+        axis twice.
+    """
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    sequence: tuple[str, ...] = ("sequence",)  # tokens that ask; those that are asked (keys, values) are whole
+    heads: tuple[str, ...] = ("tensor",)
+    hidden: tuple[str, ...] = ("tensor",)  # inside a feed-forward layer, and of a modulation
+    embed: tuple[str, ...] = ("fsdp",)  # channels of a token, in parameters: activations are split by their batch
+    vocabulary: tuple[str, ...] = ("tensor",)
+
+    def spec(self, *axes: Logical) -> PartitionSpec:
+        """The specification of an array with these logical axes."""
+        used: dict[str, str] = {}
+        for axis in axes:
+            if axis is not None and axis not in _NAMES:
+                raise ValueError(f"'{axis}' is no logical axis; the table has {', '.join(sorted(_NAMES))}.")
+            for name in getattr(self, axis) if axis else ():
+                if name in used:
+                    raise ValueError(
+                        f"An array with the axes {axes} would be split over the mesh axis '{name}' twice, for "
+                        f"'{used[name]}' and for '{axis}'; change one of the two in the table."
+                    )
+                used[name] = axis
+        return PartitionSpec(*(getattr(self, axis) if axis else None for axis in axes))
+
+
+_NAMES = {field.name for field in dataclasses.fields(Rules)}
+RULES = Rules()
+
+# The last axes of a parameter by the end of its path; layers of a stack are an axis before these. The first rule counts.
+# What no rule names is whole on every device: biases, norms, queries, and all of the VAE, whose convolutions are small
+# beside its activations.
+PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
+    (r"(^|/)vae/", ()),
+    # LoRA: of the joint attention only, see models/lora.py.
+    (r"/to(_add)?_out/a$", ("heads", None)),
+    (r"/to(_add)?_out/b$", (None, "embed")),
+    (r"/attn/\w+/a$", ("embed", None)),
+    (r"/attn/\w+/b$", (None, "heads")),
+    # Into the heads or a hidden layer.
+    (r"/(to_[qkv]|add_[qkv]_proj|[qkv]_proj|attention/[qkv]|qkv)/kernel$", ("embed", "heads")),
+    (r"/(linear_1|fc1|gate_proj|up_proj|wi_[01]|merger_fc1)/kernel$", ("embed", "hidden")),
+    (r"/linear/kernel$", ("embed", "hidden")),
+    # Out of them.
+    (r"/(to_out|to_add_out|out_proj|o_proj|attention/o|blocks/proj)/kernel$", ("heads", "embed")),
+    (r"/(linear_2|fc2|down_proj|wo|merger_fc2)/kernel$", ("hidden", "embed")),
+    # From one kind of token to another: split where it comes in.
+    (r"/(context_embedder|projector_[123]|proj_out|text_projection)/kernel$", ("embed", None)),
+    (r"/(embed_tokens|token_embedding|shared)/embedding$", ("vocabulary", "embed")),
+    (r"/lm_head/kernel$", ("embed", "vocabulary")),
+    (r"/pos_embed/pos_embed$", (None, "embed")),  # 0.9 GB at full size, of which a step needs a corner
+)
+
+
+def devices_along(mesh: Any, names: str | tuple[str, ...] | None) -> int:
+    """Into how many parts an axis is split that has this entry in a specification."""
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def parameter_axes(path: str, ndim: int) -> tuple[Logical, ...]:
+    """The logical axes of the leaf at 'path/to/leaf', be it a parameter, its gradient, its average or its moment."""
+    for pattern, axes in PARAMETERS:
+        if re.search(pattern, path) and len(axes) <= ndim:
+            return (None,) * (ndim - len(axes)) + axes
+    return (None,) * ndim
+
+
+def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where the leaf at `path` lives; an axis that the devices do not divide stays whole."""
+    spec = RULES.spec(*parameter_axes(path, len(shape)))
+    fitting = [names if length % devices_along(mesh, names) == 0 else None for names, length in zip(spec, shape)]
+    return NamedSharding(mesh, PartitionSpec(*fitting))
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """Shardings for a tree of parameters or of anything that holds trees like it, as an optimizer's state does.
+
+    Leaves have a `shape`: arrays or descriptions of some.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return parameter_sharding(mesh, jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def constrain_parameters(tree: Any) -> Any:
+    """`shardings` for the compiler: on gradients and new states, so that they are where the parameters are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+
+
+def split_over(axis: str) -> bool:
+    """Whether this logical axis is split over several devices where this is traced (`jax.set_mesh`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and devices_along(mesh, getattr(RULES, axis)) > 1
+
+
+def constrain(x: jax.Array, *axes: Logical) -> jax.Array:
+    """Asks the compiler to split an activation by these logical axes over the mesh in use; without one, nothing.
+
+    An axis shorter than its devices stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = RULES.spec(*axes)
+    fitting = [names if length >= devices_along(mesh, names) else None for names, length in zip(spec, x.shape)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
