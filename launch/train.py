@@ -5,6 +5,7 @@ Any field can be overridden: `--config.stages.edit.steps=10 --config.schedule="(
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 
@@ -18,6 +19,12 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: a file of con
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is continued when it holds one.")
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 1, "Devices that a CPU is treated as, for data parallelism: one a core trains faster.", lower_bound=1
+)
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Join other processes: where the environment names some, always, never.",
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -64,13 +71,29 @@ def main(argv: list[str]) -> None:
     cli.quiet()
     import jax
 
+    from unipic2_jax.parallel import processes
     from unipic2_jax.training import loop
 
     jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
     try:
+        processes.initialize(_DISTRIBUTED.value)
+    except ValueError as error:
+        sys.exit(str(error))
+    try:
         loop.run(_CONFIG.value, _WORKDIR.value)
     except (ConfigError, loop.TrainingError, FileNotFoundError) as error:
         sys.exit(str(error))
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        # Not sys.exit: leaving in order would wait for the process that is gone.
+        print(
+            f"Process {jax.process_index()} lost another process of this run ({str(error).splitlines()[0][:200]}); start all of "
+            "them again with the same command, in any number: the run goes on from its last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(processes.LOST_PEER)
 
 
 if __name__ == "__main__":

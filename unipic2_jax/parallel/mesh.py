@@ -91,8 +91,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, RULES.spec("batch"))
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
+def shard_batch(batch: Any, mesh: Mesh, *, local: bool = False) -> Any:
     """Places a pytree of host arrays on the mesh, split along their leading axis.
+
+    Args:
+      local: the arrays hold the rows of this process alone (`processes.local_rows`), not the whole batch.
 
     Raises:
       ValueError: when a leading axis cannot be split evenly.
@@ -101,10 +104,14 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
     def place(x: Any) -> jax.Array:
         x = np.asarray(x)
+        if local and jax.process_count() > 1:
+            return jax.make_array_from_process_local_data(batch_sharding(mesh), x)
         if x.shape[0] % parts:
             raise ValueError(
                 f"A batch of {x.shape[0]} cannot be split over {parts} devices; use a multiple of {parts}."
             )
+        if jax.process_count() > 1:
+            return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
         return jax.device_put(x, batch_sharding(mesh))
 
     return jax.tree.map(place, batch)

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 
 from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.evaluation.grids import contact_sheet
 from unipic2_jax.parallel.mesh import batch_shards, shard_batch
+from unipic2_jax.parallel.processes import to_host
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.conditioner import tokenize_negative
@@ -69,14 +69,9 @@ def make_rewards(rewards: Mapping[str, Mapping[str, Any]]) -> dict[str, Reward]:
     return {name: make_reward(name, **without(options)) for name, options in rewards.items()}
 
 
-def to_host(x: jax.Array) -> np.ndarray:
-    """The whole array on this host, also when other hosts hold parts of it."""
-    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
-
-
-def to_uint8(images: jax.Array) -> np.ndarray:
-    """Decoded images [B, H, W, 3], about [-1, 1], as uint8 on the host."""
-    return (pictures.to_unit(to_host(images)) * 255).round().astype(np.uint8)
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Decoded images [B, H, W, 3], about [-1, 1], as uint8."""
+    return (pictures.to_unit(images) * 255).round().astype(np.uint8)
 
 
 def source_pictures(records: list[PromptRecord], height: int, width: int) -> list[list[Image.Image]] | None:
@@ -158,7 +153,8 @@ class Evaluator:
             batch = shard_batch(jax.tree.map(lambda x, prompts=prompts: x[prompts], rows), self.mesh)
             seeds = shard_batch((config.seed + index).astype(np.uint32), self.mesh)
             unconditional = negative if own_negative is None else batch["negative"]
-            made.append(to_uint8(self._sample(params, lora, batch["tokens"], unconditional, seeds, batch["sources"])))
+            images = self._sample(params, lora, batch["tokens"], unconditional, seeds, batch["sources"])
+            made.append(to_uint8(to_host(images)))
         return np.concatenate(made)[:total]
 
     def run(self, params: Any, lora: Any = None) -> dict[str, Any]:

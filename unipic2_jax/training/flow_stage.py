@@ -22,6 +22,7 @@ from unipic2_jax.data.loader import Loader
 from unipic2_jax.data.plan import BatchPlan, BatchShape
 from unipic2_jax.flow.timesteps import TimestepSampling
 from unipic2_jax.parallel.mesh import batch_shards, replicated, shard_batch
+from unipic2_jax.parallel.processes import local_rows, tree_to_host
 from unipic2_jax.parallel.rules import constrain_parameters
 from unipic2_jax.pipelines.bundle import check_dtype, for_training
 from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, reference_latents
@@ -128,13 +129,16 @@ class FlowStage(Stage):
     # The host's side: examples become batches.
 
     def _loader(self, sources: dict[str, ExampleSource], plan: BatchPlan) -> Loader:
+        size = self.config.batch_size
+        rows = local_rows(self.context.mesh, size)
+        local = rows.stop - rows.start
         return Loader(
             sources,
             plan,
             self._collated,
             threads=self.config.loader_threads,
-            process=jax.process_index(),
-            processes=jax.process_count(),
+            process=rows.start // local,
+            processes=size // local,
         )
 
     def _collated(self, shape: BatchShape, examples: Sequence[Example]) -> dict[str, Any]:
@@ -179,7 +183,7 @@ class FlowStage(Stage):
                 batch = self._collated(shape, examples)
                 pictures = {name: batch.pop(name) for name in ("images", "reference_images") if name in batch}
                 moments = self._encode(self.bundle.params["vae"], shard_batch(pictures, self.context.mesh))
-                parts.append({**batch, **jax.device_get(moments)})
+                parts.append({**batch, **tree_to_host(moments)})
             self.pools[task] = _concatenate(parts)
         return self.pools[task]
 
@@ -189,6 +193,7 @@ class FlowStage(Stage):
         shape = self.plan.place(step).shape
         rng = np.random.default_rng([self.context.data_seed(), step])
         index = rng.integers(self.config.pool, size=self.config.batch_size)
+        index = index[local_rows(self.context.mesh, self.config.batch_size)]
         return shape, jax.tree.map(lambda leaf: leaf[index], self._pool(shape.task))
 
     # The device's side: pure functions of arrays.
@@ -323,7 +328,7 @@ class FlowStage(Stage):
     def _arguments(self, state: FlowState, shape: BatchShape, batch: dict[str, Any], step: int) -> tuple[Any, ...]:
         if shape.task not in self.nothing:
             self.nothing[shape.task] = jax.device_put(self._nothing(shape.task, batch), replicated(self.context.mesh))
-        placed = shard_batch(batch, self.context.mesh)
+        placed = shard_batch(batch, self.context.mesh, local=True)
         return state, self.frozen, placed, self.nothing[shape.task], self.context.key(step), np.int32(step)
 
     def _program(self, shape: BatchShape, arguments: tuple[Any, ...]) -> Callable[..., Any]:
@@ -381,9 +386,9 @@ class FlowStage(Stage):
         found: dict[str, list[np.ndarray]] = {}
         for step in range(config.batches * len(plan.tasks)):
             shape, batch = loader.batch(step)
-            placed = shard_batch(batch, self.context.mesh)
+            placed = shard_batch(batch, self.context.mesh, local=True)
             key = jax.random.fold_in(jax.random.key(config.seed), step)
-            found.setdefault(shape.task, []).append(np.asarray(self._validate(params, placed, key)))
+            found.setdefault(shape.task, []).append(jax.device_get(self._validate(params, placed, key)))
         metrics = {}
         for task, losses in found.items():
             by_level = np.mean(losses, axis=0)

@@ -16,6 +16,7 @@ from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.flow.sde import SDEConfig
 from unipic2_jax.models.lora import init_lora, merge_lora
 from unipic2_jax.parallel.mesh import batch_sharding, batch_shards, replicated, shard_batch
+from unipic2_jax.parallel.processes import gather_rows, is_main, local_rows, rows_to_host, tree_to_host
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.conditioner import tokenize_negative
@@ -223,7 +224,8 @@ class GRPOStage(Stage):
         inputs = self._encode(params, tokens, negative, sources, encode_key)
         noise = self._noise(noise_key)
         trajectory = self._rollout(params["transformer"], state.lora, inputs, noise, rollout_key, self.sigmas)
-        images = to_uint8(self._decode(params["vae"], trajectory.latents[-1]))
+        # Each process has the pictures of its own devices, and scores those.
+        images = to_uint8(rows_to_host(self._decode(params["vae"], trajectory.latents[-1]), self.context.mesh))
         rolled_out = time.perf_counter()
 
         advantages, metrics = self._score(images, records)
@@ -231,7 +233,7 @@ class GRPOStage(Stage):
 
         if metrics["failed"] < self.samples:
             self.failed_steps = 0
-            advantages = jax.device_put(advantages, batch_sharding(self.context.mesh))
+            advantages = shard_batch(advantages, self.context.mesh)
             state, update = self._update(params["transformer"], state, None, trajectory, advantages, inputs)
             metrics |= {name: float(value) for name, value in jax.device_get(update).items()}
         else:
@@ -255,13 +257,14 @@ class GRPOStage(Stage):
         return state, metrics
 
     def _score(self, images: np.ndarray, records: list[PromptRecord]) -> tuple[np.ndarray, dict[str, float]]:
-        """Advantages [B] and statistics; a statistic over nothing is left out."""
+        """Advantages [B] and statistics of all samples from the pictures of this process; a statistic over nothing is left out."""
         repeated = [record for record in records for _ in range(self.grpo.group_size)]
-        values = {}
+        own, values = repeated[local_rows(self.context.mesh, self.samples)], {}
         for name, reward in self.rewards.items():
-            values[name] = np.asarray(reward.score(list(images), repeated).values, np.float64)
-            if values[name].shape != (len(images),):
-                raise ValueError(f"The reward '{name}' gave {values[name].shape} scores for {len(images)} images.")
+            scores = np.asarray(reward.score(list(images), own).values, np.float64)
+            if scores.shape != (len(images),):
+                raise ValueError(f"The reward '{name}' gave {scores.shape} scores for {len(images)} images.")
+            values[name] = gather_rows(scores, self.context.mesh, self.samples)
         total = combine_rewards({name: values[name] for name, _ in self.grpo.weights}, self.grpo.weights)
         advantages, stats = group_advantages(
             total,
@@ -318,4 +321,6 @@ class GRPOStage(Stage):
         """The LoRA in the file that diffusers' `load_lora_weights` reads."""
         from unipic2_jax.weights.lora import save_lora
 
-        save_lora(folder, jax.device_get(self._kept(state)), self.config.lora.alpha, self.transformer.config)
+        lora = tree_to_host(self._kept(state))
+        if is_main():
+            save_lora(folder, lora, self.config.lora.alpha, self.transformer.config)

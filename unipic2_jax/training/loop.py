@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from unipic2_jax.parallel.mesh import make_mesh
+from unipic2_jax.parallel.processes import agreed, is_main, tree_to_host, wait_for_all
 from unipic2_jax.training import config as config_lib
 from unipic2_jax.training.checkpoints import Checkpoints
 from unipic2_jax.training.config import TrainingError
@@ -167,8 +168,9 @@ class _Run:
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, self.say)
 
     def say(self, sentence: str) -> None:
-        """A line for the person who watches, above the progress bar."""
-        tqdm.write(sentence, file=sys.stderr)
+        """A line for the person who watches, above the progress bar; of several processes one speaks."""
+        if is_main():
+            tqdm.write(sentence, file=sys.stderr)
 
     def go(self) -> Path:
         export = self.workdir / "export"
@@ -185,8 +187,9 @@ class _Run:
             self.say(f"Continuing after step {step} of stage '{self.names[first]}' in {self.workdir}.")
         stage = stage or self.stage_at(first)
         # Only now, so that a mistake which shows up while starting can be corrected in the same folder.
-        config_lib.write_config(self.config, self.workdir / "config.json")
-        self.metrics = Metrics(self.workdir, self.offsets[first] + step)
+        if is_main():
+            config_lib.write_config(self.config, self.workdir / "config.json")
+        self.metrics = Metrics(self.workdir, self.offsets[first] + step, writes=is_main())
         with _Signals() as self.signals:
             bundle = None
             for index in range(first, len(self.names)):
@@ -199,14 +202,22 @@ class _Run:
                     bundle = None
         self.metrics.close()
         self.checkpoints.close()
-        if not export.exists():
-            part = self.workdir / f"export.part{os.getpid()}"
-            self.save_bundle(bundle, part)
-            part.rename(export)
-        draw_curves(self.workdir)
-        report = write_report(self.workdir, f"{', then '.join(self.names)}: {self.workdir.name}")
-        self.say(f"Done: the model is in {export}, the report in {report}.")
+        if not agreed(is_main() and export.exists()):
+            whole = dataclasses.replace(bundle, params=self.whole(bundle.params))
+            if is_main():
+                part = self.workdir / f"export.part{os.getpid()}"
+                self.save_bundle(whole, part)
+                part.rename(export)
+        if is_main():
+            draw_curves(self.workdir)
+            report = write_report(self.workdir, f"{', then '.join(self.names)}: {self.workdir.name}")
+            self.say(f"Done: the model is in {export}, the report in {report}.")
+        wait_for_all("export")
         return export
+
+    def whole(self, params: Any) -> Any:
+        """Parameters as one process can write them."""
+        return params if jax.process_count() == 1 else tree_to_host(params)
 
     def load_model(self, name: str | None) -> Any:
         """The run's model, or the one of this name, as it was before any training."""
@@ -237,10 +248,11 @@ class _Run:
             "total_step": self.offsets[index] + step,
         }
         saved = step
-        bar = tqdm(total=config.steps, initial=step, desc=stage.context.name, disable=None, dynamic_ncols=True)
+        hidden = None if is_main() else True  # None: shown on a terminal
+        bar = tqdm(total=config.steps, initial=step, desc=stage.context.name, disable=hidden, dynamic_ncols=True)
         with bar:
             while True:
-                if self.signals.received:
+                if agreed(self.signals.received):
                     self.stop(place(), state, already=saved == step)
                 if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
                     self.evaluate(stage, state, place())
@@ -262,9 +274,14 @@ class _Run:
 
     def evaluate(self, stage: Stage, state: Any, place: dict[str, Any]) -> None:
         """Evaluates unless this evaluation is recorded already."""
-        if self.metrics.record_path(place["stage_index"], place["stage"], place["step"]).exists():
+        record = self.metrics.record_path(place["stage_index"], place["stage"], place["step"])
+        if agreed(is_main() and record.exists()):
             return
-        result = self.known_already(stage, place) or stage.evaluate(state, place["step"])
+        result = self.known_already(stage, place) if is_main() else None
+        if not agreed(result is not None):
+            result = stage.evaluate(state, place["step"])
+        if not is_main():
+            return
         self.metrics.evaluation(place, result)
         # Tags are left to the report.
         shown = {name: float(value) for name, value in result.get("metrics", {}).items() if name.count("/") < 2}
@@ -310,7 +327,7 @@ class _Run:
         self.checkpoints.wait()
         self.metrics.close()
         self.say(f"Stopped by a signal after step {place['step']} of '{place['stage']}'; the same command continues.")
-        raise SystemExit(128 + self.signals.received)
+        raise SystemExit(128 + agreed(self.signals.received))
 
     def finish(self, stage: Stage, state: Any) -> Any:
         """Ends a stage: its extras under stages/, and the parameters that the next stage starts from."""

@@ -13,12 +13,17 @@ from unipic2_jax.training.config import write_text
 
 
 class Metrics:
-    """The records of a run in its folder. A resumed run first removes what lies beyond the step it continues from."""
+    """The records of a run in its folder. A resumed run first removes what lies beyond the step it continues from.
 
-    def __init__(self, workdir: Path, resumed_at: int):
-        self.workdir = workdir
+    Of several processes one writes; the others have records that keep nothing.
+    """
+
+    def __init__(self, workdir: Path, resumed_at: int, writes: bool = True):
+        self.workdir, self.writes = workdir, writes
         self.path = workdir / "metrics.jsonl"
         self.evaluations = workdir / "evaluations"
+        if not writes:
+            return
         self.evaluations.mkdir(parents=True, exist_ok=True)
         (workdir / "samples").mkdir(exist_ok=True)
         for record in self.evaluations.glob("*.json"):
@@ -39,7 +44,8 @@ class Metrics:
 
     def train(self, place: dict[str, Any], values: dict[str, float]) -> None:
         """Appends the metrics of a step. `place` holds stage, stage_index, step, total_step."""
-        self._row("train", place, values)
+        if self.writes:
+            self._row("train", place, values)
 
     def record_path(self, stage_index: int, stage: str, step: int) -> Path:
         """Where the evaluation after `step` steps of a stage is recorded."""
@@ -47,6 +53,8 @@ class Metrics:
 
     def evaluation(self, place: dict[str, Any], result: dict[str, Any]) -> None:
         """Saves an evaluation: its pictures, its row, and last its record, whose presence says that it is complete."""
+        if not self.writes:
+            return
         name = f"{place['stage_index']}_{place['stage']}_{place['step']:07d}"
         for title, image in result.get("images", {}).items():
             image.save(self.workdir / "samples" / f"{name}_{title}.png")
@@ -67,8 +75,9 @@ class Metrics:
 
     def close(self) -> None:
         """Flushes everything."""
-        self.file.close()
-        self.events.close()
+        if self.writes:
+            self.file.close()
+            self.events.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,69 @@
+"""One process of a toy run, a flow stage and then GRPO, which may kill itself; started by test_parallel_processes.py.
+
+python process_child.py WORKDIR DEVICES [KILL_STEP SIGNAL]: process 1 sends itself the signal before this step of the second stage.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import jax
+
+from unipic2_jax.parallel import processes
+
+jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
+processes.initialize()
+
+import numpy as np
+import toy_grpo
+
+from unipic2_jax.data.examples import EXAMPLES, EndlessExamples, Example
+from unipic2_jax.training import loop
+from unipic2_jax.training.grpo_stage import GRPOStage
+
+
+class ToyExamples(EndlessExamples):
+    """A letter a picture, as bright as its place in the alphabet."""
+
+    def __init__(self, seed=0, task="t2i"):
+        super().__init__(task, toy_grpo.SIZE, 1)
+        self.seed, self.task = seed, task
+
+    def example(self, index):
+        letter = int(np.random.default_rng([self.seed, index]).integers(8))
+        image = np.full((toy_grpo.SIZE, toy_grpo.SIZE, 3), 20 + 30 * letter, np.uint8)
+        return Example(image, "abcdefgh"[letter] * 3, (255 - image,) if self.task == "edit" else ())
+
+
+EXAMPLES["toy"] = ToyExamples
+
+
+def killing(kill_step, number):
+    """A GRPO step that sends its own process a signal first."""
+    step = GRPOStage.step
+
+    def run(self, state, at):
+        if at == kill_step and jax.process_index() == 1:
+            os.kill(os.getpid(), number)
+        return step(self, state, at)
+
+    return run
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        GRPOStage.step = killing(int(sys.argv[3]), int(sys.argv[4]))
+    flow = {
+        "kind": "flow",
+        "steps": 4,
+        "save_every": 2,
+        "data": {"kind": "toy"},
+        "batch_size": 8,
+        "loader_threads": 2,
+        "validation": {"data": {"kind": "toy", "seed": 7}, "batches": 1},
+        "optimizer": {"lr": 3e-3, "eps": 1e-3, "trainable": "^(transformer|conditioner)/"},
+    }
+    edit = toy_grpo.stage(edit=True, steps=4, eval_every=2, optimizer={"lr": 0.03, "eps": 0.1})
+    loop.run(toy_grpo.config(flow=flow, edit=edit), sys.argv[1], load=toy_grpo.load, save=toy_grpo.save)

@@ -1,0 +1,121 @@
+"""Several processes of one machine (gloo) are one run: the same numbers, the same files, and no one waits for the dead."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unipic2_jax.parallel.processes import LOST_PEER, several_processes_expected
+from unipic2_jax.training.metrics import read_evaluations, read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICES = 4
+PATIENCE = 600
+
+
+def start(workdir, count, *arguments):
+    """`count` processes with DEVICES devices in all."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, str(Path(__file__).with_name("process_child.py")), str(workdir), str(DEVICES // count)]
+    base = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
+    return [
+        subprocess.Popen(
+            [*command, *map(str, arguments)],
+            env={**base, **({**several, "JAX_PROCESS_ID": str(number)} if count > 1 else {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(count)
+    ]
+
+
+def finish(started):
+    """Exit codes and outputs; whatever happens, nothing goes on running."""
+    try:
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], outputs
+
+
+def run(workdir, count, *arguments):
+    codes, outputs = finish(start(workdir, count, *arguments))
+    assert codes == [0] * count, outputs
+    return contents(workdir)
+
+
+def contents(workdir):
+    with np.load(workdir / "export" / "params.npz") as arrays:
+        params = {name: arrays[name] for name in arrays.files}
+    return params, read_rows(workdir / "metrics.jsonl"), read_evaluations(workdir)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one") / "run", 1)
+
+
+def assert_equal(found, wanted):
+    """The same up to the rounding of sums in another order."""
+    for name, value in wanted[0].items():
+        np.testing.assert_allclose(found[0][name], value, rtol=1e-3, atol=2e-5, err_msg=name)
+    assert [row["total_step"] for row in found[1]] == [row["total_step"] for row in wanted[1]]
+    for ours, theirs in zip(found[1], wanted[1]):
+        for name in ("loss", "reward", "validation/t2i", "toy/brightness"):
+            assert (name in ours) == (name in theirs)
+            np.testing.assert_allclose(ours.get(name, 0), theirs.get(name, 0), rtol=1e-3, atol=1e-5, err_msg=name)
+    assert [r["total_step"] for r in found[2]] == [r["total_step"] for r in wanted[2]]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_train_to_the_numbers_of_one(reference, tmp_path, count):
+    assert_equal(run(tmp_path / "run", count), reference)
+
+
+def test_a_killed_process_stops_the_others_and_any_number_goes_on(reference, tmp_path):
+    started = time.monotonic()
+    codes, outputs = finish(start(tmp_path / "run", 2, 2, int(signal.SIGKILL)))
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), outputs
+    assert codes[0] != LOST_PEER or "start all of them again" in outputs[0]
+    print(f"the other one ended with {codes[0]} {time.monotonic() - started:.0f} s after the start:\n{outputs[0][-600:]}")
+    assert not (tmp_path / "run" / "export").exists()
+    assert_equal(run(tmp_path / "run", 4), reference)
+
+
+def test_a_signal_to_one_stops_all_and_saves(reference, tmp_path):
+    codes, outputs = finish(start(tmp_path / "run", 2, 1, int(signal.SIGTERM)))
+    assert codes == [128 + signal.SIGTERM] * 2, outputs
+    assert "after step 2 of 'edit'" in outputs[0]
+    assert_equal(run(tmp_path / "run", 1), reference)
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, False),
+        ({"JAX_NUM_PROCESSES": "1"}, False),
+        ({"JAX_NUM_PROCESSES": "2"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "16"}, True),
+        ({"SLURM_JOB_ID": "7"}, False),  # a batch script itself, before srun
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # any pod
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}, True),
+        ({"MEGASCALE_NUM_SLICES": "2"}, True),
+    ],
+)
+def test_who_expects_others(environment, expected):
+    assert several_processes_expected(environment) is expected

@@ -1,0 +1,146 @@
+"""Several processes that are one run: how they find each other, whose rows are whose, what only one of them does.
+
+Every process runs the same program with the same configuration and sees the same workdir. What a step needs from outside (a
+batch, rewards) each process makes for its own devices; everything else is a function of arrays that JAX keeps in step.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from unipic2_jax.parallel.mesh import batch_sharding
+
+# A process that says nothing for so long is taken for dead, and the others stop.
+HEARTBEAT_SECONDS = 60
+LOST_PEER = 75  # exit code: EX_TEMPFAIL, start again
+WHEN = ("auto", "on", "off")
+
+
+def several_processes_expected(environment: dict[str, str] | None = None) -> bool:
+    """Whether the environment is that of a run of several processes: ours, Slurm's, Open MPI's, Kubernetes' or a TPU pod's."""
+    env = os.environ if environment is None else environment
+    count = lambda name: int(env.get(name) or 1)
+    hosts = [host for host in env.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
+    return (
+        count("JAX_NUM_PROCESSES") > 1
+        or ("SLURM_STEP_NUM_TASKS" in env and count("SLURM_STEP_NUM_TASKS") > 1)
+        or count("OMPI_COMM_WORLD_SIZE") > 1
+        or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env)
+        or len(hosts) > 1
+        or count("MEGASCALE_NUM_SLICES") > 1
+    )
+
+
+def initialize(when: str = "auto") -> None:
+    """Joins the other processes of the run; call it before anything touches a device.
+
+    JAX finds them from the variables of Slurm, Open MPI, Kubernetes and TPU pods, or from JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Args:
+      when: 'auto' joins when the environment speaks of several processes, 'on' always, 'off' never.
+
+    Raises:
+      ValueError: when it should join and does not find out whom.
+    """
+    if when not in WHEN:
+        raise ValueError(f"distributed is '{when}'; use one of {', '.join(WHEN)}.")
+    if when == "off" or (when == "auto" and not several_processes_expected()):
+        return
+    number = lambda name: int(os.environ[name]) if os.environ.get(name) else None
+    # The loop saves after SIGTERM itself; JAX's own service would take the signal from it.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            num_processes=number("JAX_NUM_PROCESSES"),
+            process_id=number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The other processes of this run were not found ({str(error).splitlines()[0]}); set JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or --distributed=off."
+        ) from error
+
+
+def is_main() -> bool:
+    """Whether this process writes what is written once: records, reports, exports."""
+    return jax.process_index() == 0
+
+
+def local_rows(mesh: Mesh, batch: int) -> slice:
+    """The rows of a batch that this process's devices hold: all of them in a run of one process.
+
+    Raises:
+      ValueError: when they do not lie side by side, since the mesh mixes the devices of processes.
+    """
+    if jax.process_count() == 1:
+        return slice(0, batch)
+    found = {index[0].indices(batch)[:2] for index in _rows(mesh, batch)}
+    starts, stops = zip(*sorted(found))
+    if starts[1:] != stops[:-1]:
+        raise ValueError(
+            f"The devices of process {jax.process_index()} hold rows {sorted(found)} of a batch of {batch}, with gaps; give "
+            "the axes 'tensor' and 'sequence' sizes that divide the devices of a process."
+        )
+    return slice(starts[0], stops[-1])
+
+
+def _rows(mesh: Mesh, batch: int) -> list[tuple[slice, ...]]:
+    return list(batch_sharding(mesh).addressable_devices_indices_map((batch,)).values())
+
+
+def gather_rows(values: np.ndarray, mesh: Mesh, batch: int) -> np.ndarray:
+    """The rows [batch, ...] of all processes, each of which has those of `local_rows`."""
+    if jax.process_count() == 1:
+        return values
+    start = np.asarray(local_rows(mesh, batch).start)
+    starts, parts = multihost_utils.process_allgather((start, values))
+    whole = np.empty((batch, *values.shape[1:]), values.dtype)
+    for start, part in zip(starts, parts):
+        whole[start : start + len(part)] = part
+    return whole
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array on this host, also when other hosts hold parts of it."""
+    return np.asarray(x) if _is_here(x) else multihost_utils.process_allgather(x, tiled=True)
+
+
+def rows_to_host(x: jax.Array, mesh: Mesh) -> np.ndarray:
+    """The `local_rows` of an array whose leading axis is the batch."""
+    if jax.process_count() == 1:
+        return np.asarray(x)
+    rows = local_rows(mesh, x.shape[0])
+    x = jax.device_put(x, batch_sharding(mesh))
+    found = {shard.index[0].indices(x.shape[0])[0]: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(found[start]) for start in sorted(found)])[: rows.stop - rows.start]
+
+
+def tree_to_host(tree: Any) -> Any:
+    """`to_host` of every leaf, one after the other."""
+    return jax.tree.map(to_host, tree)
+
+
+def _is_here(x: jax.Array) -> bool:
+    return x.is_fully_addressable or x.is_fully_replicated
+
+
+def agreed(value: int) -> int:
+    """The largest of all processes' values, so that all of them do the same."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def wait_for_all(where: str) -> None:
+    """Returns when all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
