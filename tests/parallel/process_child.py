@@ -10,16 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import jax
-
-from unipic2_jax.parallel import processes
-
-jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
-processes.initialize()
-
 import numpy as np
 import toy_grpo
 
 from unipic2_jax.data.examples import EXAMPLES, EndlessExamples, Example
+from unipic2_jax.parallel import processes
 from unipic2_jax.training import loop
 from unipic2_jax.training.grpo_stage import GRPOStage
 
@@ -53,6 +48,8 @@ def killing(kill_step, number):
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
+    processes.initialize()
     if len(sys.argv) > 3:
         GRPOStage.step = killing(int(sys.argv[3]), int(sys.argv[4]))
     flow = {

@@ -88,7 +88,9 @@ def test_a_killed_process_stops_the_others_and_any_number_goes_on(reference, tmp
     codes, outputs = finish(start(tmp_path / "run", 2, 2, int(signal.SIGKILL)))
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), outputs
     assert codes[0] != LOST_PEER or "start all of them again" in outputs[0]
-    print(f"the other one ended with {codes[0]} {time.monotonic() - started:.0f} s after the start:\n{outputs[0][-600:]}")
+    print(
+        f"the other one ended with {codes[0]} {time.monotonic() - started:.0f} s after the start:\n{outputs[0][-600:]}"
+    )
     assert not (tmp_path / "run" / "export").exists()
     assert_equal(run(tmp_path / "run", 4), reference)
 
