@@ -118,6 +118,49 @@ def test_damaged_newest_checkpoint_falls_back(reference, tmp_path, capsys, damag
     assert contents(workdir) == reference
 
 
+def test_a_disk_that_fills_up_stops_with_a_sentence_and_loses_nothing(processes, tmp_path, capsys):
+    fields = {**FIELDS, "ballast": 1 << 16}
+    output = tmp_path / "said"
+    process = processes.Process(target=toy_stage.child, args=(str(tmp_path / "run"), fields, {"full_at": 4}, output))
+    process.start()
+    process.join(PATIENCE)
+    said = output.read_text()
+    assert process.exitcode == 1 and "TrainingError: A checkpoint could not be written" in said, said
+    assert "states/4: make room there" in said.splitlines()[-1]
+    toy_stage.run(tmp_path / "run", **fields)
+    assert "Continuing after step 4" in capsys.readouterr().err
+    assert (tmp_path / "run/export").is_dir()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/sys is a folder that nobody can write to")
+def test_a_workdir_that_cannot_be_written_is_named_before_any_work():
+    with pytest.raises(loop.config_lib.ConfigError, match=r"^The workdir /sys/run cannot be written \("):
+        toy_stage.run("/sys/run")
+
+
+def test_a_checkpoint_that_reads_back_damaged_does_not_replace_an_older_one(tmp_path, monkeypatch, capsys):
+    from unipic2_jax.training.checkpoints import Checkpoints
+
+    damaged, verify = [], Checkpoints._damaged
+
+    def damage(self, step):
+        if step == 8:
+            for path in (self.path(step) / "state").rglob("d/*"):
+                data = bytearray(path.read_bytes())
+                data[len(data) // 2] ^= 4
+                path.write_bytes(data)
+            damaged.append(self.steps())
+        return verify(self, step)
+
+    monkeypatch.setattr(Checkpoints, "_damaged", damage)
+    toy_stage.run(tmp_path / "run", **FIELDS)
+    # While 8 was not known to be good, three others were there; it was removed and the run went on.
+    assert damaged == [[5, 6, 7, 8]]
+    assert "states/8 was written and reads back damaged" in capsys.readouterr().err
+    left = sorted(int(path.name) for path in (tmp_path / "run/checkpoints/states").iterdir())
+    assert left == [17, 18, 19]
+
+
 def test_another_configuration_is_refused(tmp_path):
     toy_stage.run(tmp_path / "run")
     with pytest.raises(loop.config_lib.ConfigError, match=r"config.seed = 0, and this command asks for 3"):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -30,12 +31,15 @@ class ToyStage(Stage):
         config = stage_fields()
         config.nan_at = -1
         config.weights = {}
+        config.ballast = 1  # numbers in the state that mean nothing, so that a checkpoint is large
         return config
 
     def init(self):
         self.optimizer = make_optimizer(self.config.optimizer, self.config.steps)
         trained, _ = split_params(self.bundle.params["transformer"], self.config.optimizer.trainable)
-        return {"trained": trained, "opt": self.optimizer.init(trained), "seen": jnp.zeros((), jnp.int32)}
+        ballast = jax.random.normal(jax.random.key(0), (self.config.ballast,))
+        opt = self.optimizer.init(trained)
+        return {"trained": trained, "opt": opt, "seen": jnp.zeros((), jnp.int32), "ballast": ballast}
 
     @functools.cached_property
     def _update(self):
@@ -50,7 +54,7 @@ class ToyStage(Stage):
             value, grads = jax.value_and_grad(loss)(state["trained"])
             updates, opt = self.optimizer.update(grads, state["opt"], state["trained"])
             trained = optax.apply_updates(state["trained"], updates)
-            return {"trained": trained, "opt": opt, "seen": state["seen"] + 8}, value
+            return {**state, "trained": trained, "opt": opt, "seen": state["seen"] + 8}, value
 
         return update
 
@@ -59,6 +63,9 @@ class ToyStage(Stage):
             os.kill(os.getpid(), signal.SIGKILL)
         if step == TROUBLE.get("term_at"):
             os.kill(os.getpid(), signal.SIGTERM)
+        if step == TROUBLE.get("full_at"):
+            # No file can become larger than this, as on a disk without room.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
         state, loss = self._update(state, self.context.key(step))
         loss = float("nan") if step == self.config.nan_at else loss
         return state, {"loss": loss, "seen": state["seen"]}
@@ -109,7 +116,9 @@ def run(workdir, **fields):
     return loop.run(toy_config(**fields), workdir, load=load, save=save)
 
 
-def child(workdir, fields, trouble):
-    """The same in a process of its own."""
+def child(workdir, fields, trouble, output=None):
+    """The same in a process of its own, with what it says in a file."""
     TROUBLE.update(trouble)
+    if output is not None:
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
     run(Path(workdir), **fields)

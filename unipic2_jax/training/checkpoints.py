@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
+from orbax.checkpoint import v1
 
+from unipic2_jax.parallel.processes import agreed, is_main
 from unipic2_jax.parallel.rules import shardings
-from unipic2_jax.training.config import ConfigError
+from unipic2_jax.training.config import ConfigError, TrainingError
+
+VERIFY_BYTES = 1 << 28  # read back at a time
 
 
 class Checkpoints:
@@ -21,7 +27,8 @@ class Checkpoints:
 
     A checkpoint is a directory that appears whole or not at all (Orbax writes beside it and commits at the end), so a
     process may die at any moment. It holds the state, a JSON record, and a checksum per leaf, because storage damage
-    in array data is otherwise read back in silence.
+    in array data is otherwise read back in silence. `keep` of them stay; an older one goes when a newer one has been read
+    back and found right, so there is room for `keep` + 1.
     """
 
     def __init__(self, folder: Path, keep: int, log: Callable[[str], None] = print):
@@ -29,8 +36,8 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder, self.log = Path(folder).absolute(), log
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.keep, self.verified = keep, set()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
             # On CPU the copy that an asynchronous save reads could share memory with a donated buffer.
             enable_async_checkpointing=jax.default_backend() != "cpu",
             cleanup_tmp_directories=True,
@@ -38,18 +45,79 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder / "states", options=options)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Saves `state` (a pytree of arrays) and `record` (JSON) as number `step`, replacing what that number had."""
+        """Saves `state` (a pytree of arrays) and `record` (JSON) as number `step`, replacing what that number had.
+
+        Raises:
+          TrainingError: when it, or the one before, could not be written.
+        """
+        self._settle()
         if step in self.manager.all_steps():
             self.manager.delete(step)
+            self.verified.discard(step)
         args = {
             "state": ocp.args.StandardSave(state),
             "record": ocp.args.JsonSave({**record, "checksums": checksums(state)}),
         }
-        self.manager.save(step, args=ocp.args.Composite(**args), force=True)
+        with self._writing():
+            self.manager.save(step, args=ocp.args.Composite(**args), force=True)
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk."""
-        self.manager.wait_until_finished()
+        """Returns when what was saved is on disk, has been read back, and what it replaces is gone.
+
+        Raises:
+          TrainingError: when it could not be written.
+        """
+        self._settle()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore have many kinds; whichever it is, nothing was saved
+            reason = " ".join(str(error).split())[:300]
+            steps = self.steps()
+            rest = f"the newest complete one is {self.path(steps[-1])}" if steps else "there is no complete one yet"
+            raise TrainingError(
+                f"A checkpoint could not be written to {self.folder} ({reason}); {rest}: make room there or repair the "
+                "storage, then run the same command."
+            ) from error
+
+    def _settle(self) -> None:
+        """Waits for the last save, reads it back, and drops what is older than the ones to keep."""
+        with self._writing():
+            self.manager.wait_until_finished()
+        steps = self.steps()
+        if steps and steps[-1] not in self.verified:
+            wrong = self._damaged(steps[-1]) if is_main() else None
+            if agreed(wrong is not None):
+                self.log(
+                    f"Checkpoint {self.path(steps[-1])} was written and reads back damaged ({wrong}); it is removed."
+                )
+                self.manager.delete(steps.pop())
+            else:
+                self.verified.add(steps[-1])
+        for step in steps[: -self.keep]:
+            self.manager.delete(step)
+
+    def _damaged(self, step: int) -> str | None:
+        """What of a checkpoint is not as it was saved, read on this host in pieces; None: nothing."""
+        try:
+            sums = self.record(step)["checksums"]
+            stored = self.manager.item_metadata(step).state.tree
+            leaves, structure = jax.tree_util.tree_flatten_with_path(stored)
+            names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+            for piece in _pieces([leaf for _, leaf in leaves]):
+                wanted = [
+                    np.empty(leaf.shape, leaf.dtype) if number in piece else v1.PLACEHOLDER
+                    for number, (_, leaf) in enumerate(leaves)
+                ]
+                read = v1.load_pytree(self.path(step), structure.unflatten(wanted), checkpointable_name="state")
+                for number in piece:
+                    if host_checksum(jax.tree.leaves(read)[number]) != sums.get(names[number]):
+                        return f"{names[number]} has another checksum than when it was saved"
+        except Exception as error:  # whatever a damaged file makes the readers raise
+            return str(error).strip().split("\n")[0][:200]
+        return None
 
     def steps(self) -> list[int]:
         """The numbers of the complete checkpoints, ascending."""
@@ -168,6 +236,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes pending saves and stops the writer's threads."""
+        self._settle()
         self.manager.close()
 
 
@@ -179,7 +248,27 @@ def checksums(tree: Any) -> dict[str, int]:
 def checksums_to_dict(sums: Any) -> dict[str, int]:
     """A tree of scalar checksums as {path: int}."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(sums))
-    return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): int(value) for path, value in leaves}
+
+
+def host_checksum(x: np.ndarray) -> int:
+    """What `checksums` has for an array, computed without a device."""
+    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}[x.dtype.itemsize]
+    return int(np.add.reduce(np.ravel(x).view(unsigned), dtype=np.uint32))
+
+
+def _pieces(leaves: list[Any]) -> Iterator[set[int]]:
+    """Numbers of leaves that are read together: of `VERIFY_BYTES`, and one at least."""
+    piece, size = set(), 0
+    for number, leaf in enumerate(leaves):
+        nbytes = int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        if piece and size + nbytes > VERIFY_BYTES:
+            yield piece
+            piece, size = set(), 0
+        piece.add(number)
+        size += nbytes
+    if piece:
+        yield piece
 
 
 @jax.jit

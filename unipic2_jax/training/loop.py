@@ -66,6 +66,7 @@ def run(
         except (ValueError, FileNotFoundError) as error:
             raise config_lib.ConfigError(f"config.stages.{name}: {error}") from error
     workdir = Path(workdir)
+    check_writable(workdir)
     config_lib.check_same_run(config, workdir / "config.json")
     use_compilation_cache(workdir)
     # A language model that came from a folder of its own stays there.
@@ -73,6 +74,23 @@ def run(
     save = save or functools.partial(save_bundle, with_vlm=with_vlm)
     with jax.set_mesh(mesh):
         return _Run(config, workdir, mesh, load or load_bundle, save).go()
+
+
+def check_writable(workdir: Path) -> None:
+    """Makes the folder of a run, before anything is computed.
+
+    Raises:
+      ConfigError: when nothing can be written there.
+    """
+    probe = workdir / f".writable{os.getpid()}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise config_lib.ConfigError(
+            f"The workdir {workdir} cannot be written ({error.strerror}); repair it or choose another --workdir."
+        ) from error
 
 
 def config_mesh(config: ConfigDict) -> jax.sharding.Mesh:
