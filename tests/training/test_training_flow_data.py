@@ -22,7 +22,7 @@ from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training.config import ConfigError, make_stage, optimizer_fields
 from unipic2_jax.training.flow_stage import FlowStage
 from unipic2_jax.training.metrics import read_rows
-from unipic2_jax.training.optimizer import make_optimizer
+from unipic2_jax.training.optimizer import check_rules, make_optimizer
 from unipic2_jax.training.stage import StageContext
 
 # One shape for each task: every shape costs a compilation.
@@ -165,6 +165,11 @@ def test_rates_and_frozenness_follow_the_rules():
         fields.lr_scales = wrong
         with pytest.raises(ConfigError, match="pairs of a regex and a factor"):
             make_optimizer(fields, 10)
+    check_rules((("/a$", 0.0), ("^cond", 0.5)), params)
+    with pytest.raises(
+        ConfigError, match=r"'\^dit/' matches nothing that is trained; the names look like conditioner/c"
+    ):
+        check_rules((("/a$", 0.0), ("^dit/", 0.5)), params)
 
 
 def test_what_does_not_fit_is_said_before_work_starts(folder, tmp_path):

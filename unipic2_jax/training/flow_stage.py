@@ -31,7 +31,7 @@ from unipic2_jax.training.config import ConfigError, stage_fields
 from unipic2_jax.training.evaluator import Evaluator, check_evaluation, read_evaluation
 from unipic2_jax.training.flops import flow_step_flops, forward_flops
 from unipic2_jax.training.flow import draw_corruption, flow_losses, loss_by_noise
-from unipic2_jax.training.optimizer import make_optimizer, merge_params, split_params
+from unipic2_jax.training.optimizer import check_rules, make_optimizer, merge_params, split_params
 from unipic2_jax.training.stage import Stage, StageContext
 
 ENCODE_BATCH = 256
@@ -105,6 +105,7 @@ class FlowStage(Stage):
         self.sampling = TimestepSampling(**config.timesteps)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.trained, self.frozen = split_params(bundle.params, config.optimizer.trainable)
+        check_rules(config.optimizer.lr_scales, self.trained)
         self.networks = for_training(bundle, check_dtype(config.compute_dtype))
         # Loaders' threads tokenise, and this one when it compiles; tokenizers do not bear that, nor evaluators beside them.
         self.reader, self.reading = copy.deepcopy(bundle.conditioner), threading.Lock()

@@ -82,6 +82,21 @@ def scale_by_rules(rules: Sequence[tuple[str, float]]) -> optax.GradientTransfor
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scaled, updates))
 
 
+def check_rules(rules: Sequence[tuple[str, float]], trained: dict[str, Any]) -> None:
+    """Says which rule of `scale_by_rules` finds no match in the leaves that are trained.
+
+    Raises:
+      ConfigError: for the first such rule.
+    """
+    names = list(traverse_util.flatten_dict(trained, sep="/"))
+    for pattern, _ in rules:
+        if not any(re.search(pattern, name) for name in names):
+            some = ", ".join(sorted(names)[:3])
+            raise ConfigError(
+                f"optimizer.lr_scales '{pattern}' matches nothing that is trained; the names look like {some}."
+            )
+
+
 def split_params(params: dict[str, Any], trainable: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two nested dicts: the leaves whose 'path/to/leaf' the regex finds a match in, and the others.
 
