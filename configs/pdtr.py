@@ -35,7 +35,7 @@ def full_stage(task: str, negative_prompt: str = "") -> dict:
     return {
         "kind": "grpo",
         "steps": 1000,
-        "source": {"kind": "jsonl", "path": ""},
+        "source": {"kind": "jsonl", "path": "", "task": task},
         "rewards": {REWARDS[task]: {"weight": 1.0}},
         "num_prompts": 16,
         "negative_prompt": negative_prompt,

@@ -23,6 +23,7 @@ EXAMPLES: dict[str, Any] = {
     "shapes": "unipic2_jax.data.shapes.sources:ShapesExamples",
     "prepared": "unipic2_jax.data.examples:PreparedExamples",
     "mixture": "unipic2_jax.data.examples:MixtureExamples",
+    "blank": "unipic2_jax.data.blank:BlankExamples",
 }
 TASKS = ("t2i", "edit", "image")
 

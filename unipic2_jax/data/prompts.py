@@ -18,6 +18,7 @@ from unipic2_jax.data.kinds import make_kind
 SOURCES: dict[str, Any] = {
     "shapes": "unipic2_jax.data.shapes.sources:ShapesSource",
     "jsonl": "unipic2_jax.data.prompts:JSONLSource",
+    "blank": "unipic2_jax.data.blank:BlankSource",
 }
 
 
@@ -67,9 +68,10 @@ class JSONLSource:
 
     Attributes:
       shuffle: a new order each time the file has been gone through; otherwise the file's order, over and over.
+      task: 'edit' when every line must have an image, 't2i' when none may; None: as the file is.
     """
 
-    def __init__(self, path: str, seed: int = 0, shuffle: bool = True):
+    def __init__(self, path: str, seed: int = 0, shuffle: bool = True, task: str | None = None):
         self.path, self.seed, self.shuffle = Path(path), seed, shuffle
         if not self.path.is_file():
             raise FileNotFoundError(f"The prompt file {path} does not exist; check the path.")
@@ -79,6 +81,11 @@ class JSONLSource:
             raise ValueError(f"The prompt file {path} holds no prompts; give one JSON object per line.")
         if len({row["image"] is None for row in self.rows}) > 1:
             raise ValueError(f"Some lines of {path} have an image and some have none; split it into two files.")
+        if task is not None and (task == "edit") != (self.rows[0]["image"] is not None):
+            found, wanted = ("no images", "an image to edit in every line") if task == "edit" else ("images", "none")
+            raise ValueError(
+                f"The prompt file {path} is for the task '{task}' and has {found}; give one with {wanted}."
+            )
 
     def _row(self, number: int, line: str) -> dict[str, Any]:
         where = f"Line {number + 1} of {self.path}"

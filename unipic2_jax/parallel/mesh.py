@@ -91,6 +91,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, RULES.spec("batch"))
 
 
+def described_rows(tree: Any, rows: int, mesh: Mesh) -> Any:
+    """Host arrays of a few rows as descriptions of a batch of `rows`, split over the mesh, or whole where that is uneven."""
+    place = batch_sharding(mesh) if rows % batch_shards(mesh) == 0 else replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), x.dtype, sharding=place), tree)
+
+
+def described_whole(tree: Any, mesh: Mesh) -> Any:
+    """Arrays or descriptions as descriptions of arrays that every device has."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
+
+
 def shard_batch(batch: Any, mesh: Mesh, *, local: bool = False) -> Any:
     """Places a pytree of host arrays on the mesh, split along their leading axis.
 

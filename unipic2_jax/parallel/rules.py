@@ -110,6 +110,13 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def described(mesh: Mesh, tree: Any) -> Any:
+    """A tree of arrays or descriptions as descriptions that say where each leaf of `shardings` is."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings(mesh, tree)
+    )
+
+
 def constrain_parameters(tree: Any) -> Any:
     """`shardings` for the compiler: on gradients and new states, so that they are where the parameters are."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -283,7 +283,7 @@ def load_bundle(
     folder = find_model(source)
     dtype = check_dtype(dtype)
     folders = _component_folders(folder, vlm)
-    configs = {name: _read_config(name, at) for name, at in folders.items()}
+    configs = read_configs(folders)
     scheduler = FlowMatchConfig.load(folder / "scheduler")
     settings = _read_json(folder / EXTRAS_FILE) if (folder / EXTRAS_FILE).is_file() else {}
     known = (MetaQueryConditioner if "conditioner" in configs else TextConditioner).SETTINGS
@@ -295,6 +295,14 @@ def load_bundle(
     modules = make_modules(configs, _load_tokenizers(folder, configs, folders), settings, dtype, vlm_dtype)
     loaded = _load_folders(folders, configs, modules, mesh, dtype, vlm_dtype)
     return Bundle(*modules, scheduler, _by_group(loaded))
+
+
+def read_configs(
+    source: str | os.PathLike | Mapping[str, Path], vlm: str | os.PathLike | None = None
+) -> dict[str, Any]:
+    """The networks' sizes from their config.json, by folder name; arguments as `load_bundle`, or the folders themselves."""
+    folders = source if isinstance(source, Mapping) else _component_folders(find_model(source), vlm)
+    return {name: _read_config(name, at) for name, at in folders.items()}
 
 
 def _read_config(name: str, folder: Path) -> Any:

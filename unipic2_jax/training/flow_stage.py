@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +22,9 @@ from unipic2_jax.data.examples import Example, ExampleSource, make_examples
 from unipic2_jax.data.loader import Loader
 from unipic2_jax.data.plan import BatchPlan, BatchShape
 from unipic2_jax.flow.timesteps import TimestepSampling
-from unipic2_jax.parallel.mesh import batch_shards, replicated, shard_batch
+from unipic2_jax.parallel.mesh import batch_shards, described_rows, described_whole, replicated, shard_batch
 from unipic2_jax.parallel.processes import local_rows, tree_to_host
-from unipic2_jax.parallel.rules import constrain_parameters
+from unipic2_jax.parallel.rules import constrain_parameters, described
 from unipic2_jax.pipelines.bundle import check_dtype, for_training
 from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, reference_latents
 from unipic2_jax.rl.ema import ema_update
@@ -32,7 +33,7 @@ from unipic2_jax.training.evaluator import Evaluator, check_evaluation, read_eva
 from unipic2_jax.training.flops import flow_step_flops, forward_flops
 from unipic2_jax.training.flow import draw_corruption, flow_losses, loss_by_noise
 from unipic2_jax.training.optimizer import check_rules, make_optimizer, merge_params, split_params
-from unipic2_jax.training.stage import Stage, StageContext
+from unipic2_jax.training.stage import Program, Stage, StageContext
 
 ENCODE_BATCH = 256
 LATENTS = ("mode", "sample")
@@ -119,7 +120,7 @@ class FlowStage(Stage):
         self._encode = jax.jit(self._moments)
         self._step = jax.jit(self._train_step, static_argnames="task")
         self._validate = jax.jit(self._validation_losses)
-        self.programs: dict[Any, Callable[..., Any]] = {}
+        self.compiled: dict[Any, Callable[..., Any]] = {}
         self.nothing: dict[str, Any] = {}
         self.compiled_phase = -1
         self.evaluators = [
@@ -304,9 +305,32 @@ class FlowStage(Stage):
 
     # The stage.
 
+    def _new_state(self, trained: Any) -> FlowState:
+        ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
+        return FlowState(trained, self.optimizer.init(trained), ema)
+
     def init(self) -> FlowState:
-        ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), self.trained)
-        return self.place(FlowState(self.trained, self.optimizer.init(self.trained), ema))
+        return self.place(self._new_state(self.trained))
+
+    def programs(self) -> list[Program]:
+        mesh, size = self.context.mesh, self.config.batch_size
+        state = described(mesh, jax.eval_shape(self._new_state, self.trained))
+        frozen, key = described(mesh, self.frozen), jax.eval_shape(lambda: self.context.key(0))
+        starts = [*(first for first, _ in self.plan.phases), self.config.steps]
+        found = []
+        for phase, (start, end) in enumerate(itertools.pairwise(starts)):
+            shapes = self.plan.shapes(phase)
+            for shape in shapes:
+                batch = self._collated(shape, [self.loader.example(shape, 0)])
+                nothing = described_whole(self._nothing(shape.task, batch), mesh)
+                rows, step = described_rows(batch, size, mesh), jax.ShapeDtypeStruct((), jnp.int32)
+                turns = self.config.tasks.count(shape.task) / len(self.config.tasks)
+                alike = sum(other.task == shape.task for other in shapes)
+                calls = (end - start) / self.config.steps * turns / alike
+                arguments = (state, frozen, rows, nothing, key, step)
+                name = f"step, {shape}"
+                found.append(Program(name, self._step, arguments, {"task": shape.task}, self._flops(shape), calls))
+        return found
 
     def _nothing(self, task: str, batch: dict[str, Any]) -> dict[str, Any]:
         """What stands for dropped captions, where one row serves all."""
@@ -335,12 +359,12 @@ class FlowStage(Stage):
     def _program(self, shape: BatchShape, arguments: tuple[Any, ...]) -> Callable[..., Any]:
         """The training step compiled for these arguments' shapes."""
         kinds = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[2]))
-        if (shape.task, kinds) not in self.programs:
+        if (shape.task, kinds) not in self.compiled:
             started = time.perf_counter()
-            self.programs[shape.task, kinds] = self._step.lower(*arguments, task=shape.task).compile()
+            self.compiled[shape.task, kinds] = self._step.lower(*arguments, task=shape.task).compile()
             seconds = time.perf_counter() - started
             self.context.log(f"{self.context.name}: compiled the step for {shape} in {seconds:.1f} s")
-        return self.programs[shape.task, kinds]
+        return self.compiled[shape.task, kinds]
 
     def _compile_phase(self, state: FlowState, step: int) -> None:
         """Compiles what the phase of this step needs, once, before its first step."""

@@ -10,13 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.flow.sde import SDEConfig
 from unipic2_jax.models.lora import init_lora, merge_lora
-from unipic2_jax.parallel.mesh import batch_sharding, batch_shards, replicated, shard_batch
+from unipic2_jax.parallel.mesh import (
+    batch_sharding,
+    batch_shards,
+    described_rows,
+    described_whole,
+    replicated,
+    shard_batch,
+)
 from unipic2_jax.parallel.processes import gather_rows, is_main, local_rows, rows_to_host, tree_to_host
+from unipic2_jax.parallel.rules import RULES, described
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.conditioner import tokenize_negative
@@ -36,7 +45,7 @@ from unipic2_jax.training.evaluator import (
 )
 from unipic2_jax.training.flops import forward_flops, grpo_step_flops
 from unipic2_jax.training.optimizer import make_optimizer
-from unipic2_jax.training.stage import Stage, StageContext
+from unipic2_jax.training.stage import Program, Stage, StageContext
 
 
 def grpo_fields() -> ConfigDict:
@@ -207,6 +216,45 @@ class GRPOStage(Stage):
             )
         return self.place(init_state(kept, self.optimizer))
 
+    def programs(self) -> list[Program]:
+        config, mesh, params, size = self.config, self.context.mesh, self.params, self.samples
+        records = self.source.batch(0, 1)
+        edited = source_pictures(records, config.height, config.width)
+        per_prompt = lambda tree: described_rows(tree, config.num_prompts, mesh)
+        tokens = per_prompt(self.bundle.conditioner.tokenize([records[0].prompt], edited))
+        negative = None
+        if self.grpo.guidance_scale != 1:
+            negative = tokenize_negative(self.bundle.conditioner, config.negative_prompt, edited)
+            own = self.bundle.conditioner.reads_images and edited is not None
+            negative = per_prompt(negative) if own else described_whole(negative, mesh)
+        sources = None if edited is None else per_prompt(stack_sources(edited))
+        key = jax.eval_shape(lambda: self.context.key(0))
+        encode = (params, tokens, negative, sources, key)
+        inputs = described_rows(jax.eval_shape(self._encode, *encode), size, mesh)
+        noise = described_rows(jax.eval_shape(self._draw_noise, key), size, mesh)
+        new_lora = lambda weights: init_lora(jax.random.key(0), weights, config.lora.rank)
+        lora = jax.eval_shape(new_lora, params["transformer"])
+        state = described(mesh, jax.eval_shape(lambda lora: init_state(lora, self.optimizer), lora))
+        roll = (params["transformer"], state.lora, inputs, noise, key, described_whole(self.sigmas, mesh))
+        trajectory = jax.eval_shape(self._rollout, *roll)
+        over_time = NamedSharding(mesh, RULES.spec(None, "batch"))
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_time)
+        whole = described_whole({"sigmas": trajectory.sigmas, "steps": trajectory.steps}, mesh)
+        means = None if trajectory.means is None else place(trajectory.means)
+        trajectory = trajectory._replace(
+            latents=place(trajectory.latents), log_probs=place(trajectory.log_probs), means=means, **whole
+        )
+        advantages = described_rows(np.zeros(1, np.float32), size, mesh)
+        update = (params["transformer"], state, None, trajectory, advantages, inputs)
+        first = 0 if self.grpo.window is None else sum(self.grpo.window[1]) // 2
+        sampled, trained = self._evaluations("references" in inputs["cond"], first)
+        return [
+            Program("encode", self._encode, encode, {}, 0.0),
+            Program("rollout", self._rollout, roll, {}, sampled),
+            Program("decode", self._decode, (params["vae"], noise), {}, 0.0),
+            Program("update", self._update, update, {}, trained),
+        ]
+
     def step(self, state: PolicyState, step: int) -> tuple[PolicyState, dict[str, float]]:
         """Rollout, rewards, updates."""
         started = time.perf_counter()
@@ -282,6 +330,10 @@ class GRPOStage(Stage):
 
     def _flops(self, edits: bool, first: int) -> int:
         """Of the transformer in one step whose window begins at step `first`."""
+        return sum(self._evaluations(edits, first))
+
+    def _evaluations(self, edits: bool, first: int) -> tuple[int, int]:
+        """FLOPs of the rollout and of the update."""
         config, grpo = self.transformer.config, self.grpo
         pixels = self.bundle.vae.config.downsampling * config.patch_size
         tokens = (self.config.height // pixels) * (self.config.width // pixels)
@@ -294,7 +346,8 @@ class GRPOStage(Stage):
         trained = self.samples * grpo.trained_steps * inside
         if self.shared_update:
             trained = self.samples // self.micro_batch * self.config.num_prompts * inside
-        return grpo_step_flops(forward, sampled, trained, grpo.kl_beta > 0)
+        reference = grpo.kl_beta > 0
+        return grpo_step_flops(forward, sampled, 0, reference), grpo_step_flops(forward, 0, trained, reference)
 
     def _kept(self, state: PolicyState) -> Any:
         return state.ema if self.config.use_ema else state.lora

@@ -44,6 +44,25 @@ class StageContext:
         return self.seed * 1000 + self.index
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled part of a stage's work without the arrays: what `training.plan` compiles for machines that are not there.
+
+    Attributes:
+      function: jitted.
+      arguments, keywords: of it, with descriptions of arrays and where they are (`parallel.rules.described`).
+      model_flops: of the transformer in a call.
+      calls: in a step of the stage, on the average.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    model_flops: float
+    calls: float = 1.0
+
+
 class Stage:
     """One kind of training. Everything that changes lives in the state, a pytree of arrays.
 
@@ -87,6 +106,14 @@ class Stage:
         """
         del state, step
         return {}
+
+    def programs(self) -> list[Program]:
+        """The stage's compiled parts. They need no array: the bundle's parameters may be descriptions of some.
+
+        Raises:
+          ConfigError: for a kind of stage that has no plan.
+        """
+        raise ConfigError(f"Stage '{self.context.name}' is of kind '{self.config.kind}', which cannot be planned.")
 
     def finish(self, state: Any) -> Any:
         """The bundle that the next stage starts from; unchanged groups of `bundle.params` stay the same objects."""
