@@ -16,9 +16,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.training.config import ConfigError, nearest
+from unipic2_jax.training.config import ConfigError
 from unipic2_jax.training.counting import count_flops
+from unipic2_jax.training.hlo import Module
 from unipic2_jax.training.loop import model_config
 from unipic2_jax.training.stage import Program, StageContext, stage_class
 
@@ -137,7 +137,10 @@ def stages(config: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[tuple[str, l
         with stage.unlocked():
             if stage.kind == "flow":
                 resolution = max(pixels for _, pixels in stage.resolutions) or 512
-                stage.data, stage.validation.data = ConfigDict({"kind": "blank", "resolution": resolution}), ConfigDict()
+                stage.data, stage.validation.data = (
+                    ConfigDict({"kind": "blank", "resolution": resolution}),
+                    ConfigDict(),
+                )
                 stage.loader_threads = 0
             elif stage.kind == "grpo":
                 stage.source = ConfigDict({"kind": "blank", "task": stage.source.get("task", "t2i")})
@@ -152,7 +155,7 @@ def compiled_cost(program: Program, chips: int) -> Cost:
     """Of a program compiled for the devices that its arguments are described on."""
     compiled = program.function.lower(*program.arguments, **program.keywords).compile()
     memory = compiled.memory_analysis()
-    turns = loop_turns(text := compiled.as_text())
+    module = Module.read(compiled.as_text())
     return Cost(
         program.name,
         program.calls,
@@ -161,6 +164,6 @@ def compiled_cost(program: Program, chips: int) -> Cost:
         memory.temp_size_in_bytes,
         count_flops(program.function, *program.arguments, **program.keywords) / chips,
         program.model_flops / chips,
-        moved_bytes(text, turns),
-        collective_bytes(text, turns),
+        module.moved_bytes(),
+        module.collective_bytes(),
     )

@@ -1,0 +1,161 @@
+"""What a compiled program moves through memory and over links, read from its text; loops count by their turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BITS = {"pred": 8, "bf16": 16, "token": 0}
+# What names or groups values and moves none.
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
+    *("iota", "partition-id", "replica-id", "opt-barrier"),
+}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
+_NAME = re.compile(r"%([\w.\-]+)")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of a program.
+
+    Attributes:
+      sizes: bytes of each array that it makes, several for a tuple.
+      rest: of the line, with its attributes.
+    """
+
+    name: str
+    op: str
+    sizes: tuple[int, ...]
+    operands: tuple[str, ...]
+    rest: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of all that it makes."""
+        return sum(self.sizes)
+
+    def called(self, attribute: str) -> list[str]:
+        """Computations that an attribute names."""
+        found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.rest)
+        return _NAME.findall(found[1]) if found else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled program: instructions by computation, and how often each computation runs in a call."""
+
+    computations: Mapping[str, Mapping[str, Instruction]]
+    entry: str
+
+    @classmethod
+    def read(cls, text: str) -> Module:
+        """From `compiled.as_text()`.
+
+        Raises:
+          ValueError: when it has no entry.
+        """
+        computations: dict[str, dict[str, Instruction]] = {}
+        entry, own = None, {}
+        for line in text.splitlines():
+            if head := _COMPUTATION.match(line):
+                own = computations[head[2]] = {}
+                entry = head[2] if head[1] else entry
+            elif found := _INSTRUCTION.match(line):
+                operands, _, rest = found[4].partition(")")
+                # Of a parameter the parentheses hold its number.
+                names = (operands,) if found[3] == "parameter" else tuple(_NAME.findall(operands))
+                own[found[1]] = Instruction(found[1], found[3], _sizes(found[2]), names, rest)
+        if entry is None:
+            raise ValueError("The text of the compiled program has no entry.")
+        return cls(computations, entry)
+
+    @functools.cached_property
+    def runs(self) -> dict[str, int]:
+        """Computation -> how often it runs, of those that are not part of a fused one. All branches of a choice count."""
+        found: dict[str, int] = {}
+
+        def visit(name: str, times: int) -> None:
+            found[name] = found.get(name, 0) + times
+            for instruction in self.computations[name].values():
+                if instruction.op == "while":
+                    turns = _TURNS.search(instruction.rest)
+                    for body in instruction.called("body"):
+                        visit(body, times * (int(turns[1]) if turns else 1))
+                elif instruction.op in ("call", "async-start"):
+                    for called in instruction.called("to_apply") + instruction.called("calls"):
+                        visit(called, times)
+                elif instruction.op == "conditional":
+                    for called in instruction.called("branch_computations"):
+                        visit(called, times)
+
+        visit(self.entry, 1)
+        return found
+
+    def _running(self) -> Iterator[tuple[Mapping[str, Instruction], Instruction, int]]:
+        for name, times in self.runs.items():
+            for instruction in self.computations[name].values():
+                yield self.computations[name], instruction, times
+
+    def collective_bytes(self) -> dict[str, int]:
+        """Bytes that a device receives, by kind of collective: an all-reduce passes what it reduces around twice."""
+        found: dict[str, int] = {}
+        for own, instruction, times in self._running():
+            kind = instruction.op.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            given = sum(own[name].size for name in instruction.operands if name in own)
+            most = max(given, max(instruction.sizes, default=0))
+            found[kind] = found.get(kind, 0) + times * most * (2 if kind == "all-reduce" else 1)
+        return found
+
+    def moved_bytes(self) -> int:
+        """Bytes that are read from and written to memory, if every instruction reads and writes its arrays once.
+
+        Of an array that is sliced or updated in place the slice counts alone.
+        """
+        return sum(times * self._moved(own, instruction) for own, instruction, times in self._running())
+
+    def _moved(self, own: Mapping[str, Instruction], instruction: Instruction) -> int:
+        if instruction.op in FREE or instruction.op.endswith("-done"):
+            return 0
+        sizes = [own[name].size if name in own else 0 for name in instruction.operands]
+        if instruction.op == "dynamic-slice":
+            return 2 * instruction.size
+        if instruction.op == "dynamic-update-slice":
+            return 2 * sizes[1]
+        if instruction.op != "fusion":
+            return instruction.size + sum(sizes)
+        inside = self.computations[instruction.called("calls")[0]]
+        read = {}
+        for line in inside.values():
+            if line.op == "parameter":
+                read[line.name] = sizes[int(line.operands[0])]
+        written = instruction.size
+        for name in read:
+            users = [line for line in inside.values() if name in line.operands]
+            if users and all(line.op == "dynamic-slice" and line.operands[0] == name for line in users):
+                read[name] = sum(line.size for line in users)
+            elif users and all(line.op == "dynamic-update-slice" and line.operands[0] == name for line in users):
+                read[name] = 0
+                written += sum(inside[line.operands[1]].size - line.size for line in users)
+        return max(written, 0) + sum(read.values())
+
+
+def _sizes(shape: str) -> tuple[int, ...]:
+    return tuple(_array_bytes(kind, axes) for kind, axes in _ARRAY.findall(shape))
+
+
+def _array_bytes(kind: str, axes: str) -> int:
+    bits = BITS.get(kind)
+    if bits is None:
+        digits = re.search(r"\d+", kind)
+        bits = int(digits[0]) if digits else 0
+    return math.prod(int(n) for n in axes.split(",") if n) * bits // 8
