@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training.config import ConfigError
 from unipic2_jax.training.counting import count_flops
 from unipic2_jax.training.hlo import Module
@@ -167,3 +168,76 @@ def compiled_cost(program: Program, chips: int) -> Cost:
         module.moved_bytes(),
         module.collective_bytes(),
     )
+
+
+def plan(config: ConfigDict, topology: Topology) -> dict[str, list[Cost]]:
+    """Costs of every stage's programs on a TPU topology.
+
+    Raises:
+      ConfigError: when the recipe's batches do not split over the chips, or nothing can be compiled here.
+    """
+    sizes = config.parallel.to_dict()
+    preset, slices = sizes.pop("preset"), sizes.pop("slices")
+    try:
+        mesh = make_mesh(tpu_devices(topology), preset, sizes, slices)
+    except ValueError as error:
+        raise ConfigError(f"config.parallel: {error}") from error
+    with jax.set_mesh(mesh):
+        return {
+            name: [compiled_cost(program, topology.count) for program in programs]
+            for name, programs in stages(config, mesh)
+        }
+
+
+def table(costs: Mapping[str, Sequence[Cost]], topology: Topology) -> str:
+    """A row a program, per chip, as Markdown."""
+    chip = topology.chip
+    lines = [
+        "| stage | program | state and batch | temporary | peak, of memory | FLOPs, of the model's | links | seconds | MFU |",
+        "|---|---|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    for stage, rows in costs.items():
+        for cost in rows:
+            seconds = cost.seconds(chip)
+            links = (
+                ", ".join(f"{kind} {size / GB:.2f} GB" for kind, size in sorted(cost.collectives.items())) or "nothing"
+            )
+            useful = cost.model_flops / cost.flops if cost.flops else 0
+            lines.append(
+                f"| {stage} | {cost.name} | {(cost.arguments + cost.kept) / GB:.2f} GB | {cost.temporary / GB:.2f} GB | "
+                f"{cost.peak / GB:.2f} GB, {cost.peak / chip.memory:.0%} | {cost.flops / 1e12:.2f} T, {useful:.0%} | {links} | "
+                f"{seconds:.3f} | {cost.model_flops / chip.flops / seconds:.0%} |"
+            )
+        whole = sum(cost.calls * cost.seconds(chip) for cost in rows)
+        model = sum(cost.calls * cost.model_flops for cost in rows)
+        lines.append(f"| {stage} | **a step** | | | | | | {whole:.3f} | {model / chip.flops / whole:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+# Larger and larger slices of each kind of chip that Google Cloud rents.
+SLICES = {
+    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+}
+
+
+def advice(config: ConfigDict, costs: Mapping[str, Sequence[Cost]], topology: Topology) -> list[str]:
+    """A sentence for each stage that does not fit: what to change first."""
+    sentences = []
+    for stage, rows in costs.items():
+        worst = max(rows, key=lambda cost: cost.peak)
+        if worst.peak <= topology.chip.memory:
+            continue
+        own, preset = config.stages[stage], config.parallel.preset
+        if preset == "ddp":
+            remedy = "split the parameters too: --config.parallel.preset=fsdp"
+        elif worst.temporary > worst.arguments:
+            field = "accumulation" if own.kind == "flow" else "grpo.micro_batch"
+            remedy = f"compute a batch in smaller parts: --config.stages.{stage}.{field}"
+        else:
+            remedy = "take a larger slice"
+        sentences.append(
+            f"Stage '{stage}' needs {worst.peak / GB:.1f} GB of {topology.chip.memory / GB:.1f} GB a chip ({worst.name}); {remedy}."
+        )
+    return sentences
