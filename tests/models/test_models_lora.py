@@ -27,7 +27,7 @@ SMALL = MMDiTConfig(
     dual_attention_layers=(0, 1),
 )
 ALPHA, RANK = 6.0, 3
-MODULE = MMDiT(SMALL, remat=False, lora_alpha=ALPHA)
+MODULE = MMDiT(SMALL, remat="none", lora_alpha=ALPHA)
 # Compiling is most of what these tests cost, and needs no optimisation at this size.
 QUICK = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

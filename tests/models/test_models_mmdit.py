@@ -83,7 +83,7 @@ def relative_error(got, want):
 
 @functools.lru_cache
 def compiled(config, **options):
-    module = MMDiT(config, **{"remat": False, **options})
+    module = MMDiT(config, **{"remat": "none", **options})
     return jax.jit(lambda params, values: module.apply({"params": params}, **values), compiler_options=QUICK)
 
 
@@ -179,7 +179,9 @@ def test_gradients_are_finite_and_blind_to_padding(params):
     values["references"][0, 0, 4:] = values["references"][1] = np.nan
 
     def loss(references, params):
-        return jnp.sum(MMDiT(SMALL, remat=False).apply({"params": params}, **{**values, "references": references}) ** 2)
+        return jnp.sum(
+            MMDiT(SMALL, remat="none").apply({"params": params}, **{**values, "references": references}) ** 2
+        )
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)(values["references"], params)
     by_reference, by_params = jax.device_get(gradients)
@@ -199,9 +201,12 @@ def test_remat_and_unrolling_change_no_gradient(params):
         loss = lambda p: jnp.sum(module.apply({"params": p}, **values) ** 2)
         return jax.device_get(jax.jit(jax.grad(loss), compiler_options=QUICK)(params))
 
-    want = table.flatten(gradient(remat=False))
-    for path, got in table.flatten(gradient(remat=True, scan_unroll=2)).items():
-        assert np.linalg.norm(got - want[path]) <= 1e-4 * np.linalg.norm(want[path]) + 1e-6, path
+    want = table.flatten(gradient(remat="none"))
+    for options in ({"remat": "full", "scan_unroll": 2}, {"remat": "attention"}, {"remat": "dots"}):
+        for path, got in table.flatten(gradient(**options)).items():
+            assert np.linalg.norm(got - want[path]) <= 1e-4 * np.linalg.norm(want[path]) + 1e-6, (options, path)
+    with pytest.raises(ValueError, match="remat is 'everything'; use one of full, attention, dots, none"):
+        gradient(remat="everything")
 
 
 def test_bfloat16_computes_close_to_float32(params):
@@ -216,7 +221,7 @@ def test_bfloat16_computes_close_to_float32(params):
 
 def test_initialisation_starts_from_zero_velocity_and_learns():
     values = inputs(references=1)
-    module = MMDiT(SMALL, remat=False)
+    module = MMDiT(SMALL, remat="none")
     params = jax.jit(lambda: module.init(jax.random.key(0), **values), compiler_options=QUICK)()["params"]
     params = jax.device_get(params)
     assert not np.any(apply(params, values))

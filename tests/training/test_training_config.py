@@ -161,7 +161,7 @@ def test_flops_agree_with_what_the_compiler_counts(references):
         pos_embed_max_size=16,
         dual_attention_layers=(0,),
     )
-    model = MMDiT(config, remat=False)
+    model = MMDiT(config, remat="none")
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
     inputs = [shape(1, 16, 16, 16), shape(1), shape(1, 20, 96), shape(1, 64)]
     if references:

@@ -101,7 +101,7 @@ def load(config=None, mesh=None):
             pos_embed_max_size=4,
             dual_attention_layers=(),
         ),
-        remat=False,
+        remat="none",
     )
     vae = AutoencoderKL(
         VAEConfig(latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2, sample_size=SIZE)

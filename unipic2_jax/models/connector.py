@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from unipic2_jax.models.clip import ACTIVATIONS, CLIPMLP, CLIPAttention
 from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.models.remat import rematerialised
 from unipic2_jax.parallel.rules import constrain
 
 
@@ -93,7 +94,7 @@ class MetaQuery(nn.Module):
     config: MetaQueryConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self) -> None:
         c = self.config
@@ -104,7 +105,7 @@ class MetaQuery(nn.Module):
         )
         self.projector_1 = nn.Dense(c.connector_config.hidden_size, **kinds)
         layers = nn.scan(
-            nn.remat(ConnectorLayer, prevent_cse=False) if self.remat else ConnectorLayer,
+            rematerialised(ConnectorLayer, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=c.connector_config.num_hidden_layers,

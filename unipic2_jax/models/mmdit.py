@@ -19,6 +19,7 @@ from flax import linen as nn
 
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.mmdit_layers import Block, Compute, Dense, Modulation, TwoLayer, layer_norm, modulate
+from unipic2_jax.models.remat import rematerialised
 
 TIME_CHANNELS = 256
 
@@ -171,7 +172,7 @@ class MMDiT(nn.Module):
     Attributes:
       config: sizes.
       dtype, param_dtype: of computation and of stored parameters. Norms and softmax are float32 always.
-      remat: recompute each block in the backward pass instead of storing its activations.
+      remat: what of a block is kept for the backward pass, see `models.remat`.
       lora_alpha: scale of the 'lora' collection's updates is lora_alpha / rank; without the collection there is none.
       attention_implementation: see `models.attention`.
       scan_unroll: blocks per iteration of the compiled loop.
@@ -180,9 +181,9 @@ class MMDiT(nn.Module):
     config: MMDiTConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = True
+    remat: str = "full"
     lora_alpha: float = 64.0
-    attention_implementation: str = "xla"
+    attention_implementation: str = "auto"
     scan_unroll: int = 1
 
     @nn.compact
@@ -236,10 +237,8 @@ class MMDiT(nn.Module):
             if name == "last_block":
                 streams, _ = Block(heads, qk_norm, compute, dual, last=True, skip=skip, name=name)(streams, emb, mask)
                 continue
-            # Inside a scan nothing can be merged with the forward pass, so the barrier against it is not needed.
-            block = nn.remat(Block, prevent_cse=False) if self.remat else Block
             stacked = nn.scan(
-                block,
+                rematerialised(Block, self.remat),
                 variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,

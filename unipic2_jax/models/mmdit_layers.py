@@ -23,7 +23,7 @@ class Compute:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     lora_alpha: float = 64.0
-    attention_implementation: str = "xla"
+    attention_implementation: str = "auto"
 
 
 class Dense(nn.Module):

@@ -27,6 +27,7 @@ from unipic2_jax.models.qwen_vision import (
     VisionTower,
     rotate,
 )
+from unipic2_jax.models.remat import rematerialised
 from unipic2_jax.parallel.rules import constrain
 
 # Keys and values of the places seen so far: {'key': [L, B, T, KV, D], 'value': the same}.
@@ -259,13 +260,13 @@ class Qwen2_5_VL(nn.Module):
     """The whole model. Parameters of the layers, in the tower as in the decoder, are stacked along their leading axis.
 
     Attributes:
-      remat: recompute each layer in the backward pass instead of storing its activations.
+      remat: what of a layer is kept for the backward pass, see `models.remat`.
     """
 
     config: Qwen2_5_VLConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self) -> None:
         c = self.config
@@ -273,7 +274,7 @@ class Qwen2_5_VL(nn.Module):
         self.visual = VisionTower(c.vision_config, **kinds, remat=self.remat)
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, **kinds)
         layers = nn.scan(
-            nn.remat(QwenLayer, prevent_cse=False) if self.remat else QwenLayer,
+            rematerialised(QwenLayer, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),

@@ -20,6 +20,7 @@ from flax import linen as nn
 
 from unipic2_jax.models.attention import attention
 from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.models.remat import rematerialised
 from unipic2_jax.parallel.rules import constrain
 
 EPS = 1e-6
@@ -280,7 +281,7 @@ class VisionTower(nn.Module):
     config: Qwen2_5_VLVisionConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, vision: VisionInput) -> jax.Array:
@@ -293,9 +294,8 @@ class VisionTower(nn.Module):
         frequencies = ROPE_THETA ** -(np.arange(count, dtype=np.float32) / count)
         angle = rearrange(vision.places[..., None] * frequencies, "b w s two f -> b w s 1 (two f)")
         full = np.isin(np.arange(c.depth), c.fullatt_block_indexes)
-        block = nn.remat(VisionBlock, prevent_cse=False) if self.remat else VisionBlock
         blocks = nn.scan(
-            block,
+            rematerialised(VisionBlock, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),

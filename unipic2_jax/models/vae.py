@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from unipic2_jax.models.attention import attention
 from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.models.remat import rematerialised
 
 GROUP_NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -156,13 +157,13 @@ class MidBlock(nn.Module):
     config: VAEConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         groups = self.config.norm_num_groups
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        resnet = _resnet(self.remat)
+        resnet = rematerialised(ResnetBlock, self.remat, scanned=False)
         x = resnet(x.shape[-1], groups, **kinds, name="resnets_0")(x)
         if self.config.mid_block_add_attention:
             x = AttentionBlock(groups, **kinds, name="attentions_0")(x)
@@ -177,13 +178,14 @@ class DownBlock(nn.Module):
     last: bool
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        resnet = rematerialised(ResnetBlock, self.remat, scanned=False)
         for j in range(self.config.layers_per_block):
-            x = _resnet(self.remat)(self.channels, self.config.norm_num_groups, **kinds, name=f"resnets_{j}")(x)
+            x = resnet(self.channels, self.config.norm_num_groups, **kinds, name=f"resnets_{j}")(x)
         if self.last:
             return x
         # The original pads only below and to the right.
@@ -198,13 +200,14 @@ class UpBlock(nn.Module):
     last: bool
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        resnet = rematerialised(ResnetBlock, self.remat, scanned=False)
         for j in range(self.config.layers_per_block + 1):
-            x = _resnet(self.remat)(self.channels, self.config.norm_num_groups, **kinds, name=f"resnets_{j}")(x)
+            x = resnet(self.channels, self.config.norm_num_groups, **kinds, name=f"resnets_{j}")(x)
         if self.last:
             return x
         x = repeat(x, "b h w c -> b (h 2) (w 2) c")
@@ -217,7 +220,7 @@ class Encoder(nn.Module):
     config: VAEConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
@@ -239,7 +242,7 @@ class Decoder(nn.Module):
     config: VAEConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, latents_BxHxWxC: jax.Array) -> jax.Array:
@@ -262,13 +265,13 @@ class AutoencoderKL(nn.Module):
       config: the sizes.
       dtype: of convolutions and attention; normalisation, softmax and results are float32.
       param_dtype: of the parameters.
-      remat: recompute every resnet block in the backward pass: less memory, about a third more work.
+      remat: what of a resnet block is kept for the backward pass, see `models.remat`.
     """
 
     config: VAEConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self) -> None:
         config = self.config
@@ -381,8 +384,3 @@ def encode_chunked(module: AutoencoderKL, params: Any, images: jax.Array, chunk:
 def decode_chunked(module: AutoencoderKL, params: Any, latents: jax.Array, chunk: int) -> jax.Array:
     """`AutoencoderKL.decode` with at most `chunk` images in memory at a time: latents [B, h, w, C] -> images."""
     return map_chunked(lambda z: module.apply({"params": params}, z, method="decode"), latents, chunk)
-
-
-def _resnet(remat: bool) -> Any:
-    """The resnet block, rematerialised on request; the parameters' names do not depend on it."""
-    return nn.remat(ResnetBlock) if remat else ResnetBlock

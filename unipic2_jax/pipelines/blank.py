@@ -95,6 +95,7 @@ def abstract_bundle(config: ConfigDict, mesh: Mesh) -> Bundle:
     vlm_dtype = dtype if config.vlm_dtype is None else check_dtype(config.vlm_dtype)
     tokenizers = BlankProcessor(configs["vlm"]) if "vlm" in configs else dict.fromkeys(TOKENIZERS, BlankTokenizer())
     settings = {**sizes.settings, **config.settings.to_dict()}
-    modules = make_modules(configs, tokenizers, settings, dtype, vlm_dtype)
+    transformer, *others = make_modules(configs, tokenizers, settings, dtype, vlm_dtype)
+    modules = (transformer.clone(attention_implementation=config.attention), *others)
     params = jax.eval_shape(lambda key: init_params(*modules, key), jax.eval_shape(lambda: jax.random.key(0)))
     return Bundle(*modules, FlowMatchConfig(shift=sizes.shift), described(mesh, params))

@@ -123,15 +123,15 @@ class Bundle:
         return self.transformer.config.pos_embed_max_size * self.patch_pixels
 
 
-def for_training(bundle: Bundle, dtype: Any) -> Bundle:
-    """The same networks for taking gradients: they compute in `dtype` whatever their parameters have, and what is between
-    input and output of a layer is computed again instead of being kept.
+def for_training(bundle: Bundle, dtype: Any, remat: str = "full") -> Bundle:
+    """The same networks for taking gradients: they compute in `dtype` whatever their parameters have, and keep what the
+    policy `remat` says for the backward pass.
     """
 
     def with_changes(module: Any) -> Any:
         if not isinstance(module, nn.Module):
             return module
-        again = {"remat": True} if hasattr(module, "remat") else {}
+        again = {"remat": remat} if hasattr(module, "remat") else {}
         return module.clone(dtype=dtype, **again)
 
     def fields(holder: Any) -> Any:

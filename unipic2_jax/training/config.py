@@ -44,6 +44,8 @@ def base_config() -> ConfigDict:
             "schedule": (),
             "stages": {},
             "keep_checkpoints": 3,
+            # The kernel of the transformer's attention: auto | xla | cudnn | splash.
+            "attention": "auto",
             # How the devices share the work: a preset of `parallel.mesh`, and devices along single axes instead of its own.
             "parallel": {"preset": "ddp", "data": 0, "fsdp": 0, "tensor": 0, "sequence": 0, "slices": 1},
         }
@@ -165,7 +167,7 @@ def unknown_override(config: ConfigDict, path: str) -> str | None:
 
 
 # What may differ between two commands that continue the same run: none of these changes its result by more than rounding.
-FREE_FIELDS = ("save_every", "log_every", "keep_checkpoints")
+FREE_FIELDS = ("save_every", "log_every", "keep_checkpoints", "attention", "remat")
 FREE_GROUPS = ("parallel",)
 
 

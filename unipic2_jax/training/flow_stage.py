@@ -22,6 +22,7 @@ from unipic2_jax.data.examples import Example, ExampleSource, make_examples
 from unipic2_jax.data.loader import Loader
 from unipic2_jax.data.plan import BatchPlan, BatchShape
 from unipic2_jax.flow.timesteps import TimestepSampling
+from unipic2_jax.models.remat import check_policy
 from unipic2_jax.parallel.mesh import batch_shards, described_rows, described_whole, replicated, shard_batch
 from unipic2_jax.parallel.processes import local_rows, tree_to_host
 from unipic2_jax.parallel.rules import constrain_parameters, described
@@ -67,6 +68,7 @@ class FlowStage(Stage):
         config.batch_size = 128
         config.accumulation = 1  # parts that a batch is computed in, one after the other
         config.compute_dtype = "float32"  # bfloat16: arithmetic only, weights and their sums stay float32
+        config.remat = "full"  # what the backward pass finds of the forward pass: full | attention | dots | none
         config.latents = "mode"  # of pictures under the VAE: mode | sample
         config.loader_threads = 16
         config.caption_dropout = ConfigDict({"t2i": 0.1, "edit": 0.0})
@@ -88,6 +90,7 @@ class FlowStage(Stage):
         if config.latents not in LATENTS:
             raise ConfigError(f"latents is '{config.latents}'; use one of {', '.join(LATENTS)}.")
         check_dtype(config.compute_dtype)
+        check_policy(config.remat)
         TimestepSampling(**config.timesteps)
         make_optimizer(config.optimizer, config.steps)
         devices = batch_shards(mesh)
@@ -107,7 +110,7 @@ class FlowStage(Stage):
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self.trained, self.frozen = split_params(bundle.params, config.optimizer.trainable)
         check_rules(config.optimizer.lr_scales, self.trained)
-        self.networks = for_training(bundle, check_dtype(config.compute_dtype))
+        self.networks = for_training(bundle, check_dtype(config.compute_dtype), config.remat)
         # Loaders' threads tokenise, and this one when it compiles; tokenizers do not bear that, nor evaluators beside them.
         self.reader, self.reading = copy.deepcopy(bundle.conditioner), threading.Lock()
         self.sources = make_sources(config, config.data, context.data_seed())

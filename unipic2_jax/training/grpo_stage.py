@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.flow.sde import SDEConfig
 from unipic2_jax.models.lora import init_lora, merge_lora
+from unipic2_jax.models.remat import check_policy
 from unipic2_jax.parallel.mesh import (
     batch_sharding,
     batch_shards,
@@ -93,6 +94,7 @@ class GRPOStage(Stage):
         config.same_latent = False  # a group starts from one noise: rewards then differ by the stochastic steps alone
         config.use_ema = True  # evaluate and keep the moving average rather than the last LoRA
         config.batch_branches = False  # both branches of guidance in one call: faster to compile, twice the memory
+        config.remat = "full"  # what the backward pass finds of the forward pass: full | attention | dots | none
         config.max_failed_steps = 10  # consecutive steps in which every reward failed
         config.lora = ConfigDict({"rank": 32, "alpha": 64.0})
         config.grpo = grpo_fields()
@@ -120,6 +122,7 @@ class GRPOStage(Stage):
                 raise ConfigError(f"{field} is '{config[field]}'; use one of {', '.join(known)}.")
         if not grpo.weights:
             raise ConfigError("there is no reward with a weight; name one in `rewards`.")
+        check_policy(config.remat)
         if config.lora.rank < 1:
             raise ConfigError(f"lora.rank is {config.lora.rank}; it must be at least 1.")
         make_optimizer(config.optimizer, config.steps * grpo.updates_per_rollout)
@@ -133,7 +136,7 @@ class GRPOStage(Stage):
         self.grpo = read_grpo(config)
         pixels = bundle.vae.config.downsampling * bundle.transformer.config.patch_size
         pictures.check_size(config.height, config.width, pixels)
-        self.transformer = bundle.transformer.clone(lora_alpha=config.lora.alpha)
+        self.transformer = bundle.transformer.clone(lora_alpha=config.lora.alpha, remat=config.remat)
         self.source = make_source(config.source, context.data_seed())
         self.rewards = make_rewards(config.rewards)
         self.samples = config.num_prompts * self.grpo.group_size

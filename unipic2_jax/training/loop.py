@@ -18,6 +18,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from unipic2_jax.models.attention import check_implementation
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.parallel.processes import agreed, is_main, tree_to_host, wait_for_all
 from unipic2_jax.training import config as config_lib
@@ -60,6 +61,11 @@ def run(
     """
     config = config_lib.validate(config)
     mesh = mesh or config_mesh(config)
+    with jax.set_mesh(mesh):
+        try:
+            check_implementation(config.attention)
+        except ValueError as error:
+            raise config_lib.ConfigError(f"config.{error}") from error
     for name in config.schedule:
         try:
             stage_class(config.stages[name].kind).check(config.stages[name], mesh)
@@ -129,7 +135,10 @@ def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
             f"config.settings.{unknown[0]} is no setting of this model's conditioner"
             + config_lib.nearest(unknown[0], known)
         )
-    return found.replace(conditioner=dataclasses.replace(found.conditioner, **settings))
+    return found.replace(
+        transformer=found.transformer.clone(attention_implementation=config.attention),
+        conditioner=dataclasses.replace(found.conditioner, **settings),
+    )
 
 
 def save_bundle(bundle: Any, folder: Path, with_vlm: bool = True) -> None:

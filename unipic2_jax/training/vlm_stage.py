@@ -76,7 +76,7 @@ class VLMStage(Stage):
         if "vlm" not in bundle.conditioner.modules:
             raise ConfigError("a stage of kind 'vlm' needs a MetaQuery model; this one has text encoders.")
         # Computing a layer again costs less than moving its activations through memory, on a CPU too.
-        self.vlm = bundle.conditioner.vlm.clone(remat=True)
+        self.vlm = bundle.conditioner.vlm.clone(remat="full")
         self.processor = bundle.conditioner.processor
         self.questions = make_questions(config.data, context.data_seed())
         heldout = make_questions(config.heldout, HELD_OUT_SEED)

@@ -1,0 +1,78 @@
+"""The kernels behind `attention` agree, and which is taken is said."""
+
+import logging
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unipic2_jax.models import attention as module
+from unipic2_jax.models.attention import attention, check_implementation
+from unipic2_jax.models.splash import splash
+from unipic2_jax.parallel.mesh import make_mesh
+
+SCALE = 0.125
+
+
+def arrays(queries, keys, dtype=jnp.float32, batch=2, heads=2, width=64):
+    draw = np.random.default_rng(queries + keys).standard_normal
+    query, key, value = (jnp.asarray(draw((batch, n, heads, width)), dtype) for n in (queries, keys, keys))
+    seen = jnp.arange(keys) < jnp.asarray([[keys], [keys - 7]])
+    return query, key, value, seen
+
+
+@pytest.mark.parametrize("queries, keys", [(37, 150), (130, 600)])
+def test_splash_equals_xla_with_its_gradients(queries, keys):
+    query, key, value, seen = arrays(queries, keys)
+    ours = lambda *qkv: splash(*qkv, seen, SCALE, interpret=True)
+    wanted = lambda *qkv: attention(*qkv, mask=seen[:, None, None], scale=SCALE, implementation="xla")
+    loss = lambda fn: lambda *qkv: jnp.sum(jnp.sin(fn(*qkv)))
+    np.testing.assert_allclose(ours(query, key, value), wanted(query, key, value), rtol=1e-4, atol=1e-5)
+    found, expected = (jax.grad(loss(fn), argnums=(0, 1, 2))(query, key, value) for fn in (ours, wanted))
+    for a, b in zip(found, expected):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_auto_takes_what_the_platform_has_and_logs_it_once(caplog):
+    query, key, value, _ = arrays(4, 6)
+    module._say.cache_clear()
+    with caplog.at_level(logging.INFO, module.__name__):
+        attention(query, key, value)
+        attention(query, key, value)
+    assert [record.getMessage() for record in caplog.records] == ["attention on cpu: xla"]
+
+
+@pytest.mark.parametrize(
+    "platform, dtype, keys, options, chosen",
+    [
+        ("gpu", jnp.bfloat16, 8, {}, "cudnn"),
+        ("gpu", jnp.float32, 8, {}, "xla"),
+        ("tpu", jnp.bfloat16, 8, {}, "xla"),
+        ("tpu", jnp.bfloat16, 2048, {}, "splash"),
+        ("tpu", jnp.float32, 2048, {"mask": (2, 1, 1, 2048)}, "splash"),
+        ("tpu", jnp.float32, 2048, {"mask": (2, 1, 4, 2048)}, "xla"),
+        ("tpu", jnp.float32, 2048, {"bias": (1, 2, 4, 2048)}, "xla"),
+        ("cpu", jnp.bfloat16, 2048, {}, "xla"),
+    ],
+)
+def test_which_kernel_where(platform, dtype, keys, options, chosen):
+    query, key, _, _ = arrays(4, keys, dtype)
+    mask, bias = (jnp.ones(options[name]) if name in options else None for name in ("mask", "bias"))
+    with mock.patch.object(module, "_platform", return_value=platform):
+        assert module._best(query, key, mask, bias) == chosen
+
+
+def test_a_kernel_by_name_is_that_or_an_error():
+    query, key, value, _ = arrays(4, 6)
+    for name, sentence in {"cudnn": "this is a cpu", "splash": "this is a cpu", "flash": "there is auto, xla"}.items():
+        with pytest.raises(ValueError, match=f"'{name}' cannot be had here: {sentence}"):
+            attention(query, key, value, implementation=name)
+    with pytest.raises(ValueError, match="attention is 'flash'; use one of auto, xla, cudnn, splash"):
+        check_implementation("flash")
+    with pytest.raises(ValueError, match="attention is 'splash', which a cpu has not"):
+        check_implementation("splash")
+    check_implementation("auto")
+    with jax.set_mesh(make_mesh(jax.devices()[:1])):
+        check_implementation("xla")
