@@ -38,6 +38,7 @@ def full_stage(task: str, negative_prompt: str = "") -> dict:
         "source": {"kind": "jsonl", "path": "", "task": task},
         "rewards": {REWARDS[task]: {"weight": 1.0}},
         "num_prompts": 16,
+        "compute_dtype": "bfloat16",
         "negative_prompt": negative_prompt,
         "grpo": {"micro_batch": 32},
     }

@@ -85,12 +85,22 @@ def test_flow_keeps_the_moving_average(flow):
 
 
 def test_a_flow_step_is_a_function_of_state_and_number(flow):
-    state = flow.init()
-    (one, a), (two, b) = flow.step(state, 5), flow.step(state, 5)
+    (one, a), (two, b) = flow.step(flow.init(), 5), flow.step(flow.init(), 5)
     timed = ("seconds_data", "model_tflops_per_second")
     a, b = ({name: value for name, value in metrics.items() if name not in timed} for metrics in (a, b))
     assert a == b and all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two)))
-    assert flow.step(state, 7)[1]["loss"] != a["loss"]
+    assert flow.step(flow.init(), 7)[1]["loss"] != a["loss"]
+
+
+@pytest.mark.parametrize("pool", [0, 256])
+def test_a_flow_step_moves_nothing_unasked_and_gives_up_the_old_state(tmp_path, pool):
+    stage = make("flow", tmp_path, pool=pool)
+    state, _ = stage.step(stage.init(), 0)
+    state, _ = stage.step(state, 1)  # each task for the first time
+    with jax.transfer_guard("disallow"):
+        new, _ = stage.step(state, 2)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, stage.frozen)))
 
 
 def test_without_a_pool_no_example_comes_twice(tmp_path, monkeypatch):

@@ -68,6 +68,14 @@ def test_a_step_logs_what_it_did_and_is_on_policy(stage):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again)))
 
 
+def test_a_step_moves_nothing_unasked_and_gives_up_the_old_state(stage):
+    state, _ = stage.step(stage.init(), 0)
+    with jax.transfer_guard("disallow"):
+        new, _ = stage.step(state, 1)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, stage.params)))
+
+
 def test_failed_rewards_are_left_out_and_counted(stage):
     Brightness.trouble = lambda values: np.where(np.arange(len(values)) % 4 == 0, np.nan, values)
     _, metrics = stage.step(stage.init(), 0)
@@ -171,7 +179,7 @@ config = toy_grpo.config(edit=toy_grpo.stage(edit=True, evaluations={{}}, num_pr
 found = []
 for count in (1, 8):
     mesh = make_mesh(jax.devices()[:count])
-    stage = grpo_stage.GRPOStage(config, toy_grpo.load(mesh=mesh), StageContext("edit", 0, 0, mesh, Path(".")))
+    stage = grpo_stage.GRPOStage(config, toy_grpo.load(mesh=mesh), StageContext("edit", 0, 0, mesh, Path("."), log=str))
     state = stage.init()
     for step in range(2):
         state, metrics = stage.step(state, step)

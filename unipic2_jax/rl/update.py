@@ -31,7 +31,7 @@ class PolicyState(NamedTuple):
 def init_state(lora: Any, optimizer: optax.GradientTransformation) -> PolicyState:
     """The state before the first update; the moving average starts at the parameters (in its own buffers)."""
     ema = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), lora)
-    return PolicyState(lora, optimizer.init(lora), ema, jnp.zeros((), jnp.int32))
+    return PolicyState(jax.tree.map(jnp.copy, lora), optimizer.init(lora), ema, jnp.zeros((), jnp.int32))
 
 
 def _part(x: jax.Array, index: jax.Array, parts: int, axis: int = 0) -> jax.Array:

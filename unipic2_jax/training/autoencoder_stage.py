@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -61,7 +62,7 @@ class AutoencoderStage(Stage):
         source = make_examples(config.data, context.data_seed(), "image")
         self.examples = source.dataset(next(iter(source.buckets)))
         self.optimizer = make_optimizer(config.optimizer, config.steps)
-        self._step = jax.jit(self._train_step)
+        self._step = jax.jit(self._train_step, donate_argnums=0)
         self._reconstruct = jax.jit(self._encode_decode)
 
     def _images(self, first: int, count: int) -> np.ndarray:
@@ -86,7 +87,11 @@ class AutoencoderStage(Stage):
 
     def init(self) -> AutoencoderState:
         params = self.bundle.params["vae"]
-        return self.place(AutoencoderState(params, self.optimizer.init(params)))
+        return self.place(AutoencoderState(jax.tree.map(jnp.copy, params), self.optimizer.init(params)))
+
+    def release(self) -> None:
+        for leaf in jax.tree.leaves(self.bundle.params["vae"]):
+            leaf.delete()
 
     def step(self, state: AutoencoderState, step: int) -> tuple[AutoencoderState, dict[str, float]]:
         images = self._images(step * self.config.batch_size, self.config.batch_size)

@@ -153,7 +153,8 @@ class Checkpoints:
         Damaged checkpoints are named in the log, passed over, and removed once an older one has been read.
 
         Args:
-          like_of: from a checkpoint's record to a state of the structure to restore.
+          like_of: from a checkpoint's record to a state of the structure to restore. Its arrays are given up, so that there is
+            one state in memory.
 
         Raises:
           ConfigError: when there are checkpoints and none can be read.
@@ -174,6 +175,8 @@ class Checkpoints:
             for damaged in self.steps():
                 if damaged > step:
                     self.manager.delete(damaged)
+            for leaf in jax.tree.leaves(like):
+                leaf.delete()
             return record, state
         if steps:
             raise ConfigError(

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from unipic2_jax.parallel.rules import constrain_parameters, described
 from unipic2_jax.pipelines.bundle import check_dtype, for_training
 from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, reference_latents
 from unipic2_jax.rl.ema import ema_update
+from unipic2_jax.training.ahead import Ahead
 from unipic2_jax.training.config import ConfigError, stage_fields
 from unipic2_jax.training.evaluator import Evaluator, check_evaluation, read_evaluation
 from unipic2_jax.training.flops import flow_step_flops, forward_flops
@@ -121,11 +122,11 @@ class FlowStage(Stage):
         if config.pool and len(shapes) > len(set(config.tasks)):
             raise ConfigError(f"A pool needs one shape for each task, and here are {len(shapes)} in all; set pool=0.")
         self._encode = jax.jit(self._moments)
-        self._step = jax.jit(self._train_step, static_argnames="task")
+        self._step = jax.jit(self._train_step, static_argnames="task", donate_argnames="state")
         self._validate = jax.jit(self._validation_losses)
-        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.ahead = Ahead(context.mesh, lambda sentence: context.log(f"{context.name}: {sentence}"))
+        self.asked_phase = -1
         self.nothing: dict[str, Any] = {}
-        self.compiled_phase = -1
         self.evaluators = [
             Evaluator(name, read_evaluation(name, fields), bundle, context.mesh)
             for name, fields in config.evaluations.items()
@@ -310,10 +311,14 @@ class FlowStage(Stage):
 
     def _new_state(self, trained: Any) -> FlowState:
         ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
-        return FlowState(trained, self.optimizer.init(trained), ema)
+        return FlowState(jax.tree.map(jnp.copy, trained), self.optimizer.init(trained), ema)
 
     def init(self) -> FlowState:
         return self.place(self._new_state(self.trained))
+
+    def release(self) -> None:
+        for leaf in jax.tree.leaves(self.trained):
+            leaf.delete()
 
     def programs(self) -> list[Program]:
         mesh, size = self.context.mesh, self.config.batch_size
@@ -357,35 +362,33 @@ class FlowStage(Stage):
         if shape.task not in self.nothing:
             self.nothing[shape.task] = jax.device_put(self._nothing(shape.task, batch), replicated(self.context.mesh))
         placed = shard_batch(batch, self.context.mesh, local=True)
-        return state, self.frozen, placed, self.nothing[shape.task], self.context.key(step), np.int32(step)
+        number = jax.device_put(np.int32(step))
+        return state, self.frozen, placed, self.nothing[shape.task], self.context.key(step), number
 
-    def _program(self, shape: BatchShape, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        """The training step compiled for these arguments' shapes."""
-        kinds = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[2]))
-        if (shape.task, kinds) not in self.compiled:
-            started = time.perf_counter()
-            self.compiled[shape.task, kinds] = self._step.lower(*arguments, task=shape.task).compile()
-            seconds = time.perf_counter() - started
-            self.context.log(f"{self.context.name}: compiled the step for {shape} in {seconds:.1f} s")
-        return self.compiled[shape.task, kinds]
+    def _program(self, shape: BatchShape, arguments: tuple[Any, ...]) -> Hashable:
+        """Asks for the training step for these arguments' shapes, and gives its key."""
+        key = shape.task, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments[2]))
+        self.ahead.ask(key, f"the step for {shape}", self._step, *arguments, task=shape.task)
+        return key
 
-    def _compile_phase(self, state: FlowState, step: int) -> None:
-        """Compiles what the phase of this step needs, once, before its first step."""
+    def _ask_for_phase(self, state: FlowState, step: int) -> None:
+        """Asks for what the rest of this step's phase and the next phase need, once."""
         phase = self.plan.phase(step)
-        if phase == self.compiled_phase or self.config.pool:
-            return
-        self.compiled_phase = phase
-        for shape in self.plan.shapes(phase):
-            batch = self._collated(shape, [self.loader.example(shape, 0)] * self.loader.local)
-            self._program(shape, self._arguments(state, shape, batch, step))
+        for later in range(max(phase, self.asked_phase + 1), min(phase + 2, len(self.plan.phases))):
+            self.asked_phase = later
+            for shape in self.plan.shapes(later):
+                batch = self._collated(shape, [self.loader.example(shape, 0)] * self.loader.local)
+                self._program(shape, self._arguments(state, shape, batch, step))
 
     def step(self, state: FlowState, step: int) -> tuple[FlowState, dict[str, float]]:
-        self._compile_phase(state, step)
         started = time.perf_counter()
         shape, batch = self._batch(step)
         waited = time.perf_counter() - started
         arguments = self._arguments(state, shape, batch, step)
-        program = self._program(shape, arguments)
+        key = self._program(shape, arguments)
+        if not self.config.pool:
+            self._ask_for_phase(state, step)
+        program = self.ahead[key]
         started = time.perf_counter()
         state, metrics = program(*arguments)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -29,11 +29,13 @@ from unipic2_jax.parallel.processes import gather_rows, is_main, local_rows, row
 from unipic2_jax.parallel.rules import RULES, described
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
+from unipic2_jax.pipelines.bundle import check_dtype
 from unipic2_jax.pipelines.conditioner import tokenize_negative
 from unipic2_jax.rl.advantages import combine_rewards, group_advantages
 from unipic2_jax.rl.config import GRPOConfig
-from unipic2_jax.rl.rollout import guided_policies, once_per_group
+from unipic2_jax.rl.rollout import Trajectory, guided_policies, once_per_group
 from unipic2_jax.rl.update import PolicyState, init_state, make_rollout, make_update
+from unipic2_jax.training.ahead import Ahead
 from unipic2_jax.training.config import ConfigError, TrainingError, stage_fields
 from unipic2_jax.training.evaluator import (
     Evaluator,
@@ -94,6 +96,7 @@ class GRPOStage(Stage):
         config.same_latent = False  # a group starts from one noise: rewards then differ by the stochastic steps alone
         config.use_ema = True  # evaluate and keep the moving average rather than the last LoRA
         config.batch_branches = False  # both branches of guidance in one call: faster to compile, twice the memory
+        config.compute_dtype = "float32"  # of the transformer; bfloat16: arithmetic only, the rest stays float32
         config.remat = "full"  # what the backward pass finds of the forward pass: full | attention | dots | none
         config.max_failed_steps = 10  # consecutive steps in which every reward failed
         config.lora = ConfigDict({"rank": 32, "alpha": 64.0})
@@ -123,6 +126,7 @@ class GRPOStage(Stage):
         if not grpo.weights:
             raise ConfigError("there is no reward with a weight; name one in `rewards`.")
         check_policy(config.remat)
+        check_dtype(config.compute_dtype)
         if config.lora.rank < 1:
             raise ConfigError(f"lora.rank is {config.lora.rank}; it must be at least 1.")
         make_optimizer(config.optimizer, config.steps * grpo.updates_per_rollout)
@@ -136,12 +140,14 @@ class GRPOStage(Stage):
         self.grpo = read_grpo(config)
         pixels = bundle.vae.config.downsampling * bundle.transformer.config.patch_size
         pictures.check_size(config.height, config.width, pixels)
-        self.transformer = bundle.transformer.clone(lora_alpha=config.lora.alpha, remat=config.remat)
+        self.transformer = bundle.transformer.clone(
+            lora_alpha=config.lora.alpha, remat=config.remat, dtype=check_dtype(config.compute_dtype)
+        )
         self.source = make_source(config.source, context.data_seed())
         self.rewards = make_rewards(config.rewards)
         self.samples = config.num_prompts * self.grpo.group_size
         self.optimizer = make_optimizer(config.optimizer, config.steps * self.grpo.updates_per_rollout)
-        self.sigmas = bundle.scheduler.sigmas(self.grpo.num_steps)
+        self.sigmas = jax.device_put(bundle.scheduler.sigmas(self.grpo.num_steps), replicated(context.mesh))
         self.failed_steps = 0
 
         sharded = batch_sharding(context.mesh)
@@ -150,14 +156,18 @@ class GRPOStage(Stage):
         self._noise = jax.jit(self._draw_noise, out_shardings=sharded)
         # Samples of a group that share their first noise are one sample until the window's first step.
         self.shared = config.same_latent and self.grpo.window is not None
-        self._rollout = make_rollout(policy, self.grpo, outside, config.num_prompts if self.shared else None)
-        self._decode = jax.jit(lambda params, latents: sampling.decode_latents(bundle.vae, params, latents))
+        over_time, whole = NamedSharding(context.mesh, RULES.spec(None, "batch")), replicated(context.mesh)
+        places = Trajectory(over_time, over_time, over_time if self.grpo.guard else None, whole, whole)
+        groups = config.num_prompts if self.shared else None
+        self._rollout = make_rollout(policy, self.grpo, outside, groups, out_shardings=places)
+        self._decode = jax.jit(lambda params, latents: sampling.decode_latents(bundle.vae, params, latents[-1]))
         # Updates and micro-batches take an equal part of every group, if they can.
         self.micro_batch = self.grpo.micro_batch or self.samples // self.grpo.updates_per_rollout
         one_step = self.grpo.trained_steps == 1
         self.shared_update = self.shared and one_step and self.micro_batch % config.num_prompts == 0
         trained = once_per_group(policy, config.num_prompts) if self.shared_update else policy
-        self._update = make_update(trained, self.optimizer, self.grpo)
+        self._update = make_update(trained, self.optimizer, self.grpo, donate_argnames="state")
+        self.ahead = Ahead(context.mesh, lambda sentence: context.log(f"{context.name}: {sentence}"))
         tuned = dataclasses.replace(bundle, transformer=self.transformer)
         self.evaluators = [
             Evaluator(name, read_evaluation(name, fields), tuned, context.mesh)
@@ -239,24 +249,21 @@ class GRPOStage(Stage):
         lora = jax.eval_shape(new_lora, params["transformer"])
         state = described(mesh, jax.eval_shape(lambda lora: init_state(lora, self.optimizer), lora))
         roll = (params["transformer"], state.lora, inputs, noise, key, described_whole(self.sigmas, mesh))
-        trajectory = jax.eval_shape(self._rollout, *roll)
-        over_time = NamedSharding(mesh, RULES.spec(None, "batch"))
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over_time)
-        whole = described_whole({"sigmas": trajectory.sigmas, "steps": trajectory.steps}, mesh)
-        means = None if trajectory.means is None else place(trajectory.means)
-        trajectory = trajectory._replace(
-            latents=place(trajectory.latents), log_probs=place(trajectory.log_probs), means=means, **whole
-        )
-        advantages = described_rows(np.zeros(1, np.float32), size, mesh)
-        update = (params["transformer"], state, None, trajectory, advantages, inputs)
+        update = self._update_arguments(state, roll, inputs)
         first = 0 if self.grpo.window is None else sum(self.grpo.window[1]) // 2
         sampled, trained = self._evaluations("references" in inputs["cond"], first)
         return [
             Program("encode", self._encode, encode, {}, 0.0),
             Program("rollout", self._rollout, roll, {}, sampled),
-            Program("decode", self._decode, (params["vae"], noise), {}, 0.0),
+            Program("decode", self._decode, (params["vae"], update[3].latents), {}, 0.0),
             Program("update", self._update, update, {}, trained),
         ]
+
+    def _update_arguments(self, state: PolicyState, roll: tuple[Any, ...], inputs: Any) -> tuple[Any, ...]:
+        """Of the update that follows the rollout with the arguments `roll`; what that gives is described."""
+        trajectory = self._rollout.eval_shape(*roll)
+        advantages = described_rows(np.zeros(1, np.float32), self.samples, self.context.mesh)
+        return self.params["transformer"], state, None, trajectory, advantages, inputs
 
     def step(self, state: PolicyState, step: int) -> tuple[PolicyState, dict[str, float]]:
         """Rollout, rewards, updates."""
@@ -270,13 +277,17 @@ class GRPOStage(Stage):
         negative = None
         if self.grpo.guidance_scale != 1:
             negative = tokenize_negative(conditioner, config.negative_prompt, edited)
-            negative = self._place(negative) if len(jax.tree.leaves(negative)[0]) > 1 else negative
+            alone = len(jax.tree.leaves(negative)[0]) == 1
+            negative = jax.device_put(negative, replicated(self.context.mesh)) if alone else self._place(negative)
         sources = None if edited is None else self._place(stack_sources(edited))
         inputs = self._encode(params, tokens, negative, sources, encode_key)
         noise = self._noise(noise_key)
-        trajectory = self._rollout(params["transformer"], state.lora, inputs, noise, rollout_key, self.sigmas)
+        roll = (params["transformer"], state.lora, inputs, noise, rollout_key, self.sigmas)
+        if "update" not in self.ahead:  # compiled while the first rollout is
+            self.ahead.ask("update", "the update", self._update, *self._update_arguments(state, roll, inputs))
+        trajectory = self._rollout(*roll)
         # Each process has the pictures of its own devices, and scores those.
-        images = to_uint8(rows_to_host(self._decode(params["vae"], trajectory.latents[-1]), self.context.mesh))
+        images = to_uint8(rows_to_host(self._decode(params["vae"], trajectory.latents), self.context.mesh))
         rolled_out = time.perf_counter()
 
         advantages, metrics = self._score(images, records)
@@ -285,7 +296,7 @@ class GRPOStage(Stage):
         if metrics["failed"] < self.samples:
             self.failed_steps = 0
             advantages = shard_batch(advantages, self.context.mesh)
-            state, update = self._update(params["transformer"], state, None, trajectory, advantages, inputs)
+            state, update = self.ahead["update"](params["transformer"], state, None, trajectory, advantages, inputs)
             metrics |= {name: float(value) for name, value in jax.device_get(update).items()}
         else:
             self.failed_steps += 1
@@ -301,7 +312,9 @@ class GRPOStage(Stage):
             "seconds_reward": scored - rolled_out,
             "seconds_update": updated - scored,
             "samples_per_second": self.samples / (updated - started),
-            "model_tflops_per_second": self._flops("references" in inputs["cond"], int(trajectory.steps[0]))
+            "model_tflops_per_second": self._flops(
+                "references" in inputs["cond"], int(jax.device_get(trajectory.steps)[0])
+            )
             / busy
             / 1e12,
         }

@@ -221,7 +221,9 @@ class _Run:
             bundle = None
             for index in range(first, len(self.names)):
                 stage = stage or self.stage_at(index)
-                state = self.train(stage, step, stage.init() if state is None else state)
+                state = stage.init() if state is None else state
+                stage.release()
+                state = self.train(stage, step, state)
                 # What the next stage needs is saved; in memory there is one full-size model at a time.
                 bundle = self.finish(stage, state)
                 stage, step, state = None, 0, None

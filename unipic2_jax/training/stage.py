@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from unipic2_jax.parallel.rules import shardings
@@ -21,6 +22,11 @@ STAGES: dict[str, Any] = {
     "grpo": "unipic2_jax.training.grpo_stage:GRPOStage",
     "vlm": "unipic2_jax.training.vlm_stage:VLMStage",
 }
+
+
+@jax.jit
+def _key(seed: jax.Array, index: jax.Array, step: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,7 @@ class StageContext:
 
     def key(self, step: int) -> jax.Array:
         """The one source of device randomness: the same (seed, stage, step) always gives the same key."""
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), self.index), step)
+        return _key(*jax.device_put([np.uint32(n) for n in (self.seed, self.index, step)]))
 
     def data_seed(self) -> int:
         """The seed of this stage's data; with the step number it determines a batch."""
@@ -88,8 +94,11 @@ class Stage:
         self.config, self.bundle, self.context = config, bundle, context
 
     def init(self) -> Any:
-        """The state before the first step."""
+        """The state before the first step, in arrays of its own: a step gives up those of the state that it is given."""
         raise NotImplementedError
+
+    def release(self) -> None:
+        """Called once there is a state: what of the bundle's parameters lives on in it alone is given up here."""
 
     def place(self, state: Any) -> Any:
         """A state on the mesh, each leaf where the table of parallelism wants it."""

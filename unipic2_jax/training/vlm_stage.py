@@ -82,7 +82,7 @@ class VLMStage(Stage):
         heldout = make_questions(config.heldout, HELD_OUT_SEED)
         self.heldout = [heldout.question(index) for index in range(config.measure)]
         self.optimizer = make_optimizer(config.optimizer, config.steps)
-        self._step = jax.jit(self._train_step)
+        self._step = jax.jit(self._train_step, donate_argnums=0)
         self.pool: Any = None
 
     def _prepared(self) -> Any:
@@ -111,7 +111,11 @@ class VLMStage(Stage):
     def init(self) -> VLMState:
         params = self.bundle.params["conditioner"]["vlm"]
         ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
-        return self.place(VLMState(params, self.optimizer.init(params), ema))
+        return self.place(VLMState(jax.tree.map(jnp.copy, params), self.optimizer.init(params), ema))
+
+    def release(self) -> None:
+        for leaf in jax.tree.leaves(self.bundle.params["conditioner"]["vlm"]):
+            leaf.delete()
 
     def step(self, state: VLMState, step: int) -> tuple[VLMState, dict[str, float]]:
         rng = np.random.default_rng([self.context.data_seed(), step])
