@@ -5,7 +5,6 @@ Any field can be overridden: `--config.stages.edit.steps=10 --config.schedule="(
 
 from __future__ import annotations
 
-import os
 import sys
 
 from absl import app, flags
@@ -43,20 +42,10 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(str(error))
     try:
-        loop.run(CONFIG.value, _WORKDIR.value)
+        with processes.together():
+            loop.run(CONFIG.value, _WORKDIR.value)
     except (ConfigError, loop.TrainingError, FileNotFoundError) as error:
         sys.exit(str(error))
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        # Not sys.exit: leaving in order would wait for the process that is gone.
-        print(
-            f"Process {jax.process_index()} lost another process of this run ({str(error).splitlines()[0][:200]}); start all of "
-            "them again with the same command, in any number: the run goes on from its last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(processes.LOST_PEER)
 
 
 if __name__ == "__main__":

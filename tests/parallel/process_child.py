@@ -1,10 +1,11 @@
-"""One process of a toy run, a flow stage and then GRPO, which may kill itself; started by test_parallel_processes.py.
+"""One process of a toy run, a flow stage and then PDTR, which may kill itself; started by test_parallel_processes.py.
 
-python process_child.py WORKDIR DEVICES [KILL_STEP SIGNAL]: process 1 sends itself the signal before this step of the second stage.
+python process_child.py WORKDIR DEVICES [WHO STAGE STEP SIGNAL]: process WHO sends itself the signal before this step.
 """
 
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
@@ -16,6 +17,7 @@ import toy_grpo
 from unipic2_jax.data.examples import EXAMPLES, EndlessExamples, Example
 from unipic2_jax.parallel import processes
 from unipic2_jax.training import loop
+from unipic2_jax.training.flow_stage import FlowStage
 from unipic2_jax.training.grpo_stage import GRPOStage
 
 
@@ -33,25 +35,28 @@ class ToyExamples(EndlessExamples):
 
 
 EXAMPLES["toy"] = ToyExamples
+HEARTBEAT = 20  # seconds
 
 
-def killing(kill_step, number):
-    """A GRPO step that sends its own process a signal first."""
-    step = GRPOStage.step
+def killing(stage, who, name, kill_step, number):
+    """The step of a kind of stage that sends its own process a signal first, if it is process `who` in this stage."""
+    step = stage.step
 
     def run(self, state, at):
-        if at == kill_step and jax.process_index() == 1:
-            os.kill(os.getpid(), number)
+        if (jax.process_index(), self.context.name, at) == (int(who), name, int(kill_step)):
+            print(f"signal at {time.time()}", flush=True)
+            os.kill(os.getpid(), int(number))
         return step(self, state, at)
 
-    return run
+    stage.step = run
 
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
-    processes.initialize()
+    processes.initialize(heartbeat=HEARTBEAT)
     if len(sys.argv) > 3:
-        GRPOStage.step = killing(int(sys.argv[3]), int(sys.argv[4]))
+        killing(FlowStage, *sys.argv[3:])
+        killing(GRPOStage, *sys.argv[3:])
     flow = {
         "kind": "flow",
         "steps": 4,
@@ -62,5 +67,9 @@ if __name__ == "__main__":
         "validation": {"data": {"kind": "toy", "seed": 7}, "batches": 1},
         "optimizer": {"lr": 3e-3, "eps": 1e-3, "trainable": "^(transformer|conditioner)/"},
     }
-    edit = toy_grpo.stage(edit=True, steps=4, eval_every=2, optimizer={"lr": 0.03, "eps": 0.1})
-    loop.run(toy_grpo.config(flow=flow, edit=edit), sys.argv[1], load=toy_grpo.load, save=toy_grpo.save)
+    smooth = {"lr": 0.03, "eps": 0.1}  # Adam makes large differences of small ones where gradients are next to nothing
+    edit = toy_grpo.stage(edit=True, steps=4, eval_every=2, optimizer=smooth)
+    t2i = toy_grpo.stage(steps=3, optimizer=smooth)
+    with processes.together():
+        config = toy_grpo.config(flow=flow, edit=edit, t2i=t2i)
+        loop.run(config, sys.argv[1], load=toy_grpo.load, save=toy_grpo.save)

@@ -6,8 +6,14 @@ batch, rewards) each process makes for its own devices; everything else is a fun
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
-from typing import Any
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -16,9 +22,12 @@ from jax.sharding import Mesh
 
 from unipic2_jax.parallel.mesh import batch_sharding
 
-# A process that says nothing for so long is taken for dead, and the others stop.
+# A process that says nothing for so long is taken for dead, and the others stop. One that is killed is missed at once wherever
+# its connections are closed with it.
 HEARTBEAT_SECONDS = 60
-LOST_PEER = 75  # exit code: EX_TEMPFAIL, start again
+LOST_PEER = 75  # exit code of those that are left: EX_TEMPFAIL, start again
+# What a process can do to itself, and would do again.
+OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND", "FAILED_PRECONDITION")
 WHEN = ("auto", "on", "off")
 
 
@@ -37,14 +46,15 @@ def several_processes_expected(environment: dict[str, str] | None = None) -> boo
     )
 
 
-def initialize(when: str = "auto") -> None:
-    """Joins the other processes of the run; call it before anything touches a device.
+def initialize(when: str = "auto", heartbeat: int = HEARTBEAT_SECONDS) -> None:
+    """Joins the other processes of the run; call it before anything touches a device, and `together` around the rest.
 
     JAX finds them from the variables of Slurm, Open MPI, Kubernetes and TPU pods, or from JAX_COORDINATOR_ADDRESS,
     JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Args:
       when: 'auto' joins when the environment speaks of several processes, 'on' always, 'off' never.
+      heartbeat: seconds after which a process that says nothing is lost; also how long one that ends waits for the others.
 
     Raises:
       ValueError: when it should join and does not find out whom.
@@ -61,13 +71,67 @@ def initialize(when: str = "auto") -> None:
         jax.distributed.initialize(
             num_processes=number("JAX_NUM_PROCESSES"),
             process_id=number("JAX_PROCESS_ID"),
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=heartbeat,
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"The other processes of this run were not found ({str(error).splitlines()[0]}); set JAX_COORDINATOR_ADDRESS, "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or --distributed=off."
         ) from error
+    _leave_instead_of_aborting()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What all processes of a run do; in one that cannot go on without another, a sentence and the exit code `LOST_PEER`.
+
+    An error of a process's own is raised as ever. Since that process then ends, the others lose it.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        _leave(str(error).splitlines()[0][:200])
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error says that processes could not talk to each other."""
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN_ERRORS)
+    return lost and jax.process_count() > 1
+
+
+_LEAVING = threading.Lock()
+
+
+def _leave(reason: str) -> NoReturn:
+    """Says why and ends the process, not in order: that would wait for the one that is gone."""
+    _LEAVING.acquire()  # for ever: several threads can find out
+    sentence = (
+        f"Process {jax.process_index()} lost another process of this run ({reason}); start all of them again with the same "
+        "command, in any number: the run goes on from its last checkpoint."
+    )
+    print(sentence, file=sys.stderr, flush=True)
+    os._exit(LOST_PEER)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _leave_on_abort(number: int) -> None:
+    del number
+    _leave("JAX, which says more above, gave up")
+
+
+def _leave_instead_of_aborting() -> None:
+    """Makes of an abort what it is in a run of several processes.
+
+    JAX's service aborts a process, from a thread of its own, as soon as another one is known to be dead; so does gloo when
+    it does not understand what it receives. JAX offers no other way out: a callback in Python crashes on its argument. The
+    handler is the C library's, called by the thread that aborts, since Python's handlers would come too late.
+    """
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    library.signal(signal.SIGABRT, ctypes.cast(_leave_on_abort, ctypes.c_void_p))
 
 
 def is_main() -> bool:

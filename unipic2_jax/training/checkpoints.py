@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from orbax.checkpoint import v1
 
-from unipic2_jax.parallel.processes import agreed, is_main
+from unipic2_jax.parallel.processes import agreed, is_lost_peer, is_main
 from unipic2_jax.parallel.rules import shardings
 from unipic2_jax.training.config import ConfigError, TrainingError
 
@@ -29,18 +30,22 @@ class Checkpoints:
     process may die at any moment. It holds the state, a JSON record, and a checksum per leaf, because storage damage
     in array data is otherwise read back in silence. `keep` of them stay; an older one goes when a newer one has been read
     back and found right, so there is room for `keep` + 1.
+
+    An asynchronous save copies the state and is written while training goes on; what it could not write is said at the
+    next save. On a CPU saves are synchronous unless `asynchronous` says otherwise: the copy costs what writing does there.
     """
 
-    def __init__(self, folder: Path, keep: int, log: Callable[[str], None] = print):
+    def __init__(self, folder: Path, keep: int, log: Callable[[str], None] = print, asynchronous: bool | None = None):
         # Orbax logs each phase of each save; the loop says itself what was saved.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder, self.log = Path(folder).absolute(), log
-        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "states").mkdir(parents=True, exist_ok=True)
         self.keep, self.verified = keep, set()
         options = ocp.CheckpointManagerOptions(
-            # On CPU the copy that an asynchronous save reads could share memory with a donated buffer.
-            enable_async_checkpointing=jax.default_backend() != "cpu",
+            enable_async_checkpointing=jax.default_backend() != "cpu" if asynchronous is None else asynchronous,
             cleanup_tmp_directories=True,
+            create=False,
+            multiprocessing_options=_processes(),
         )
         self.manager = ocp.CheckpointManager(self.folder / "states", options=options)
 
@@ -74,6 +79,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore have many kinds; whichever it is, nothing was saved
+            if is_lost_peer(error):
+                raise
             reason = " ".join(str(error).split())[:300]
             steps = self.steps()
             rest = f"the newest complete one is {self.path(steps[-1])}" if steps else "there is no complete one yet"
@@ -111,7 +118,7 @@ class Checkpoints:
                     np.empty(leaf.shape, leaf.dtype) if number in piece else v1.PLACEHOLDER
                     for number, (_, leaf) in enumerate(leaves)
                 ]
-                read = v1.load_pytree(self.path(step), structure.unflatten(wanted), checkpointable_name="state")
+                read = self._load(step, structure.unflatten(wanted))
                 for number in piece:
                     if host_checksum(jax.tree.leaves(read)[number]) != sums.get(names[number]):
                         return f"{names[number]} has another checksum than when it was saved"
@@ -128,24 +135,28 @@ class Checkpoints:
         return self.folder / "states" / str(step)
 
     def record(self, step: int) -> dict[str, Any]:
-        """The JSON record of checkpoint `step`."""
-        return self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        """The JSON record of checkpoint `step`, read by this process alone."""
+        return json.loads((self.path(step) / "record" / "metadata").read_text())
+
+    def _load(self, step: int, wanted: Any) -> Any:
+        """Leaves of the state of checkpoint `step`, as descriptions say, read without waiting for other processes."""
+        me = jax.process_index()
+        alone = v1.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        with v1.Context(multiprocessing_options=alone):
+            return v1.load_pytree(self.path(step), wanted, checkpointable_name="state")
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of checkpoint `step` with the structure, dtypes and shardings of `like`.
 
         Raises:
-          ValueError: when a leaf is not what was saved.
+          ValueError: when a leaf is not what was saved. Whatever it is, it raises in all processes or in none.
         """
+        sums = _everywhere(lambda: self.record(step)["checksums"])
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = {"state": ocp.args.StandardRestore(abstract), "record": ocp.args.JsonRestore()}
-        restored = self.manager.restore(step, args=ocp.args.Composite(**args))
-        wrong = [
-            name for name, value in checksums(restored.state).items() if value != restored.record["checksums"].get(name)
-        ]
-        if wrong:
+        state = _everywhere(lambda: self._load(step, abstract))
+        if wrong := [name for name, value in checksums(state).items() if value != sums.get(name)]:
             raise ValueError(f"{self.path(step)} is damaged: {wrong[0]} has another checksum than when it was saved.")
-        return restored.state
+        return state
 
     def restore_newest(self, like_of: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], Any] | None:
         """The record and state of the newest checkpoint that can be read, or None when there is no checkpoint.
@@ -162,7 +173,7 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                record = self.record(step)
+                record = _everywhere(lambda step=step: self.record(step))
             except Exception as error:  # whatever a damaged file makes the reader raise
                 self._skip(step, error)
                 continue
@@ -185,6 +196,8 @@ class Checkpoints:
         return None
 
     def _skip(self, step: int, error: Exception) -> None:
+        if is_lost_peer(error):
+            raise error
         reason = str(error).strip().split("\n")[0][:200]
         self.log(f"Checkpoint {self.path(step)} cannot be read ({reason}); the one before it is used.")
 
@@ -193,7 +206,7 @@ class Checkpoints:
         path = self.folder / "params" / str(index)
         if path.exists() or not params:
             return
-        with ocp.StandardCheckpointer() as writer:
+        with ocp.StandardCheckpointer(multiprocessing_options=_processes()) as writer:
             writer.save(path, {"params": params, "checksums": _device_checksums(params)})
 
     def load_params(
@@ -211,7 +224,7 @@ class Checkpoints:
         if not path.exists():
             return like, {}
         try:
-            with ocp.StandardCheckpointer() as reader:
+            with ocp.StandardCheckpointer(multiprocessing_options=_processes()) as reader:
                 # By their own description, since a group may be there that `like` does not have (a LoRA that is kept).
                 stored = dict(reader.metadata(path).item_metadata)
                 describe = lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
@@ -241,6 +254,27 @@ class Checkpoints:
         """Finishes pending saves and stops the writer's threads."""
         self._settle()
         self.manager.close()
+
+
+def _processes() -> ocp.options.MultiprocessingOptions:
+    """All processes, by name: Orbax then meets them through JAX's service instead of a computation on the devices.
+
+    Its own threads would start that between those of the training, in another order in every process.
+    """
+    count = jax.process_count()
+    return ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
+
+
+def _everywhere(read: Callable[[], Any]) -> Any:
+    """What `read` returns when it does in every process; else every process raises."""
+    found = failure = None
+    try:
+        found = read()
+    except Exception as error:
+        failure = error
+    if agreed(failure is not None):
+        raise failure or ValueError("another process could not read it")
+    return found
 
 
 def checksums(tree: Any) -> dict[str, int]:
