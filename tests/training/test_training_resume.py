@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,17 @@ from unipic2_jax.training import loop
 from unipic2_jax.training.metrics import read_evaluations, read_rows
 
 FIELDS = {"save_every": 1, "eval_every": 5}
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 900  # seconds; a loaded machine must not fail a test of bits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs start often here and compile the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +52,8 @@ def contents(workdir):
     rows = read_rows(workdir / "metrics.jsonl")
     with np.load(workdir / "export" / "params.npz") as arrays:
         params = {name: arrays[name].tobytes() for name in arrays.files}
-    record = json.loads((workdir / "checkpoints/states/19/record/metadata").read_text())
+    newest = max(int(path.name) for path in (workdir / "checkpoints/states").iterdir())
+    record = json.loads((workdir / f"checkpoints/states/{newest}/record/metadata").read_text())
     return {
         "rows": [{k: v for k, v in row.items() if k != "seconds_step"} for row in rows],
         "evaluations": read_evaluations(workdir),
@@ -51,10 +63,28 @@ def contents(workdir):
     }
 
 
-def start(processes, workdir, trouble=None):
-    process = processes.Process(target=toy_stage.child, args=(str(workdir), FIELDS, trouble or {}))
+def start(processes, workdir, trouble=None, fields=FIELDS, **options):
+    arguments = (str(workdir), fields, trouble or {})
+    process = processes.Process(target=toy_stage.child, args=arguments, kwargs=options, daemon=True)
     process.start()
     return process
+
+
+def wait_until(condition, process):
+    """Returns soon after it is so, or when the process has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while process.is_alive() and not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def complete(states):
+    """The numbers of whole checkpoints: those that have got their name."""
+    return {int(path.name) for path in states.glob("*") if path.name.isdigit()}
+
+
+def incomplete(states):
+    """Names of checkpoints that are being written, or were."""
+    return {path.name for path in states.glob("*") if not path.name.isdigit()}
 
 
 def test_killed_inside_a_step_of_each_stage(processes, reference, tmp_path):
@@ -66,24 +96,64 @@ def test_killed_inside_a_step_of_each_stage(processes, reference, tmp_path):
     assert contents(tmp_path / "run") == reference
 
 
-def test_killed_at_random_moments(processes, reference, tmp_path):
-    """Every step saves, so many of the kills fall into a save; each waits for some progress beyond the last one."""
-    workdir, rng, kills = tmp_path / "run", np.random.default_rng(0), 0
+def test_killed_at_twenty_random_moments(processes, tmp_path):
+    """Every step saves, in half of the processes in the background; half of the kills come when a save has begun."""
+    fields = {**FIELDS, "steps": 60, "eval_every": 10, "ballast": 1 << 21}
+    toy_stage.run(tmp_path / "whole", **fields)
+    workdir, rng, in_save = tmp_path / "run", np.random.default_rng(0), {False: 0, True: 0}
     states = workdir / "checkpoints" / "states"
-    progress = lambda: max((int(p.name) for p in states.glob("*") if p.name.isdigit()), default=0)
-    for _ in range(5):
-        process, before = start(processes, workdir), progress()
-        deadline = time.monotonic() + PATIENCE
-        while process.is_alive() and progress() <= before and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.25))
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
+    newest = lambda: max(complete(states), default=0)
+    for number in range(20):
+        before, asynchronous = newest(), bool(number % 2)
+        process = start(processes, workdir, fields=fields, asynchronous=asynchronous)
+        if number % 4 == 3:  # while it starts, most often
+            time.sleep(rng.uniform(0, 1))
+        else:
+            wait_until(lambda before=before: newest() > before, process)
+        if number % 4 < 2:
+            wait_until(lambda: incomplete(states), process)
+            time.sleep(rng.uniform(0, 0.01))
+        else:
+            time.sleep(rng.uniform(0, 0.1))
+        os.kill(process.pid, signal.SIGKILL)
         process.join(PATIENCE)
-    assert kills >= 2
-    toy_stage.run(workdir, **FIELDS)
-    assert contents(workdir) == reference
+        assert process.exitcode == -signal.SIGKILL
+        in_save[asynchronous] += bool(incomplete(states))
+    print(f"{in_save} of 20 kills fell into a save, the last after step {newest()} of 67")
+    assert min(in_save.values()) >= 3
+    toy_stage.run(workdir, **fields)
+    assert contents(workdir) == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_pdtr_is_killed_several_times(tmp_path):
+    """The real trainer, from its command line."""
+    command = [sys.executable, "-m", "launch.train", "--config=configs/pdtr.py:tiny,smoke"]
+    for stage in ("edit", "t2i"):
+        command += [f"--config.stages.{stage}.steps=5", f"--config.stages.{stage}.save_every=1"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    begin = lambda name: subprocess.Popen([*command, f"--workdir={tmp_path / name}"], cwd=ROOT, env=environment)
+    assert begin("whole").wait(PATIENCE) == 0
+    states, rng = tmp_path / "run/checkpoints/states", np.random.default_rng(0)
+    newest = lambda: max(complete(states), default=0)
+    for _ in range(4):
+        before, process = newest(), begin("run")
+        while process.poll() is None and newest() <= before:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 2))
+        process.kill()
+        assert process.wait(PATIENCE) == -signal.SIGKILL
+    assert begin("run").wait(PATIENCE) == 0
+    found, wanted = (exported(tmp_path / name) for name in ("run", "whole"))
+    assert found == wanted
+
+
+def exported(workdir):
+    """The model's files, and what was recorded besides times."""
+    timed = ("seconds", "samples_per_second", "model_tflops")
+    rows = [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_rows(workdir / "metrics.jsonl")]
+    files = {path.relative_to(workdir): path.read_bytes() for path in (workdir / "export").rglob("*") if path.is_file()}
+    return rows, read_evaluations(workdir), files
 
 
 def test_sigterm_saves_and_says_so(processes, reference, tmp_path):
@@ -93,6 +163,47 @@ def test_sigterm_saves_and_says_so(processes, reference, tmp_path):
     assert (tmp_path / "run/checkpoints/states/8").exists()
     toy_stage.run(tmp_path / "run", **FIELDS)
     assert contents(tmp_path / "run") == reference
+
+
+@pytest.mark.parametrize(
+    "trouble, fields, saved",
+    [
+        ({"hang_at": 7}, {"save_every": 1}, 7),
+        # An evaluation begins with everything saved.
+        ({"hang_in_evaluation": 5}, {"save_every": 4}, 5),
+    ],
+)
+def test_sigterm_ends_what_python_cannot_interrupt_when_all_is_saved(
+    processes, reference, tmp_path, trouble, fields, saved
+):
+    workdir, fields = tmp_path / "run", {**FIELDS, **fields}
+    process = start(processes, workdir, trouble, fields, output=tmp_path / "said")
+    wait_until((workdir / "hanging").exists, process)
+    signalled = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(PATIENCE)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert time.monotonic() - signalled < 30
+    assert "Ended by a signal, with all steps saved" in (tmp_path / "said").read_text()
+    assert max(complete(workdir / "checkpoints/states")) == saved
+    toy_stage.run(workdir, **fields)
+    assert contents(workdir) == reference
+
+
+def test_sigterm_waits_for_unsaved_steps_and_a_second_one_does_not(processes, reference, tmp_path):
+    workdir, fields = tmp_path / "run", {**FIELDS, "save_every": 3}
+    process = start(processes, workdir, {"hang_at": 8}, fields, output=tmp_path / "said")
+    wait_until((workdir / "hanging").exists, process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(3 * loop.GRACE)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(PATIENCE)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert "Ended at once by a second signal" in (tmp_path / "said").read_text()
+    assert max(complete(workdir / "checkpoints/states")) == 6
+    toy_stage.run(workdir, **fields)
+    assert contents(workdir) == reference
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "record"])
@@ -118,11 +229,11 @@ def test_damaged_newest_checkpoint_falls_back(reference, tmp_path, capsys, damag
     assert contents(workdir) == reference
 
 
-def test_a_disk_that_fills_up_stops_with_a_sentence_and_loses_nothing(processes, tmp_path, capsys):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_disk_that_fills_up_stops_with_a_sentence_and_loses_nothing(processes, tmp_path, capsys, asynchronous):
     fields = {**FIELDS, "ballast": 1 << 16}
-    output = tmp_path / "said"
-    process = processes.Process(target=toy_stage.child, args=(str(tmp_path / "run"), fields, {"full_at": 4}, output))
-    process.start()
+    output, trouble = tmp_path / "said", {"full_at": 4}
+    process = start(processes, tmp_path / "run", trouble, fields, output=output, asynchronous=asynchronous)
     process.join(PATIENCE)
     said = output.read_text()
     assert process.exitcode == 1 and "TrainingError: A checkpoint could not be written" in said, said
@@ -159,6 +270,13 @@ def test_a_checkpoint_that_reads_back_damaged_does_not_replace_an_older_one(tmp_
     assert "states/8 was written and reads back damaged" in capsys.readouterr().err
     left = sorted(int(path.name) for path in (tmp_path / "run/checkpoints/states").iterdir())
     assert left == [17, 18, 19]
+
+
+def test_which_checkpoints_stay(tmp_path):
+    config = toy_stage.toy_config(**FIELDS)
+    config.keep_checkpoints, config.keep_every = 2, 6
+    loop.run(config, tmp_path / "run", load=toy_stage.load, save=toy_stage.save)
+    assert complete(tmp_path / "run/checkpoints/states") == {6, 12, 18, 19}
 
 
 def test_another_configuration_is_refused(tmp_path):

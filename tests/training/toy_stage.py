@@ -1,5 +1,6 @@
 """A stage small enough to be killed often: least squares with Adam, and two parameter groups."""
 
+import ctypes
 import dataclasses
 import functools
 import json
@@ -23,6 +24,14 @@ from unipic2_jax.training.stage import STAGES, Stage
 @dataclasses.dataclass(frozen=True)
 class ToyBundle:
     params: dict
+
+
+def hang(workdir):
+    """Never ends and, like a long compilation, lets no other bytecode of this thread run; says that it is here."""
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+    library.pthread_mutex_lock(mutex)
+    (workdir / "hanging").touch()
+    library.pthread_mutex_lock(mutex)
 
 
 class ToyStage(Stage):
@@ -63,6 +72,8 @@ class ToyStage(Stage):
             os.kill(os.getpid(), signal.SIGKILL)
         if step == TROUBLE.get("term_at"):
             os.kill(os.getpid(), signal.SIGTERM)
+        if step == TROUBLE.get("hang_at"):
+            hang(self.context.workdir)
         if step == TROUBLE.get("full_at"):
             # No file can become larger than this, as on a disk without room.
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
@@ -71,6 +82,8 @@ class ToyStage(Stage):
         return state, {"loss": loss, "seen": state["seen"]}
 
     def evaluate(self, state, step):
+        if step == TROUBLE.get("hang_in_evaluation"):
+            hang(self.context.workdir)
         score = np.asarray(state["trained"]["dense"]["kernel"]).sum(axis=1)
         image = Image.fromarray(np.full((8, 8, 3), step % 256, np.uint8))
         return {"metrics": {"score": score.mean()}, "scores": {"kernel": score}, "images": {"grid": image}}
@@ -116,9 +129,10 @@ def run(workdir, **fields):
     return loop.run(toy_config(**fields), workdir, load=load, save=save)
 
 
-def child(workdir, fields, trouble, output=None):
+def child(workdir, fields, trouble, output=None, asynchronous=False):
     """The same in a process of its own, with what it says in a file."""
     TROUBLE.update(trouble)
     if output is not None:
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
+    loop.Checkpoints = functools.partial(loop.Checkpoints, asynchronous=asynchronous)
     run(Path(workdir), **fields)

@@ -29,18 +29,26 @@ class Checkpoints:
     A checkpoint is a directory that appears whole or not at all (Orbax writes beside it and commits at the end), so a
     process may die at any moment. It holds the state, a JSON record, and a checksum per leaf, because storage damage
     in array data is otherwise read back in silence. `keep` of them stay; an older one goes when a newer one has been read
-    back and found right, so there is room for `keep` + 1.
+    back and found right, so there is room for `keep` + 1. Those of multiples of `keep_every` never go.
 
     An asynchronous save copies the state and is written while training goes on; what it could not write is said at the
     next save. On a CPU saves are synchronous unless `asynchronous` says otherwise: the copy costs what writing does there.
     """
 
-    def __init__(self, folder: Path, keep: int, log: Callable[[str], None] = print, asynchronous: bool | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        keep_every: int = 0,
+        *,
+        log: Callable[[str], None] = print,
+        asynchronous: bool | None = None,
+    ):
         # Orbax logs each phase of each save; the loop says itself what was saved.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder, self.log = Path(folder).absolute(), log
         (self.folder / "states").mkdir(parents=True, exist_ok=True)
-        self.keep, self.verified = keep, set()
+        self.keep, self.keep_every, self.verified = keep, keep_every, set()
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=jax.default_backend() != "cpu" if asynchronous is None else asynchronous,
             cleanup_tmp_directories=True,
@@ -74,6 +82,10 @@ class Checkpoints:
         """
         self._settle()
 
+    def saving(self) -> bool:
+        """Whether a save is being written in the background."""
+        return self.manager.is_saving_in_progress()
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -104,13 +116,14 @@ class Checkpoints:
             else:
                 self.verified.add(steps[-1])
         for step in steps[: -self.keep]:
-            self.manager.delete(step)
+            if not self.keep_every or step % self.keep_every:
+                self.manager.delete(step)
 
     def _damaged(self, step: int) -> str | None:
         """What of a checkpoint is not as it was saved, read on this host in pieces; None: nothing."""
         try:
             sums = self.record(step)["checksums"]
-            stored = self.manager.item_metadata(step).state.tree
+            stored = v1.metadata(self.path(step), checkpointable_name="state").metadata
             leaves, structure = jax.tree_util.tree_flatten_with_path(stored)
             names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
             for piece in _pieces([leaf for _, leaf in leaves]):
@@ -143,7 +156,7 @@ class Checkpoints:
         me = jax.process_index()
         alone = v1.options.MultiprocessingOptions(primary_host=me, active_processes={me})
         with v1.Context(multiprocessing_options=alone):
-            return v1.load_pytree(self.path(step), wanted, checkpointable_name="state")
+            return v1.load(self.path(step), wanted, checkpointable_name="state")
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of checkpoint `step` with the structure, dtypes and shardings of `like`.
@@ -188,6 +201,7 @@ class Checkpoints:
                     self.manager.delete(damaged)
             for leaf in jax.tree.leaves(like):
                 leaf.delete()
+            self.verified.add(step)
             return record, state
         if steps:
             raise ConfigError(

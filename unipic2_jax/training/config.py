@@ -43,7 +43,9 @@ def base_config() -> ConfigDict:
             "models": {},
             "schedule": (),
             "stages": {},
+            # How many of the newest stay, and of which steps of the whole run all stay (multiples of it; 0: of none).
             "keep_checkpoints": 3,
+            "keep_every": 0,
             # The kernel of the transformer's attention: auto | xla | cudnn | splash.
             "attention": "auto",
             # How the devices share the work: a preset of `parallel.mesh`, and devices along single axes instead of its own.
@@ -143,6 +145,8 @@ def validate(config: ConfigDict) -> ConfigDict:
                 raise ConfigError(f"config.stages.{name}.{field} is {stage[field]}; it must be at least {least}.")
     if config.keep_checkpoints < 1:
         raise ConfigError(f"config.keep_checkpoints is {config.keep_checkpoints}; it must be at least 1.")
+    if config.keep_every < 0:
+        raise ConfigError(f"config.keep_every is {config.keep_every}; it must be at least 0.")
     return config.lock()
 
 
@@ -167,7 +171,7 @@ def unknown_override(config: ConfigDict, path: str) -> str | None:
 
 
 # What may differ between two commands that continue the same run: none of these changes its result by more than rounding.
-FREE_FIELDS = ("save_every", "log_every", "keep_checkpoints", "attention", "remat")
+FREE_FIELDS = ("save_every", "log_every", "keep_checkpoints", "keep_every", "attention", "remat")
 FREE_GROUPS = ("parallel",)
 
 

@@ -7,11 +7,13 @@ import functools
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from flax import traverse_util
@@ -29,6 +31,9 @@ from unipic2_jax.training.report import write_report
 from unipic2_jax.training.stage import Stage, StageContext, stage_class
 
 CURVES_EVERY = 60.0  # seconds; drawing takes about one
+# Seconds after a signal in which the main thread can leave by itself, and in which a signal that comes twice is one.
+GRACE = 2.0
+POLL = 0.2
 
 
 def run(
@@ -156,29 +161,77 @@ def use_compilation_cache(workdir: str | os.PathLike) -> None:
 
 
 class _Signals:
-    """Notes SIGTERM and SIGINT so that the loop can save first; a second SIGINT interrupts at once."""
+    """Notes SIGTERM and SIGINT so that the loop can save first; the same again, `GRACE` seconds later, ends the process at once.
 
-    def __init__(self):
-        self.received = 0
+    Python runs handlers in the main thread between two bytecodes: a signal would wait for the end of a compilation. A thread
+    sees it when it comes, and ends the process where that loses nothing: when all steps are saved and the main thread has not
+    left by itself for `GRACE` seconds, as it would between two steps.
+
+    Attributes:
+      received: the signal that the loop should leave after, or 0.
+      unsaved: whether there are steps that no checkpoint has; the loop says so.
+      saving: whether a checkpoint is being written in the background.
+    """
+
+    def __init__(self, saving: Callable[[], bool]):
+        self.received, self.unsaved, self.saving = 0, False, saving
 
     def __enter__(self):
-        self.old = {}
+        self.old, self.over = {}, threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self.old[number] = signal.signal(number, self._note)
             except ValueError:  # not in the main thread, where Python allows no handlers
-                break
+                return self
+        self.seen, written = socket.socketpair()
+        written.setblocking(False)
+        self.written, self.old_written = written, signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
         return self
 
     def _note(self, number, frame):
         del frame
-        if self.received == signal.SIGINT == number:
-            raise KeyboardInterrupt
         self.received = number
 
+    def _watch(self) -> None:
+        """Waits for the first signal, then for a moment at which to leave."""
+        self.seen.settimeout(POLL)
+        number, at = 0, 0.0
+        while not self.over.is_set():
+            try:
+                came = self.seen.recv(64)
+            except TimeoutError:
+                came = b""
+            came = [byte for byte in came if byte in self.old]
+            now = time.monotonic()
+            # While Orbax runs its event loop in the main thread signals are told to that: the handler has noted this one.
+            if first := not number and (came[0] if came else self.received):
+                number, at = first, now
+            elif number and now - at > GRACE:
+                if came:
+                    _leave(
+                        number, "Ended at once by a second signal; the same command continues from the last checkpoint."
+                    )
+                # One process of several would leave the others waiting.
+                if jax.process_count() == 1 and not self.unsaved and not self.saving():
+                    _leave(number, "Ended by a signal, with all steps saved; the same command continues.")
+
     def __exit__(self, *error):
+        if self.over.set() or len(self.old) < 2:
+            return
+        self.watcher.join()
+        signal.set_wakeup_fd(self.old_written)
         for number, handler in self.old.items():
             signal.signal(number, handler)
+        self.seen.close()
+        self.written.close()
+
+
+def _leave(number: int, sentence: str) -> NoReturn:
+    """Ends the process where it is, as `kill -9` would, and says so."""
+    print(f"\n{sentence}", file=sys.stderr, flush=True)
+    os._exit(128 + number)
 
 
 class _Run:
@@ -192,7 +245,9 @@ class _Run:
         self.model = config.stages[self.names[0]].model
         self.offsets = [sum(config.stages[n].steps for n in self.names[:i]) for i in range(len(self.names))]
         self.drawn = time.monotonic()
-        self.checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, self.say)
+        self.checkpoints = Checkpoints(
+            workdir / "checkpoints", config.keep_checkpoints, config.keep_every, log=self.say
+        )
 
     def say(self, sentence: str) -> None:
         """A line for the person who watches, above the progress bar; of several processes one speaks."""
@@ -217,7 +272,7 @@ class _Run:
         if is_main():
             config_lib.write_config(self.config, self.workdir / "config.json")
         self.metrics = Metrics(self.workdir, self.offsets[first] + step, writes=is_main())
-        with _Signals() as self.signals:
+        with _Signals(self.checkpoints.saving) as self.signals:
             bundle = None
             for index in range(first, len(self.names)):
                 stage = stage or self.stage_at(index)
@@ -276,14 +331,14 @@ class _Run:
             "step": step,
             "total_step": self.offsets[index] + step,
         }
-        saved = step
         hidden = None if is_main() else True  # None: shown on a terminal
         bar = tqdm(total=config.steps, initial=step, desc=stage.context.name, disable=hidden, dynamic_ncols=True)
         with bar:
             while True:
                 if agreed(self.signals.received):
-                    self.stop(place(), state, already=saved == step)
+                    self.stop(place(), state)
                 if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
+                    self.save(place(), state)  # an evaluation can take long, and can then be left at once
                     self.evaluate(stage, state, place())
                 if step == config.steps:
                     return state
@@ -293,13 +348,19 @@ class _Run:
                 metrics["seconds_step"] = time.perf_counter() - started
                 self.check_finite(stage, step, metrics)
                 step += 1
+                self.signals.unsaved = True
                 if step % config.log_every == 0 or step == config.steps:
                     self.metrics.train(place(), metrics)
                     bar.set_postfix(_shown(metrics), refresh=False)
                 bar.update()
                 if step % config.save_every == 0 or step == config.steps:
-                    self.checkpoints.save(place()["total_step"], state, {**place(), "seed": self.config.seed})
-                    saved = step
+                    self.save(place(), state)
+
+    def save(self, place: dict[str, Any], state: Any) -> None:
+        """Saves, unless no step was taken since."""
+        if self.signals.unsaved:
+            self.checkpoints.save(place["total_step"], state, {**place, "seed": self.config.seed})
+            self.signals.unsaved = False
 
     def evaluate(self, stage: Stage, state: Any, place: dict[str, Any]) -> None:
         """Evaluates unless this evaluation is recorded already."""
@@ -349,10 +410,9 @@ class _Run:
             "lower the learning rate or inspect that step's data, then run the same command in a new workdir."
         )
 
-    def stop(self, place: dict[str, Any], state: Any, already: bool) -> None:
+    def stop(self, place: dict[str, Any], state: Any) -> None:
         """Saves and leaves after a signal."""
-        if not already:
-            self.checkpoints.save(place["total_step"], state, {**place, "seed": self.config.seed})
+        self.save(place, state)
         self.checkpoints.wait()
         self.metrics.close()
         self.say(f"Stopped by a signal after step {place['step']} of '{place['stage']}'; the same command continues.")
