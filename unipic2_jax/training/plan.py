@@ -53,6 +53,23 @@ CHIPS = {
 }
 
 
+# What JAX calls a device that is there -> which of CHIPS it is; the first that its name begins with.
+KINDS = (
+    ("TPU v5 lite", "v5e"),
+    ("TPU v5e", "v5e"),
+    ("TPU v5", "v5p"),
+    ("TPU v6 lite", "v6e"),
+    ("TPU v6e", "v6e"),
+    ("NVIDIA H100 80GB", "h100"),
+    ("NVIDIA H200", "h200"),
+)
+
+
+def find_chip(device: jax.Device) -> Chip | None:
+    """The data sheet of a device, or None where there is none, as of a CPU."""
+    return next((CHIPS[name] for start, name in KINDS if device.device_kind.startswith(start)), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Chips that a run would have."""
