@@ -27,8 +27,12 @@ GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Scale, of rollout and update; 1:
 DTYPE = flags.DEFINE_string(
     "dtype", None, "Of the arithmetic: float32, which is a CPU's default, or bfloat16, which is an accelerator's."
 )
-REMAT = flags.DEFINE_bool("remat", False, "Compute blocks again in the backward pass, on both sides.")
-ATTENTION = flags.DEFINE_string("attention", "xla", "Ours: xla, or cudnn (GPU and bfloat16).")
+REMAT = flags.DEFINE_string(
+    "remat",
+    "dots",
+    "What a block keeps for the backward pass: full, attention, dots, none. PyTorch checkpoints under full.",
+)
+ATTENTION = flags.DEFINE_string("attention", "auto", "Ours: auto, xla, cudnn (GPU and bfloat16), splash (TPU).")
 WORKS = flags.DEFINE_list(
     "works", None, "Which: product (a matrix product alone), forward, flow, rollout, update; all if not given."
 )

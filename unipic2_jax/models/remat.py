@@ -13,7 +13,12 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     # What a kernel of attention gives; XLA's own attention computes its logits again all the same.
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of dense layers
+    # And what dense layers give. What is between them, above all attention's [tokens, tokens], is cheaper to compute again
+    # than to write down and read back (docs/performance.md).
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention"),
+    ),
     "none": None,  # everything is kept, nothing computed again
 }
 

@@ -22,6 +22,7 @@ from unipic2_jax.flow.timesteps import TimestepSampling
 from unipic2_jax.models.attention import IMPLEMENTATIONS
 from unipic2_jax.models.lora import init_lora
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
+from unipic2_jax.models.remat import POLICIES
 from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.pipelines.sampling import velocity_fn
 from unipic2_jax.rl.config import GRPOConfig
@@ -69,7 +70,7 @@ class Settings:
       lora_rank: of rollout and update; num_steps: of the rollout, of which the update trains all but the last.
       guidance_scale: of both; 1 for none.
       dtype: of the arithmetic. Weights that are trained are float32, frozen ones have this dtype.
-      remat: whether the backward pass computes each block again.
+      remat: what of a block is kept for the backward pass, see `models.remat`; PyTorch checkpoints blocks under 'full'.
       attention: see `models.attention`; PyTorch's is its scaled_dot_product_attention.
       works: which of WORKS.
 
@@ -87,12 +88,12 @@ class Settings:
     num_steps: int = 3
     guidance_scale: float = 1.0
     dtype: str = "float32"
-    remat: bool = False
-    attention: str = "xla"
+    remat: str = "dots"
+    attention: str = "auto"
     works: Sequence[str] = WORKS
 
     def __post_init__(self) -> None:
-        known = {"size": TRANSFORMERS, "dtype": DTYPES, "attention": IMPLEMENTATIONS}
+        known = {"size": TRANSFORMERS, "dtype": DTYPES, "attention": IMPLEMENTATIONS, "remat": tuple(POLICIES)}
         for field, names in known.items():
             if getattr(self, field) not in names:
                 raise ValueError(f"There is no {field} '{getattr(self, field)}'; choose one of {', '.join(names)}.")
@@ -205,7 +206,9 @@ def make_inputs(settings: Settings) -> Inputs:
     def perturbed(key: jax.Array, tree: Any) -> Any:
         leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
         moved = [
-            leaf if path[-1].key == "pos_embed" else leaf + 0.02 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
+            leaf
+            if path[-1].key == "pos_embed"
+            else leaf + 0.02 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
             for i, (path, leaf) in enumerate(leaves)
         ]
         return structure.unflatten(moved)
@@ -275,7 +278,11 @@ class Ours:
         fields, given = flow_optimizer(), self.inputs
         trained, frozen = split_params({"transformer": given.params}, fields.trainable)
         optimizer = make_optimizer(fields, steps=1)
-        batch = {"latents": given.latents, "conditioning": given.conditioning, "empty_conditioning": given.unconditional}
+        batch = {
+            "latents": given.latents,
+            "conditioning": given.conditioning,
+            "empty_conditioning": given.unconditional,
+        }
         if given.references is not None:
             batch["references"] = given.references
 
@@ -367,15 +374,16 @@ def measure(settings: Settings, sides: Sequence[Any], repeats: int) -> Iterator[
 
 
 def compare(work: str, found: Mapping[str, Mapping[str, np.ndarray]], tolerance: float) -> None:
-    """Raises a ValueError when what the sides have computed differs by more than the tolerance, relative to the last one."""
-    (first, ours), (last, theirs) = list(found.items())[0], list(found.items())[-1]
-    for name, want in theirs.items():
-        error = np.linalg.norm(np.subtract(ours[name], want)) / np.linalg.norm(want)
-        if not error <= tolerance:
-            raise ValueError(
-                f"The {name} of '{work}' differs between {first} and {last} by {error:.1e}, which is more than {tolerance:.0e}: "
-                "they do different work, so that times say nothing; choose other settings, or repair the difference."
-            )
+    """Raises a ValueError when what a side has computed differs from the first one's by more than this, relatively."""
+    (first, ours), *others = found.items()
+    for side, theirs in others:
+        for name, want in theirs.items():
+            error = np.linalg.norm(np.subtract(ours[name], want)) / np.linalg.norm(want)
+            if not error <= tolerance:
+                raise ValueError(
+                    f"The {name} of '{work}' differs between {first} and {side} by {error:.1e}, more than {tolerance:.0e}: they do "
+                    "different work, so that times say nothing; choose other settings, or repair the difference."
+                )
 
 
 def heading(sides: Sequence[str], chip: Chip | None) -> str:

@@ -92,7 +92,7 @@ class Theirs:
             emb = model.time_text_embed((1000 * sigma).expand(batch), pooled)
             text = model.context_embedder(context)
             for block in model.transformer_blocks:
-                if self.settings.remat and torch.is_grad_enabled():
+                if self.settings.remat == "full" and torch.is_grad_enabled():
                     text, x = checkpoint(block, x, text, emb, use_reentrant=False)
                 else:
                     text, x = block(hidden_states=x, encoder_hidden_states=text, temb=emb)
@@ -109,7 +109,9 @@ class Theirs:
 
     def product(self) -> Runner:
         rows, depth, columns = self.settings.product_shape
-        left, right = (torch.ones(*shape, dtype=self.dtype, device=self.device) for shape in ((rows, depth), (depth, columns)))
+        left, right = (
+            torch.ones(*shape, dtype=self.dtype, device=self.device) for shape in ((rows, depth), (depth, columns))
+        )
         return lambda: {"product": (left @ right)[0, :1].float().cpu().numpy()}
 
     def forward(self) -> Runner:
