@@ -41,7 +41,7 @@ def check_ratios(done, works):
 
 @pytest.mark.skipif(not HAS_TORCH, reason="ratios need PyTorch, diffusers and peft")
 def test_prints_ratios_to_pytorch_of_equal_work():
-    check_ratios(run(*SMALL, "works=forward,update"), ["forward", "update"])
+    check_ratios(run(*SMALL, "works=forward,flow"), ["forward", "flow"])
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_devices_find_their_data_sheets(kind, name):
     [
         ({"size": "huge"}, "no size 'huge'; choose one of mid"),
         ({"height": 250}, "height is 250; 'mid' takes multiples of 16 up to 1024"),
-        ({"size": "tiny", "width": 112}, "width is 112; 'tiny' takes multiples of 16 up to 96"),
+        ({"size": "tiny", "height": 48, "width": 112}, "width is 112; 'tiny' takes multiples of 16 up to 96"),
         ({"num_steps": 1}, "num_steps is 1; it must be at least 2"),
         ({"dtype": "int8"}, "no dtype 'int8'"),
         ({"works": ("sleep",)}, "no work 'sleep'; choose from product"),
