@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from unipic2_jax.training import bench
-    from unipic2_jax.training.plan import find_chip
+    from unipic2_jax.training.topology import find_chip
 
     device = jax.devices()[0]
     cpu = device.platform == "cpu"

@@ -1,13 +1,16 @@
-"""Says what a recipe needs on a machine that is not there: memory, FLOPs, links and time of its real steps.
+"""Says what a recipe needs on machines that are not there: memory, FLOPs, links and time of its real steps.
 
     python -m launch.plan --config=configs/pdtr.py --topology=v5p:4x4x4 --config.parallel.preset=fsdp
+    python -m launch.plan --config=configs/kontext.py --topology=gpu:8xh200,gpu:8xh100 --config.parallel.preset=fsdp
 
-Compiles for TPUs on any machine that has their compiler (`pip install libtpu`); nothing is allocated and no weight is read.
+TPU programs are compiled, on any machine that has their compiler (`pip install libtpu`); for GPUs it is arithmetic. Nothing is
+allocated and no weight is read. docs/scaling.md says how to read the table.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 
 from absl import app, flags
@@ -16,30 +19,63 @@ from launch import cli
 from launch.recipe import CONFIG, parse_flags
 from unipic2_jax.training.config import ConfigError
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips and their arrangement: v5e:8x8, v5p:4x4x4, v6e:8x8.")
+_TOPOLOGY = flags.DEFINE_list("topology", None, "Chips: v5e:8x8, v5p:4x4x4, v6e:8x8, gpu:8xh200; several with commas.")
+_ALL_SHAPES = flags.DEFINE_bool(
+    "all_shapes",
+    False,
+    "Every resolution and aspect ratio, instead of the last resolution's square, where memory is decided.",
+)
+_SMALLEST = flags.DEFINE_enum(
+    "smallest",
+    "estimate",
+    ["estimate", "confirm", "off"],
+    "The smallest slice that fits: by scaling, or compiled for it.",
+)
+_CACHE = flags.DEFINE_string(
+    "cache",
+    None,
+    "Folder that remembers what compiled programs take; empty: none. By default $JAX_COMPILATION_CACHE_DIR/plans or "
+    "~/.cache/unipic2_jax/plans.",
+)
+_MARKDOWN = flags.DEFINE_bool("markdown", False, "For a document: the command comes before its table.")
 flags.mark_flags_as_required(["topology"])
 
 
 def main(argv: list[str]) -> None:
-    """Prints the table, and what to change where it does not fit."""
+    """Prints a table for each topology, the smallest slice that fits, and what to change where nothing does."""
     if len(argv) > 1:
         sys.exit(f"The argument {argv[1]} is not a flag; write --config.field=value.")
     cli.quiet()
     # Nothing runs here; and the TPU compiler is not to look for a TPU.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
     from unipic2_jax.training import config as config_lib
-    from unipic2_jax.training import plan
+    from unipic2_jax.training import plan, plan_report, topology
 
+    cache = plan.Cache(plan.default_cache() if _CACHE.value is None else _CACHE.value)
+    log = lambda sentence: print(sentence, file=sys.stderr, flush=True)
     try:
         config = config_lib.validate(CONFIG.value)
-        topology = plan.read_topology(_TOPOLOGY.value)
-        costs = plan.plan(config, topology)
+        for machine in map(topology.read_topology, _TOPOLOGY.value):
+            costs = plan.plan(config, machine, all_shapes=_ALL_SHAPES.value, cache=cache, log=log)
+            print(f"**{machine.name}**, {machine.count} chips, preset {config.parallel.preset}", end="")
+            print(f" ({'compiled' if machine.is_tpu else 'by arithmetic'}):\n")
+            if _MARKDOWN.value:
+                print(f"    {_command(machine.name)}\n")
+            print(plan_report.table(costs, machine))
+            for sentence in plan_report.advice(config, costs, machine):
+                print(f"{sentence}\n")
+            if _SMALLEST.value != "off":
+                print(plan_report.smallest_sentence(config, costs, machine, _SMALLEST.value, cache, log), end="\n\n")
     except (ConfigError, FileNotFoundError) as error:
         sys.exit(str(error))
-    print(f"{topology.name}: {topology.count} chips, the mesh {config.parallel.preset}; everything per chip\n")
-    print(plan.table(costs, topology))
-    for sentence in plan.advice(config, costs, topology):
-        print(sentence)
+    if not _ALL_SHAPES.value:
+        log("Each flow stage at its last resolution and square pictures; --all_shapes plans the others too.")
+
+
+def _command(machine: str) -> str:
+    """What was typed, for one topology."""
+    given = [a for a in sys.argv[1:] if not a.startswith(("--topology", "--cache", "--markdown", "--smallest"))]
+    return shlex.join(["python", "-m", "launch.plan", *given, f"--topology={machine}"])
 
 
 if __name__ == "__main__":

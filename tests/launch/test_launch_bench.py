@@ -13,7 +13,7 @@ import pytest
 
 from unipic2_jax.training import bench
 from unipic2_jax.training.flops import forward_flops
-from unipic2_jax.training.plan import CHIPS, find_chip
+from unipic2_jax.training.topology import CHIPS, find_chip
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("size=tiny", "height=32", "width=48", "batch=2", "text_tokens=5", "num_steps=2", "repeats=1", "threads=1")

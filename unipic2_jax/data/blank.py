@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from unipic2_jax.data.buckets import MULTIPLE
+from unipic2_jax.data.buckets import ASPECTS, MULTIPLE, Bucket
 from unipic2_jax.data.examples import EndlessExamples, Example
 from unipic2_jax.data.prompts import PromptRecord
 
@@ -13,11 +13,20 @@ PROMPT = "a photograph of nothing in particular, taken on a grey afternoon with 
 
 
 class BlankExamples(EndlessExamples):
-    """Black squares. Training takes other aspect ratios too, of about as many pixels."""
+    """Black squares, and with `all_aspects` other rectangles as often, of about as many pixels."""
 
-    def __init__(self, seed: int = 0, task: str = "t2i", resolution: int = 512, multiple: int = MULTIPLE):
+    def __init__(
+        self,
+        seed: int = 0,
+        task: str = "t2i",
+        resolution: int = 512,
+        multiple: int = MULTIPLE,
+        all_aspects: bool = False,
+    ):
         del seed
         super().__init__(task, resolution, multiple)
+        if all_aspects:
+            self.buckets = {Bucket(aspect, int(task == "edit")): 1.0 for aspect in ASPECTS}
         picture = np.zeros((resolution, resolution, 3), np.uint8)
         self.only = Example(picture, PROMPT, (picture,) if task == "edit" else ())
 

@@ -26,7 +26,8 @@ PROMPT_TOKENS = 48  # of a prompt with its template, images not counted
 class BlankTokenizer:
     """As many tokens as are asked for, all of them 0."""
 
-    model_max_length = 77
+    def __init__(self, model_max_length: int = 77):
+        self.model_max_length = model_max_length
 
     def __len__(self) -> int:
         return 1
@@ -93,7 +94,10 @@ def abstract_bundle(config: ConfigDict, mesh: Mesh) -> Bundle:
             configs |= read_configs({name: Path(folder)})
     dtype = check_dtype(None)
     vlm_dtype = dtype if config.vlm_dtype is None else check_dtype(config.vlm_dtype)
-    tokenizers = BlankProcessor(configs["vlm"]) if "vlm" in configs else dict.fromkeys(TOKENIZERS, BlankTokenizer())
+    if "vlm" in configs:
+        tokenizers = BlankProcessor(configs["vlm"])
+    else:
+        tokenizers = dict.fromkeys(TOKENIZERS, BlankTokenizer(configs["text_encoder"].max_position_embeddings))
     settings = {**sizes.settings, **config.settings.to_dict()}
     transformer, *others = make_modules(configs, tokenizers, settings, dtype, vlm_dtype)
     modules = (transformer.clone(attention_implementation=config.attention), *others)

@@ -15,8 +15,9 @@ from unipic2_jax.flow.guidance import VelocityFn, guided_velocity_batched
 from unipic2_jax.flow.ode import sample_ode
 from unipic2_jax.models.mmdit import MMDiT
 from unipic2_jax.models.vae import AutoencoderKL, decode_chunked, denormalize, encode_chunked, normalize
+from unipic2_jax.parallel.rules import RULES, devices_along
 
-# Pixels of images that the VAE works on at a time: 16 images of 512 x 512, 4 of 1024 x 1024.
+# Pixels of images that the VAE works on at a time, on each device: 16 images of 512 x 512, 4 of 1024 x 1024.
 VAE_PIXELS = 2**22
 
 # What conditions the transformer: context [B, S, J] and pooled [B, P].
@@ -24,8 +25,10 @@ Conditioning = tuple[jax.Array, jax.Array]
 
 
 def vae_chunk(height: int, width: int) -> int:
-    """How many images of this size (pixels) the VAE handles at once."""
-    return max(1, VAE_PIXELS // (height * width))
+    """How many images of this size (pixels) the VAE handles at once, on all devices that a batch is split over together."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else devices_along(mesh, RULES.batch)
+    return devices * max(1, VAE_PIXELS // (height * width))
 
 
 def velocity_fn(

@@ -32,7 +32,7 @@ from unipic2_jax.training.config import optimizer_fields
 from unipic2_jax.training.flops import flow_step_flops, forward_flops, grpo_step_flops
 from unipic2_jax.training.flow import draw_corruption, flow_losses
 from unipic2_jax.training.optimizer import make_optimizer, merge_params, split_params
-from unipic2_jax.training.plan import Chip
+from unipic2_jax.training.topology import Chip
 
 # SD3.5-Medium in small: the same heads and parts, a third of the depth and half the width. About 130M parameters, so that a
 # training step takes seconds on two cores.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.extend import core
+
+Chosen = Callable[[core.JaxprEqn], bool]
 
 
 def count_flops(function: Any, *arguments: Any, **keywords: Any) -> float:
@@ -17,26 +19,40 @@ def count_flops(function: Any, *arguments: Any, **keywords: Any) -> float:
     Args:
       function: jitted; arguments: arrays or `jax.ShapeDtypeStruct`s.
     """
-    return _count(function.trace(*arguments, **keywords).jaxpr.jaxpr)
+    return jaxpr_flops(function.trace(*arguments, **keywords).jaxpr.jaxpr)
 
 
-def _count(jaxpr: core.Jaxpr) -> float:
-    return sum(_COUNTERS.get(eqn.primitive.name, _inside)(eqn) for eqn in jaxpr.eqns)
+def jaxpr_flops(jaxpr: core.Jaxpr, chosen: Chosen = lambda eqn: True) -> float:
+    """`count_flops` of a jaxpr, of those products alone that are `chosen`."""
+    counters = {"scan": _scan, "cond": _choice}
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if counter := _PRODUCTS.get(eqn.primitive.name):
+            total += counter(eqn) if chosen(eqn) else 0.0
+        else:
+            total += counters.get(eqn.primitive.name, _inside)(eqn, chosen)
+    return total
 
 
-def _inside(eqn: core.JaxprEqn) -> float:
+def is_single(eqn: core.JaxprEqn) -> bool:
+    """Whether a product takes two arrays of float32, which GPUs multiply at half the rate."""
+    return all(v.aval.dtype.itemsize == 4 for v in eqn.invars)
+
+
+def _inside(eqn: core.JaxprEqn, chosen: Chosen) -> float:
     """Of everything that a primitive calls once."""
-    return sum(map(_count, _jaxprs(eqn.params.values())))
+    return sum(jaxpr_flops(jaxpr, chosen) for jaxpr in inner_jaxprs(eqn.params.values()))
 
 
-def _jaxprs(values: Any) -> Iterator[core.Jaxpr]:
+def inner_jaxprs(values: Any) -> Iterator[core.Jaxpr]:
+    """All jaxprs among the parameters of a primitive."""
     for value in values:
         if isinstance(value, core.ClosedJaxpr):
             yield value.jaxpr
         elif isinstance(value, core.Jaxpr):
             yield value
         elif isinstance(value, (tuple, list)):
-            yield from _jaxprs(value)
+            yield from inner_jaxprs(value)
 
 
 def _dot(eqn: core.JaxprEqn) -> float:
@@ -53,12 +69,12 @@ def _convolution(eqn: core.JaxprEqn) -> float:
     return 2.0 * math.prod(out) * math.prod(kernel) / features / eqn.params["batch_group_count"]
 
 
-def _scan(eqn: core.JaxprEqn) -> float:
-    return eqn.params["length"] * _inside(eqn)
+def _scan(eqn: core.JaxprEqn, chosen: Chosen) -> float:
+    return eqn.params["length"] * _inside(eqn, chosen)
 
 
-def _choice(eqn: core.JaxprEqn) -> float:
-    return max(_count(branch.jaxpr) for branch in eqn.params["branches"])
+def _choice(eqn: core.JaxprEqn, chosen: Chosen) -> float:
+    return max(jaxpr_flops(branch.jaxpr, chosen) for branch in eqn.params["branches"])
 
 
-_COUNTERS = {"dot_general": _dot, "conv_general_dilated": _convolution, "scan": _scan, "cond": _choice}
+_PRODUCTS = {"dot_general": _dot, "conv_general_dilated": _convolution}

@@ -336,8 +336,9 @@ class FlowStage(Stage):
                 alike = sum(other.task == shape.task for other in shapes)
                 calls = (end - start) / self.config.steps * turns / alike
                 arguments = (state, frozen, rows, nothing, key, step)
-                name = f"step, {shape}"
-                found.append(Program(name, self._step, arguments, {"task": shape.task}, self._flops(shape), calls))
+                name, task, flops = f"step, {shape}", {"task": shape.task}, self._flops(shape)
+                roles = ("state", "parameters", "batch", "batch", "batch", "batch")
+                found.append(Program(name, self._step, arguments, task, flops, roles, calls, self.config.accumulation))
         return found
 
     def _nothing(self, task: str, batch: dict[str, Any]) -> dict[str, Any]:

@@ -252,11 +252,13 @@ class GRPOStage(Stage):
         update = self._update_arguments(state, roll, inputs)
         first = 0 if self.grpo.window is None else sum(self.grpo.window[1]) // 2
         sampled, trained = self._evaluations("references" in inputs["cond"], first)
+        weights, state_too = ("parameters", *["batch"] * 4), ("parameters", "state", *["batch"] * 4)
+        summed = size // self.micro_batch * self.grpo.trained_steps
         return [
-            Program("encode", self._encode, encode, {}, 0.0),
-            Program("rollout", self._rollout, roll, {}, sampled),
-            Program("decode", self._decode, (params["vae"], update[3].latents), {}, 0.0),
-            Program("update", self._update, update, {}, trained),
+            Program("encode", self._encode, encode, {}, 0.0, weights),
+            Program("rollout", self._rollout, roll, {}, sampled, ("parameters", *weights)),
+            Program("decode", self._decode, (params["vae"], update[3].latents), {}, 0.0, weights[:2]),
+            Program("update", self._update, update, {}, trained, state_too, gradients=summed),
         ]
 
     def _update_arguments(self, state: PolicyState, roll: tuple[Any, ...], inputs: Any) -> tuple[Any, ...]:

@@ -1,117 +1,46 @@
 """Will a recipe fit a machine, and how fast can it be: its real steps, compiled for a TPU that is not there, or counted.
 
 Nothing is allocated: parameters and batches are descriptions of arrays (`pipelines.blank`). For TPUs the steps are compiled
-for the topology and the compiler says what they hold; for GPUs, which need a device to compile for, it is arithmetic.
+for the topology and the compiler says what they hold; for GPUs, which need a device to compile for, it is arithmetic
+(`training.liveness`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from unipic2_jax.parallel.mesh import make_mesh
+from unipic2_jax.data.buckets import MULTIPLE
+from unipic2_jax.data.examples import make_examples
+from unipic2_jax.parallel.mesh import batch_shards, make_mesh
+from unipic2_jax.parallel.rules import devices_along
 from unipic2_jax.training.config import ConfigError
-from unipic2_jax.training.counting import count_flops
+from unipic2_jax.training.counting import is_single, jaxpr_flops
 from unipic2_jax.training.hlo import Module
+from unipic2_jax.training.liveness import measure
 from unipic2_jax.training.loop import model_config
 from unipic2_jax.training.stage import Program, StageContext, stage_class
+from unipic2_jax.training.topology import Topology
 
-GB = 1e9
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a data sheet says of a chip.
-
-    Attributes:
-      memory: bytes.
-      flops: of bfloat16 matrix products, a second.
-      bandwidth: of its memory, bytes a second.
-      link: to the other chips of a slice or node, bytes a second, all links together in one direction.
-    """
-
-    memory: float
-    flops: float
-    bandwidth: float
-    link: float
-
-
-# Google Cloud's pages of the TPU versions; NVIDIA's data sheets (SXM, dense).
-CHIPS = {
-    "v5e": Chip(16 * 2**30, 197e12, 819e9, 200e9),
-    "v5p": Chip(95 * 2**30, 459e12, 2765e9, 600e9),
-    "v6e": Chip(32 * 2**30, 918e12, 1640e9, 448e9),
-    "h100": Chip(80 * GB, 989e12, 3350e9, 450e9),
-    "h200": Chip(141 * GB, 989e12, 4800e9, 450e9),
-}
-
-
-# What JAX calls a device that is there -> which of CHIPS it is; the first that its name begins with.
-KINDS = (
-    ("TPU v5 lite", "v5e"),
-    ("TPU v5e", "v5e"),
-    ("TPU v5", "v5p"),
-    ("TPU v6 lite", "v6e"),
-    ("TPU v6e", "v6e"),
-    ("NVIDIA H100 80GB", "h100"),
-    ("NVIDIA H200", "h200"),
-)
-
-
-def find_chip(device: jax.Device) -> Chip | None:
-    """The data sheet of a device, or None where there is none, as of a CPU."""
-    return next((CHIPS[name] for start, name in KINDS if device.device_kind.startswith(start)), None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """Chips that a run would have."""
-
-    name: str
-    chip: Chip
-    count: int
-    is_tpu: bool
-
-
-def read_topology(text: str) -> Topology:
-    """'v5p:4x4x4' or 'gpu:8xh200'.
-
-    Raises:
-      ConfigError: for anything else.
-    """
-    kind, _, shape = text.partition(":")
-    if kind == "gpu" and (found := re.fullmatch(r"(\d+)x(\w+)", shape)):
-        count, name = int(found[1]), found[2]
-        if name in CHIPS and name.startswith("h"):
-            return Topology(text, CHIPS[name], count, False)
-    elif kind in CHIPS and kind.startswith("v") and re.fullmatch(r"\d+(x\d+)+", shape):
-        return Topology(text, CHIPS[kind], math.prod(map(int, shape.split("x"))), True)
-    raise ConfigError(f"The topology '{text}' is unknown; write v5p:4x4x4, v5e:8x8, v6e:8x8, gpu:8xh100 or gpu:8xh200.")
-
-
-def tpu_devices(topology: Topology) -> Sequence[Any]:
-    """Devices to compile for.
-
-    Raises:
-      ConfigError: without libtpu, or for a topology that it does not know.
-    """
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
-    except Exception as error:  # the plugin has no kinds of its own
-        reason = str(error).strip().split("\n")[0][:200]
-        raise ConfigError(
-            f"Nothing can be compiled for {topology.name} here ({reason}); install the compiler with "
-            "`pip install libtpu`, or choose a topology of Google Cloud's."
-        ) from error
+# A quarter of the compiler's time, and about the same memory: what it leaves out are searches for faster code.
+COMPILER_OPTIONS = {"optimization_level": "O0"}
+# How the compiler says that a program is too large, in units of GiB or MiB.
+_TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+CACHE_FORMAT = 1  # of what is kept between plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,142 +48,373 @@ class Cost:
     """What a program takes of one chip in one call; bytes and FLOPs.
 
     Attributes:
-      arguments: bytes of what it is given, donated or not; kept: of what it returns beside that.
-      temporary: bytes while it runs.
-      flops: of all matrix products, recomputation included; model_flops: of the transformer's forward and backward passes.
-      moved: bytes to and from memory, as the compiler counts them (the body of a loop once for each turn).
-      collectives: bytes sent, by kind of operation.
+      calls: in a step of its stage, on the average.
+      parameters: of all networks of the stage, also those that this program does not use; optimizer: with the moving average.
+      batch: other arguments of this program.
+      results: what it returns beside the arrays that it was given.
+      activations: everything else while it runs.
+      flops: of all matrix products, recomputation included; single: those of them in float32.
+      model_flops: of the transformer's forward and backward passes.
+      moved: to and from memory; collectives: received from other chips, by kind. None where the compiler gave up because the
+        program is too large.
     """
 
+    stage: str
     name: str
     calls: float
-    arguments: float
-    kept: float
-    temporary: float
+    parameters: float
+    optimizer: float
+    batch: float
+    results: float
+    activations: float
     flops: float
+    single: float
     model_flops: float
-    moved: float
-    collectives: Mapping[str, float]
+    moved: float | None
+    collectives: Mapping[str, float] | None
 
     @property
     def peak(self) -> float:
         """Bytes held at once."""
-        return self.arguments + self.kept + self.temporary
+        return self.parameters + self.optimizer + self.batch + self.results + self.activations
 
-    def seconds(self, chip: Chip) -> float:
+    def seconds(self, topology: Topology) -> float:
         """A lower bound by the roofline: the slowest of products, memory and links, each at its peak."""
-        return max(self.flops / chip.flops, self.moved / chip.bandwidth, sum(self.collectives.values()) / chip.link)
+        chip = topology.chip
+        products = (self.flops - self.single) / chip.flops + self.single / chip.flops32
+        links = sum((self.collectives or {}).values()) / topology.link
+        return max(products, (self.moved or 0.0) / chip.bandwidth, links)
 
 
-def stages(config: ConfigDict, mesh: jax.sharding.Mesh) -> Iterator[tuple[str, list[Program]]]:
-    """The programs of every stage of a schedule, on a model and data that are descriptions."""
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A stage that could run, with descriptions instead of arrays.
+
+    Attributes:
+      config: of the stage, on data and rewards that stand for the real ones.
+      parameters: descriptions of everything that stays on the devices beside what is trained.
+    """
+
+    name: str
+    config: ConfigDict
+    parameters: Any
+    programs: list[Program]
+
+    def state(self) -> Any:
+        """What is trained and its optimizer: fields of a state."""
+        for program in self.programs:
+            for role, argument in zip(program.roles, program.arguments):
+                if role == "state":
+                    return argument._asdict()
+        raise ValueError(f"No program of the stage '{self.name}' has a state.")
+
+    def check(self, mesh: Mesh | AbstractMesh) -> None:
+        """Raises a ConfigError when its batches do not split over the mesh."""
+        try:
+            stage_class(self.config.kind).check(self.config, mesh)
+        except ValueError as error:
+            raise ConfigError(f"config.stages.{self.name}: {error}") from error
+
+
+def stages(
+    config: ConfigDict, mesh: Mesh, *, all_shapes: bool = False, shards: int = 1, split: Any = None
+) -> Iterator[Planned]:
+    """Every stage of a schedule, on a model and data that are descriptions.
+
+    Args:
+      all_shapes: also the resolutions before the last, and all aspect ratios instead of the square.
+      shards: build each stage for one of so many parts of its batch.
+      split: the mesh whose batches must come out even; `mesh` by default.
+
+    Raises:
+      ConfigError: for batches that do not come out even, or a kind of stage that has no plan.
+    """
     from unipic2_jax.pipelines.blank import abstract_bundle
 
     for index, name in enumerate(config.schedule):
         stage, model = config.stages[name].copy_and_resolve_references(), config.stages[name].model
+        judged = "editreward" in stage.get("rewards", {})
         with stage.unlocked():
-            if stage.kind == "flow":
-                resolution = max(pixels for _, pixels in stage.resolutions) or 512
-                stage.data, stage.validation.data = (
-                    ConfigDict({"kind": "blank", "resolution": resolution}),
-                    ConfigDict(),
-                )
-                stage.loader_threads = 0
-            elif stage.kind == "grpo":
-                stage.source = ConfigDict({"kind": "blank", "task": stage.source.get("task", "t2i")})
-                stage.rewards = ConfigDict()
-            stage.evaluations = ConfigDict()
+            _without_content(stage, all_shapes)
+        planned = Planned(name, stage, None, [])
+        planned.check(split or mesh)
+        if shards > 1:
+            with stage.unlocked():
+                _part_of_batch(name, stage, shards)
         context = StageContext(name, index, config.seed, mesh, Path("."), log=lambda sentence: None)
         bundle = abstract_bundle(model_config(config, model), mesh)
-        yield name, stage_class(stage.kind)(stage, bundle, context).programs()
+        programs = stage_class(stage.kind)(stage, bundle, context).programs()
+        parameters = {"model": bundle.params}
+        if judged:
+            from unipic2_jax.pipelines.judge import judge_program
+
+            samples = stage.num_prompts * stage.grpo.group_size
+            programs.append(judge_program(mesh, samples, stage.height, stage.width))
+            parameters["reward"] = programs[-1].arguments[0]
+        yield dataclasses.replace(planned, parameters=parameters, programs=programs)
 
 
-def compiled_cost(program: Program, chips: int) -> Cost:
+def _without_content(stage: ConfigDict, all_shapes: bool) -> None:
+    """Black pictures instead of the stage's data, a reward that is at hand instead of its own, no evaluations."""
+    if stage.kind == "flow":
+        pixels = {pixels for _, pixels in stage.resolutions}
+        if 0 in pixels:  # the data's own
+            task = stage.tasks[0]
+            pixels |= {make_examples(stage.data, 0, task).resolution}
+        blank = {"resolution": max(pixels), "multiple": math.gcd(MULTIPLE, *pixels), "all_aspects": all_shapes}
+        stage.data = ConfigDict({"kind": "blank", **blank})
+        stage.validation.data = ConfigDict()
+        stage.loader_threads = 0
+        if not all_shapes:
+            stage.resolutions = ((0.0, stage.resolutions[-1][1]),)
+    elif stage.kind == "grpo":
+        stage.source = ConfigDict({"kind": "blank", "task": stage.source.get("task", "t2i")})
+        stage.rewards = ConfigDict({"shapes_t2i": {"weight": 1.0}})
+    if "evaluations" in stage:
+        stage.evaluations = ConfigDict()
+
+
+def _part_of_batch(name: str, stage: ConfigDict, shards: int) -> None:
+    """The stage as one of `shards` equal parts of its batch is computed."""
+    if stage.kind == "flow":
+        stage.batch_size //= shards
+        return
+    if stage.num_prompts % shards:
+        raise ConfigError(
+            f"config.stages.{name}: {stage.num_prompts} prompts cannot be counted for {shards} chips; make num_prompts a "
+            "multiple, or plan for a TPU topology, which is compiled."
+        )
+    stage.num_prompts //= shards
+    stage.grpo.micro_batch //= shards
+
+
+def local_bytes(tree: Any, mesh: Mesh | AbstractMesh) -> float:
+    """Bytes that one device of the mesh has of descriptions of arrays."""
+    return float(sum(_local(leaf, mesh) for leaf in jax.tree.leaves(tree)))
+
+
+def _local(leaf: Any, mesh: Mesh | AbstractMesh) -> float:
+    """Of one array; an axis that this mesh does not divide is whole, as in `parallel.rules`."""
+    sharding, shape = getattr(leaf, "sharding", None), leaf.shape
+    if sharding is not None:
+        spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
+        spec = [names if length % devices_along(mesh, names) == 0 else None for names, length in zip(spec, shape)]
+        shape = NamedSharding(mesh, PartitionSpec(*spec)).shard_shape(shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _held(planned: Planned, program: Program, mesh: Mesh | AbstractMesh) -> tuple[float, float, float]:
+    """Bytes of parameters, optimizer, and the program's batch on one device."""
+    trained, *rest = planned.state().values()
+    parameters = local_bytes((planned.parameters, trained), mesh)
+    batch = [argument for role, argument in zip(program.roles, program.arguments) if role == "batch"]
+    return parameters, local_bytes(rest, mesh), local_bytes(batch, mesh)
+
+
+class Cache:
+    """What compiled programs were found to take, in small files; without a folder nothing is kept."""
+
+    def __init__(self, folder: str | os.PathLike | None):
+        self.folder = Path(folder) if folder else None
+
+    def key(self, text: str, topology: Topology) -> str:
+        """Of a lowered program and everything else that decides how it is compiled."""
+        libraries = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
+        parts = [str(CACHE_FORMAT), topology.name, json.dumps(COMPILER_OPTIONS), *libraries, text]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """What was kept under a key."""
+        path = self.folder and self.folder / f"{key}.json"
+        return json.loads(path.read_text()) if path and path.is_file() else None
+
+    def write(self, key: str, found: Mapping[str, Any]) -> None:
+        """Keeps it. Another plan may be reading: the file appears whole."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{key}.part{os.getpid()}"
+        part.write_text(json.dumps(found))
+        part.rename(self.folder / f"{key}.json")
+
+
+def default_cache() -> Path:
+    """Beside JAX's own cache where the environment names one, else in the user's."""
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    return Path(named) / "plans" if named else Path.home() / ".cache" / "unipic2_jax" / "plans"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def compile_program(
+    traced: jax.stages.Traced, topology: Topology, cache: Cache, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """What the compiler says of a program: bytes of its 'arguments', 'results', 'temporary', 'moved' and 'collectives'.
+
+    The last two are None where it is too large to be compiled; 'temporary' is then what the compiler would have needed.
+    """
+    lowered = traced.lower()
+    key = cache.key(lowered.as_text(), topology)
+    if found := cache.read(key):
+        log("kept from before")
+        return found
+    started = time.perf_counter()
+    try:
+        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
+    except jax.errors.JaxRuntimeError as error:
+        if not (too_large := _TOO_LARGE.search(str(error))):
+            raise
+        number, unit = [x for x in too_large.groups() if x]
+        found = {
+            "arguments": None,
+            "results": None,
+            "temporary": float(number) * _UNITS[unit],
+            "moved": None,
+            "collectives": None,
+        }
+    else:
+        memory, module = compiled.memory_analysis(), Module.read(compiled.as_text())
+        found = {
+            "arguments": memory.argument_size_in_bytes,
+            "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            # The program itself lies in the same memory.
+            "temporary": memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+            "moved": module.moved_bytes(),
+            "collectives": module.collective_bytes(),
+        }
+    seconds = time.perf_counter() - started
+    log(f"compiled in {seconds:.0f} s" + (", too large" if found["moved"] is None else ""))
+    cache.write(key, found)
+    return found
+
+
+def _flops(traced: jax.stages.Traced, chips: int) -> dict[str, float]:
+    jaxpr = traced.jaxpr.jaxpr
+    return {"flops": jaxpr_flops(jaxpr) / chips, "single": jaxpr_flops(jaxpr, is_single) / chips}
+
+
+def compiled_cost(
+    planned: Planned, program: Program, mesh: Mesh, topology: Topology, cache: Cache, log: Callable[[str], None]
+) -> Cost:
     """Of a program compiled for the devices that its arguments are described on."""
-    compiled = program.function.lower(*program.arguments, **program.keywords).compile()
-    memory = compiled.memory_analysis()
-    module = Module.read(compiled.as_text())
+    traced = program.function.trace(*program.arguments, **program.keywords)
+    found = compile_program(traced, topology, cache, log)
+    parameters, optimizer, batch = _held(planned, program, mesh)
+    results = found["results"]
+    if results is None:
+        # Known when it has been compiled only; a step returns a new state at least.
+        state = [argument for role, argument in zip(program.roles, program.arguments) if role == "state"]
+        results = local_bytes(state, mesh) if program.gradients else 0.0
     return Cost(
+        planned.name,
         program.name,
         program.calls,
-        memory.argument_size_in_bytes,
-        memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        memory.temp_size_in_bytes,
-        count_flops(program.function, *program.arguments, **program.keywords) / chips,
-        program.model_flops / chips,
-        module.moved_bytes(),
-        module.collective_bytes(),
+        parameters,
+        optimizer,
+        batch,
+        results,
+        found["temporary"],
+        **_flops(traced, topology.count),
+        model_flops=program.model_flops / topology.count,
+        moved=found["moved"],
+        collectives=found["collectives"],
     )
 
 
-def plan(config: ConfigDict, topology: Topology) -> dict[str, list[Cost]]:
-    """Costs of every stage's programs on a TPU topology.
+def counted_cost(planned: Planned, program: Program, mesh: AbstractMesh, flash: bool) -> Cost:
+    """Of a program that was built for one chip's rows, by arithmetic.
+
+    Args:
+      mesh: of all chips.
+      flash: whether attention in 16 bits holds no logits.
+    """
+    traced = program.function.trace(*program.arguments, **program.keywords)
+    weights: list[float | None] = []
+    for role, argument in zip(program.roles, program.arguments, strict=True):
+        for leaf in jax.tree.leaves(argument):
+            whole = math.prod(leaf.shape) * leaf.dtype.itemsize
+            weights.append(None if role == "batch" else _local(leaf, mesh) / whole)
+    work = measure(traced, weights, flash)
+    collectives = {"all-gather": work.gathered}
+    if program.gradients and batch_shards(mesh) > 1:
+        trained = next(iter(planned.state().values()))
+        for leaf in jax.tree.leaves(trained):
+            own, whole = _local(leaf, mesh), math.prod(leaf.shape) * leaf.dtype.itemsize
+            if own < whole:
+                kind, size = "reduce-scatter", whole
+                if mesh.shape["data"] > 1:
+                    collectives["all-reduce"] = collectives.get("all-reduce", 0.0) + 2 * own * program.gradients
+            else:
+                kind, size = "all-reduce", 2 * whole
+            collectives[kind] = collectives.get(kind, 0.0) + size * program.gradients
+    parameters, optimizer, _ = _held(planned, program, mesh)
+    batch = [argument for role, argument in zip(program.roles, program.arguments) if role == "batch"]
+    return Cost(
+        planned.name,
+        program.name,
+        program.calls,
+        parameters,
+        optimizer,
+        float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))),
+        work.results,
+        work.held,
+        **_flops(traced, 1),
+        model_flops=program.model_flops,
+        moved=work.moved,
+        collectives={kind: size for kind, size in collectives.items() if size},
+    )
+
+
+def plan(
+    config: ConfigDict,
+    topology: Topology,
+    *,
+    all_shapes: bool = False,
+    cache: Cache | None = None,
+    log: Callable[[str], None] = lambda sentence: None,
+    only: Callable[[Planned, Program], bool] = lambda planned, program: True,
+) -> dict[str, list[Cost]]:
+    """Costs of every stage's programs.
+
+    Args:
+      config: validated.
+      all_shapes: see `stages`.
+      log: takes a line for each program.
+      only: which programs.
 
     Raises:
       ConfigError: when the recipe's batches do not split over the chips, or nothing can be compiled here.
     """
-    sizes = config.parallel.to_dict()
-    preset, slices = sizes.pop("preset"), sizes.pop("slices")
-    try:
-        mesh = make_mesh(tpu_devices(topology), preset, sizes, slices)
-    except ValueError as error:
-        raise ConfigError(f"config.parallel: {error}") from error
+    cache = cache or Cache(None)
+    whole = topology.abstract_mesh(config.parallel)
+    shards = batch_shards(whole)
+    if topology.is_tpu:
+        mesh, built = topology.mesh(config.parallel), {}
+    else:
+        if shards < topology.count:
+            raise ConfigError(
+                f"Steps on {topology.name} are counted, and that works for batches split over all chips only; choose "
+                "--config.parallel.preset=fsdp or ddp."
+            )
+        mesh, built = make_mesh(jax.devices()[:1], "fsdp"), {"shards": shards, "split": whole}
+    flash = config.get("attention", "auto") != "xla"
+    costs: dict[str, list[Cost]] = {}
     with jax.set_mesh(mesh):
-        return {
-            name: [compiled_cost(program, topology.count) for program in programs]
-            for name, programs in stages(config, mesh)
-        }
-
-
-def table(costs: Mapping[str, Sequence[Cost]], topology: Topology) -> str:
-    """A row a program, per chip, as Markdown."""
-    chip = topology.chip
-    lines = [
-        "| stage | program | state and batch | temporary | peak, of memory | FLOPs, of the model's | links | seconds | MFU |",
-        "|---|---|---:|---:|---:|---:|---|---:|---:|",
-    ]
-    for stage, rows in costs.items():
-        for cost in rows:
-            seconds = cost.seconds(chip)
-            links = (
-                ", ".join(f"{kind} {size / GB:.2f} GB" for kind, size in sorted(cost.collectives.items())) or "nothing"
-            )
-            useful = cost.model_flops / cost.flops if cost.flops else 0
-            lines.append(
-                f"| {stage} | {cost.name} | {(cost.arguments + cost.kept) / GB:.2f} GB | {cost.temporary / GB:.2f} GB | "
-                f"{cost.peak / GB:.2f} GB, {cost.peak / chip.memory:.0%} | {cost.flops / 1e12:.2f} T, {useful:.0%} | {links} | "
-                f"{seconds:.3f} | {cost.model_flops / chip.flops / seconds:.0%} |"
-            )
-        whole = sum(cost.calls * cost.seconds(chip) for cost in rows)
-        model = sum(cost.calls * cost.model_flops for cost in rows)
-        lines.append(f"| {stage} | **a step** | | | | | | {whole:.3f} | {model / chip.flops / whole:.0%} |")
-    return "\n".join(lines) + "\n"
-
-
-# Larger and larger slices of each kind of chip that Google Cloud rents.
-SLICES = {
-    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
-}
-
-
-def advice(config: ConfigDict, costs: Mapping[str, Sequence[Cost]], topology: Topology) -> list[str]:
-    """A sentence for each stage that does not fit: what to change first."""
-    sentences = []
-    for stage, rows in costs.items():
-        worst = max(rows, key=lambda cost: cost.peak)
-        if worst.peak <= topology.chip.memory:
-            continue
-        own, preset = config.stages[stage], config.parallel.preset
-        if preset == "ddp":
-            remedy = "split the parameters too: --config.parallel.preset=fsdp"
-        elif worst.temporary > worst.arguments:
-            field = "accumulation" if own.kind == "flow" else "grpo.micro_batch"
-            remedy = f"compute a batch in smaller parts: --config.stages.{stage}.{field}"
-        else:
-            remedy = "take a larger slice"
-        sentences.append(
-            f"Stage '{stage}' needs {worst.peak / GB:.1f} GB of {topology.chip.memory / GB:.1f} GB a chip ({worst.name}); {remedy}."
-        )
-    return sentences
+        for planned in stages(config, mesh, all_shapes=all_shapes, **built):
+            costs[planned.name] = []
+            for program in planned.programs:
+                if not only(planned, program):
+                    continue
+                say = lambda found, at=f"{topology.name} {planned.name}: {program.name}": log(f"{at}: {found}")
+                if topology.is_tpu:
+                    cost = compiled_cost(planned, program, mesh, topology, cache, say)
+                else:
+                    cost = counted_cost(planned, program, whole, flash)
+                    say("counted")
+                costs[planned.name].append(cost)
+    return costs

@@ -50,6 +50,10 @@ class StageContext:
         return self.seed * 1000 + self.index
 
 
+# What an argument of a program holds: what is trained with its optimizer, other parameters, or something of this step.
+ROLES = ("state", "parameters", "batch")
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled part of a stage's work without the arrays: what `training.plan` compiles for machines that are not there.
@@ -58,7 +62,9 @@ class Program:
       function: jitted.
       arguments, keywords: of it, with descriptions of arrays and where they are (`parallel.rules.described`).
       model_flops: of the transformer in a call.
+      roles: of each argument, one of `ROLES`.
       calls: in a step of the stage, on the average.
+      gradients: how often in a call gradients of what is trained are summed over the devices.
     """
 
     name: str
@@ -66,7 +72,9 @@ class Program:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     model_flops: float
+    roles: tuple[str, ...]
     calls: float = 1.0
+    gradients: int = 0
 
 
 class Stage:

@@ -1,0 +1,189 @@
+"""Costs of `training.plan` for people: the table, the smallest slice that fits, and what to change where nothing does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from unipic2_jax.parallel.mesh import batch_shards, make_mesh
+from unipic2_jax.training.config import ConfigError
+from unipic2_jax.training.plan import Cache, Cost, Planned, local_bytes, plan, stages
+from unipic2_jax.training.topology import GB, Topology
+
+Costs = Mapping[str, Sequence[Cost]]
+
+HEAD = (
+    "| stage | program | parameters | optimizer | batch | results | activations | peak, of memory | FLOPs, of the model's | "
+    "from other chips | seconds | MFU |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|"
+)
+
+
+def table(costs: Costs, topology: Topology) -> str:
+    """A row a program, everything for one chip and one call, as Markdown; memory in GB (10^9)."""
+    chip, lines = topology.chip, [HEAD]
+    for stage, rows in costs.items():
+        for cost in rows:
+            seconds = cost.seconds(topology)
+            sizes = (cost.parameters, cost.optimizer, cost.batch, cost.results, cost.activations)
+            links = "not compiled"
+            if cost.collectives is not None:
+                found = sorted(cost.collectives.items())
+                links = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in found) or "nothing"
+            useful = f", {cost.model_flops / cost.flops:.0%}" if cost.model_flops else ""
+            mfu = f"{cost.model_flops / chip.flops / seconds:.0%}" if cost.model_flops else "-"
+            at_least = "" if cost.moved is not None else "> "
+            cells = [
+                *(stage, cost.name, *(f"{size / GB:.2f}" for size in sizes)),
+                f"{cost.peak / GB:.1f}, {cost.peak / chip.memory:.0%}"
+                + ("" if fits(cost, topology) else " **too much**"),
+                *(f"{cost.flops / 1e12:.2f} T{useful}", links, f"{at_least}{seconds:.3f}", mfu),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        whole = sum(cost.calls * cost.seconds(topology) for cost in rows)
+        model = sum(cost.calls * cost.model_flops for cost in rows)
+        lines.append(
+            f"| {stage} | **a step, on the average** |{' |' * 8} {whole:.3f} | {model / chip.flops / whole:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def fits(cost: Cost, topology: Topology) -> bool:
+    """Whether a chip has the memory."""
+    return cost.peak <= topology.chip.memory
+
+
+def advice(config: ConfigDict, costs: Costs, topology: Topology) -> list[str]:
+    """A sentence for each stage that does not fit: what to change first."""
+    sentences = []
+    for stage, rows in costs.items():
+        worst = max(rows, key=lambda cost: cost.peak)
+        if fits(worst, topology):
+            continue
+        kept = worst.parameters + worst.optimizer + worst.results
+        needs = f"Stage '{stage}' needs {worst.peak / GB:.1f} GB of {topology.chip.memory / GB:.1f} GB a chip ({worst.name})"
+        sentences.append(f"{needs}; {_remedy(config, stage, worst, kept)}.")
+    return sentences
+
+
+def _remedy(config: ConfigDict, stage: str, worst: Cost, kept: float) -> str:
+    """What to change about the largest part of a peak."""
+    own, preset = config.stages[stage], config.parallel.preset
+    if preset == "ddp" and kept > worst.activations:
+        return "split parameters and optimizer over the chips: --config.parallel.preset=fsdp"
+    if worst.activations < kept:
+        return "take a larger slice, over which parameters and optimizer are split further"
+    remat = own.get("remat", "full")
+    if remat != "full":
+        return f"keep less for the backward pass: --config.stages.{stage}.remat=full (now {remat})"
+    if own.kind == "flow":
+        return (
+            f"compute a batch in more parts: --config.stages.{stage}.accumulation={2 * own.accumulation}, or split the tokens "
+            "of a sample too: --config.parallel.preset=fsdp_sp"
+        )
+    if worst.name == "update":
+        part = own.num_prompts * own.grpo.group_size // own.grpo.updates_per_rollout
+        half = (own.grpo.micro_batch or part) // 2
+        return (
+            f"compute an update in more parts: --config.stages.{stage}.grpo.micro_batch={half}, or split the tokens of a sample "
+            "too: --config.parallel.preset=fsdp_sp"
+        )
+    return (
+        f"split the tokens of a sample too: --config.parallel.preset=fsdp_sp, or draw fewer samples a step: "
+        f"--config.stages.{stage}.num_prompts={max(1, own.num_prompts // 2)}"
+    )
+
+
+def smallest(config: ConfigDict, costs: Costs, topology: Topology) -> tuple[Topology | None, list[str]]:
+    """The smallest slice of the same chips on which every program of `costs` fits, by scaling.
+
+    Parameters, optimizer and batch are exact there; results and activations are scaled by the rows that a chip has, which is
+    a little too much for smaller slices and a little too little for larger ones, since gathered parameters do not shrink.
+
+    Returns:
+      The slice, or None where none does; and the smaller ones on which batches do not come out even.
+    """
+    uneven = []
+    mesh = make_mesh(jax.devices()[:1], "fsdp")
+    with jax.set_mesh(mesh):
+        found = list(stages(config, mesh, all_shapes=False))
+    rows = batch_shards(topology.abstract_mesh(config.parallel))
+    for other in topology.larger():
+        try:
+            there = other.abstract_mesh(config.parallel)
+            for planned in found:
+                planned.check(there)
+        except ConfigError:
+            uneven.append(other.name)
+            continue
+        ratio = rows / batch_shards(there)
+        if all(
+            _scaled_peak(cost, planned, there, ratio) <= other.chip.memory
+            for planned in found
+            for cost in costs[planned.name]
+        ):
+            return other, uneven
+    return None, uneven
+
+
+def _scaled_peak(cost: Cost, planned: Planned, there: jax.sharding.AbstractMesh, ratio: float) -> float:
+    trained, *rest = planned.state().values()
+    parameters, optimizer = local_bytes((planned.parameters, trained), there), local_bytes(rest, there)
+    new_state = local_bytes(list(planned.state().values()), there)
+    # A step returns a new state, the other programs something for each row.
+    updates = any(program.name == cost.name and program.gradients for program in planned.programs)
+    results = min(cost.results, new_state) if updates else cost.results * ratio
+    if updates and cost.results:
+        results = new_state
+    return parameters + optimizer + results + (cost.batch + cost.activations) * ratio
+
+
+def confirmed(
+    config: ConfigDict, costs: Costs, start: Topology, cache: Cache, log: Callable[[str], None]
+) -> Topology | None:
+    """The first slice from `start` on where the program with the highest peak, compiled for it, fits."""
+    worst = max((cost for rows in costs.values() for cost in rows), key=lambda cost: cost.peak)
+    only = lambda planned, program: (planned.name, program.name) == (worst.stage, worst.name)
+    for other in _from(start):
+        try:
+            again = plan(config, other, cache=cache, log=log, only=only)
+        except ConfigError:
+            continue  # its batches do not come out even there
+        if all(fits(cost, other) for rows in again.values() for cost in rows):
+            return other
+    return None
+
+
+def _from(start: Topology) -> Iterator[Topology]:
+    passed = False
+    for other in start.larger():
+        passed = passed or other.name == start.name
+        if passed:
+            yield other
+
+
+def smallest_sentence(
+    config: ConfigDict, costs: Costs, topology: Topology, how: str, cache: Cache, log: Callable[[str], None]
+) -> str:
+    """The smallest slice that fits, and how that is known.
+
+    Args:
+      how: 'estimate', or 'confirm' to compile the largest program there.
+    """
+    found, uneven = smallest(config, costs, topology)
+    parts = f" ({', '.join(uneven)}: its batches do not come out even)" if uneven else ""
+    if found is None:
+        return f"No slice of {topology.kind} that is rented has the memory, by scaling these figures{parts}."
+    if how == "confirm":
+        found = confirmed(config, costs, found, cache, log)
+        if found is None:
+            return (
+                f"No slice of {topology.kind} that is rented has the memory, by compiling the largest program{parts}."
+            )
+        known = "confirmed by the largest program, " + ("compiled" if topology.is_tpu else "counted") + " for it"
+    elif found.name == topology.name:
+        known = "by these figures, and by scaling them to the smaller ones"
+    else:
+        known = "an estimate, by scaling these figures; --smallest=confirm compiles for it"
+    return f"The smallest slice that fits: {found.name}, {known}{parts}."
