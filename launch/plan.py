@@ -55,17 +55,22 @@ def main(argv: list[str]) -> None:
     log = lambda sentence: print(sentence, file=sys.stderr, flush=True)
     try:
         config = config_lib.validate(CONFIG.value)
+        counted = {}
         for machine in map(topology.read_topology, _TOPOLOGY.value):
-            costs = plan.plan(config, machine, all_shapes=_ALL_SHAPES.value, cache=cache, log=log)
+            # What is counted for GPUs depends on their number alone.
+            made = counted.get(machine.count) if not machine.is_tpu else None
+            if made is None:
+                made = plan.plan(config, machine, all_shapes=_ALL_SHAPES.value, cache=cache, log=log)
+                counted |= {} if machine.is_tpu else {machine.count: made}
             print(f"**{machine.name}**, {machine.count} chips, preset {config.parallel.preset}", end="")
             print(f" ({'compiled' if machine.is_tpu else 'by arithmetic'}):\n")
             if _MARKDOWN.value:
                 print(f"    {_command(machine.name)}\n")
-            print(plan_report.table(costs, machine))
-            for sentence in plan_report.advice(config, costs, machine):
+            print(plan_report.table(made.costs, machine))
+            for sentence in plan_report.advice(config, made.costs, machine):
                 print(f"{sentence}\n")
             if _SMALLEST.value != "off":
-                print(plan_report.smallest_sentence(config, costs, machine, _SMALLEST.value, cache, log), end="\n\n")
+                print(plan_report.smallest_sentence(config, made, machine, _SMALLEST.value, cache, log), end="\n\n")
     except (ConfigError, FileNotFoundError) as error:
         sys.exit(str(error))
     if not _ALL_SHAPES.value:

@@ -91,7 +91,7 @@ class Planned:
     """A stage that could run, with descriptions instead of arrays.
 
     Attributes:
-      config: of the stage, on data and rewards that stand for the real ones.
+      config: of the whole stage, on data and rewards that stand for the real ones.
       parameters: descriptions of everything that stays on the devices beside what is trained.
     """
 
@@ -139,7 +139,7 @@ def stages(
         planned = Planned(name, stage, None, [])
         planned.check(split or mesh)
         if shards > 1:
-            with stage.unlocked():
+            with (stage := stage.copy_and_resolve_references()).unlocked():
                 _part_of_batch(name, stage, shards)
         context = StageContext(name, index, config.seed, mesh, Path("."), log=lambda sentence: None)
         bundle = abstract_bundle(model_config(config, model), mesh)
@@ -209,6 +209,14 @@ def _held(planned: Planned, program: Program, mesh: Mesh | AbstractMesh) -> tupl
     parameters = local_bytes((planned.parameters, trained), mesh)
     batch = [argument for role, argument in zip(program.roles, program.arguments) if role == "batch"]
     return parameters, local_bytes(rest, mesh), local_bytes(batch, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Stages, and for each of them the costs of its programs."""
+
+    stages: list[Planned]
+    costs: dict[str, list[Cost]]
 
 
 class Cache:
@@ -378,7 +386,7 @@ def plan(
     cache: Cache | None = None,
     log: Callable[[str], None] = lambda sentence: None,
     only: Callable[[Planned, Program], bool] = lambda planned, program: True,
-) -> dict[str, list[Cost]]:
+) -> Plan:
     """Costs of every stage's programs.
 
     Args:
@@ -403,10 +411,11 @@ def plan(
             )
         mesh, built = make_mesh(jax.devices()[:1], "fsdp"), {"shards": shards, "split": whole}
     flash = config.get("attention", "auto") != "xla"
-    costs: dict[str, list[Cost]] = {}
+    found = Plan([], {})
     with jax.set_mesh(mesh):
         for planned in stages(config, mesh, all_shapes=all_shapes, **built):
-            costs[planned.name] = []
+            found.stages.append(planned)
+            found.costs[planned.name] = []
             for program in planned.programs:
                 if not only(planned, program):
                     continue
@@ -416,5 +425,5 @@ def plan(
                 else:
                     cost = counted_cost(planned, program, whole, flash)
                     say("counted")
-                costs[planned.name].append(cost)
-    return costs
+                found.costs[planned.name].append(cost)
+    return found

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from unipic2_jax.parallel.mesh import batch_shards, make_mesh
+from unipic2_jax.parallel.mesh import batch_shards
 from unipic2_jax.training.config import ConfigError
-from unipic2_jax.training.plan import Cache, Cost, Planned, local_bytes, plan, stages
+from unipic2_jax.training.plan import Cache, Cost, Plan, Planned, local_bytes, plan
 from unipic2_jax.training.topology import GB, Topology
 
 Costs = Mapping[str, Sequence[Cost]]
@@ -95,8 +95,8 @@ def _remedy(config: ConfigDict, stage: str, worst: Cost, kept: float) -> str:
     )
 
 
-def smallest(config: ConfigDict, costs: Costs, topology: Topology) -> tuple[Topology | None, list[str]]:
-    """The smallest slice of the same chips on which every program of `costs` fits, by scaling.
+def smallest(config: ConfigDict, made: Plan, topology: Topology) -> tuple[Topology | None, list[str]]:
+    """The smallest slice of the same chips on which every program fits, by scaling.
 
     Parameters, optimizer and batch are exact there; results and activations are scaled by the rows that a chip has, which is
     a little too much for smaller slices and a little too little for larger ones, since gathered parameters do not shrink.
@@ -105,14 +105,11 @@ def smallest(config: ConfigDict, costs: Costs, topology: Topology) -> tuple[Topo
       The slice, or None where none does; and the smaller ones on which batches do not come out even.
     """
     uneven = []
-    mesh = make_mesh(jax.devices()[:1], "fsdp")
-    with jax.set_mesh(mesh):
-        found = list(stages(config, mesh, all_shapes=False))
     rows = batch_shards(topology.abstract_mesh(config.parallel))
     for other in topology.larger():
         try:
             there = other.abstract_mesh(config.parallel)
-            for planned in found:
+            for planned in made.stages:
                 planned.check(there)
         except ConfigError:
             uneven.append(other.name)
@@ -120,8 +117,8 @@ def smallest(config: ConfigDict, costs: Costs, topology: Topology) -> tuple[Topo
         ratio = rows / batch_shards(there)
         if all(
             _scaled_peak(cost, planned, there, ratio) <= other.chip.memory
-            for planned in found
-            for cost in costs[planned.name]
+            for planned in made.stages
+            for cost in made.costs[planned.name]
         ):
             return other, uneven
     return None, uneven
@@ -133,24 +130,22 @@ def _scaled_peak(cost: Cost, planned: Planned, there: jax.sharding.AbstractMesh,
     new_state = local_bytes(list(planned.state().values()), there)
     # A step returns a new state, the other programs something for each row.
     updates = any(program.name == cost.name and program.gradients for program in planned.programs)
-    results = min(cost.results, new_state) if updates else cost.results * ratio
-    if updates and cost.results:
-        results = new_state
+    results = (new_state if cost.results else 0.0) if updates else cost.results * ratio
     return parameters + optimizer + results + (cost.batch + cost.activations) * ratio
 
 
 def confirmed(
-    config: ConfigDict, costs: Costs, start: Topology, cache: Cache, log: Callable[[str], None]
+    config: ConfigDict, made: Plan, start: Topology, cache: Cache, log: Callable[[str], None]
 ) -> Topology | None:
     """The first slice from `start` on where the program with the highest peak, compiled for it, fits."""
-    worst = max((cost for rows in costs.values() for cost in rows), key=lambda cost: cost.peak)
+    worst = max((cost for rows in made.costs.values() for cost in rows), key=lambda cost: cost.peak)
     only = lambda planned, program: (planned.name, program.name) == (worst.stage, worst.name)
     for other in _from(start):
         try:
             again = plan(config, other, cache=cache, log=log, only=only)
         except ConfigError:
             continue  # its batches do not come out even there
-        if all(fits(cost, other) for rows in again.values() for cost in rows):
+        if all(fits(cost, other) for rows in again.costs.values() for cost in rows):
             return other
     return None
 
@@ -164,19 +159,19 @@ def _from(start: Topology) -> Iterator[Topology]:
 
 
 def smallest_sentence(
-    config: ConfigDict, costs: Costs, topology: Topology, how: str, cache: Cache, log: Callable[[str], None]
+    config: ConfigDict, made: Plan, topology: Topology, how: str, cache: Cache, log: Callable[[str], None]
 ) -> str:
     """The smallest slice that fits, and how that is known.
 
     Args:
       how: 'estimate', or 'confirm' to compile the largest program there.
     """
-    found, uneven = smallest(config, costs, topology)
+    found, uneven = smallest(config, made, topology)
     parts = f" ({', '.join(uneven)}: its batches do not come out even)" if uneven else ""
     if found is None:
         return f"No slice of {topology.kind} that is rented has the memory, by scaling these figures{parts}."
     if how == "confirm":
-        found = confirmed(config, costs, found, cache, log)
+        found = confirmed(config, made, found, cache, log)
         if found is None:
             return (
                 f"No slice of {topology.kind} that is rented has the memory, by compiling the largest program{parts}."
