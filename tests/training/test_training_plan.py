@@ -75,7 +75,7 @@ def test_a_step_on_gpus_by_arithmetic(counted):
     # All but biases, norms and the VAE is split in eight.
     assert (trained + frozen) / 8 < edit.parameters < (trained + frozen) / 3
     assert (moments + averages) / 8 < edit.optimizer < (moments + averages) / 5
-    assert edit.optimizer < edit.results < edit.optimizer + edit.parameters  # the new state
+    assert 0 < edit.results < 1000  # the new state takes the place of the old one: metrics only
     assert edit.peak == sum((edit.parameters, edit.optimizer, edit.batch, edit.results, edit.activations))
     # The step computes its forward pass again, and reads pictures and prompts.
     assert 4 / 3 < edit.flops / edit.model_flops < 2.5 and edit.single == edit.flops
@@ -102,7 +102,7 @@ def test_every_program_of_reinforcement():
     assert {c.name for c in costs if c.model_flops} == {"rollout", "update"}
 
 
-@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("remat", ["full", "none"])
 def test_what_is_held_is_about_what_the_compiler_holds(remat):
     config = MMDiTConfig(
         num_layers=4,

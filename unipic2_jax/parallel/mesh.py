@@ -102,6 +102,12 @@ def described_whole(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
 
 
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Raises a ValueError when a batch of so many rows cannot be split evenly."""
+    if rows % (parts := batch_shards(mesh)):
+        raise ValueError(f"A batch of {rows} cannot be split over {parts} devices; use a multiple of {parts}.")
+
+
 def shard_batch(batch: Any, mesh: Mesh, *, local: bool = False) -> Any:
     """Places a pytree of host arrays on the mesh, split along their leading axis.
 
@@ -111,16 +117,12 @@ def shard_batch(batch: Any, mesh: Mesh, *, local: bool = False) -> Any:
     Raises:
       ValueError: when a leading axis cannot be split evenly.
     """
-    parts = batch_shards(mesh)
 
     def place(x: Any) -> jax.Array:
         x = np.asarray(x)
         if local and jax.process_count() > 1:
             return jax.make_array_from_process_local_data(batch_sharding(mesh), x)
-        if x.shape[0] % parts:
-            raise ValueError(
-                f"A batch of {x.shape[0]} cannot be split over {parts} devices; use a multiple of {parts}."
-            )
+        check_rows(x.shape[0], mesh)
         if jax.process_count() > 1:
             return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
         return jax.device_put(x, batch_sharding(mesh))

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.data.examples import make_examples
 from unipic2_jax.evaluation.grids import contact_sheet
-from unipic2_jax.parallel.mesh import shard_batch
+from unipic2_jax.parallel.mesh import check_rows, shard_batch
 from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, to_uint8
 from unipic2_jax.training.autoencoder import autoencoder_loss
 from unipic2_jax.training.config import ConfigError, stage_fields
@@ -54,7 +54,7 @@ class AutoencoderStage(Stage):
                 f"The autoencoder takes pictures of one shape, and these have {len(found)}; prepare one alone."
             )
         make_optimizer(config.optimizer, config.steps)
-        shard_batch(np.zeros(config.batch_size), mesh)
+        check_rows(config.batch_size, mesh)
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
         super().__init__(config, bundle, context)

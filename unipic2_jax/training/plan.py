@@ -143,8 +143,10 @@ def stages(
                 _part_of_batch(name, stage, shards)
         context = StageContext(name, index, config.seed, mesh, Path("."), log=lambda sentence: None)
         bundle = abstract_bundle(model_config(config, model), mesh)
-        programs = stage_class(stage.kind)(stage, bundle, context).programs()
-        parameters = {"model": bundle.params}
+        made = stage_class(stage.kind)(stage, bundle, context)
+        programs = made.programs()
+        # What a flow stage trains lives on in its state alone.
+        parameters = {"model": made.frozen if stage.kind == "flow" else bundle.params}
         if judged:
             from unipic2_jax.pipelines.judge import judge_program
 
@@ -313,11 +315,8 @@ def compiled_cost(
     traced = program.function.trace(*program.arguments, **program.keywords)
     found = compile_program(traced, topology, cache, log)
     parameters, optimizer, batch = _held(planned, program, mesh)
-    results = found["results"]
-    if results is None:
-        # Known when it has been compiled only; a step returns a new state at least.
-        state = [argument for role, argument in zip(program.roles, program.arguments) if role == "state"]
-        results = local_bytes(state, mesh) if program.gradients else 0.0
+    # Known when it has been compiled only; a new state takes the place of the old one.
+    results = found["results"] or 0.0
     return Cost(
         planned.name,
         program.name,

@@ -127,11 +127,7 @@ def smallest(config: ConfigDict, made: Plan, topology: Topology) -> tuple[Topolo
 def _scaled_peak(cost: Cost, planned: Planned, there: jax.sharding.AbstractMesh, ratio: float) -> float:
     trained, *rest = planned.state().values()
     parameters, optimizer = local_bytes((planned.parameters, trained), there), local_bytes(rest, there)
-    new_state = local_bytes(list(planned.state().values()), there)
-    # A step returns a new state, the other programs something for each row.
-    updates = any(program.name == cost.name and program.gradients for program in planned.programs)
-    results = (new_state if cost.results else 0.0) if updates else cost.results * ratio
-    return parameters + optimizer + results + (cost.batch + cost.activations) * ratio
+    return parameters + optimizer + (cost.batch + cost.results + cost.activations) * ratio
 
 
 def confirmed(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from unipic2_jax.data.questions import make_questions
 from unipic2_jax.evaluation.vqa import HELD_OUT_SEED, answer_questions, conversation, score_answers
-from unipic2_jax.parallel.mesh import shard_batch
+from unipic2_jax.parallel.mesh import check_rows, shard_batch
 from unipic2_jax.parallel.rules import constrain_parameters
 from unipic2_jax.pipelines.chat import ChatModel
 from unipic2_jax.rl.ema import ema_update
@@ -69,7 +69,7 @@ class VLMStage(Stage):
         if not config.forms or set(config.forms) - FORMS.keys():
             raise ConfigError(f"forms is {tuple(config.forms)}; use some of {', '.join(FORMS)}.")
         make_optimizer(config.optimizer, config.steps)
-        shard_batch(np.zeros(config.batch_size), mesh)
+        check_rows(config.batch_size, mesh)
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
         super().__init__(config, bundle, context)
