@@ -32,7 +32,7 @@ from unipic2_jax.training.stage import Stage, StageContext, stage_class
 
 CURVES_EVERY = 60.0  # seconds; drawing takes about one
 # Seconds after a signal in which the main thread can leave by itself, and in which a signal that comes twice is one.
-GRACE = 2.0
+GRACE = 5.0
 POLL = 0.2
 
 
