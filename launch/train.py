@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         sys.exit(str(error))
     try:
         with processes.together():
-            loop.run(CONFIG.value, _WORKDIR.value)
+            loop.run(CONFIG.value, _WORKDIR.value, own_process=True)
     except (ConfigError, loop.TrainingError, FileNotFoundError) as error:
         sys.exit(str(error))
 

@@ -72,4 +72,4 @@ if __name__ == "__main__":
     t2i = toy_grpo.stage(steps=3, optimizer=smooth)
     with processes.together():
         config = toy_grpo.config(flow=flow, edit=edit, t2i=t2i)
-        loop.run(config, sys.argv[1], load=toy_grpo.load, save=toy_grpo.save)
+        loop.run(config, sys.argv[1], load=toy_grpo.load, save=toy_grpo.save, own_process=True)

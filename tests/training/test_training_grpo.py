@@ -126,9 +126,8 @@ def test_a_stage_is_not_measured_again_where_the_one_before_ended(tmp_path, monk
     assert records[3]["scores"] != records[2]["scores"]
 
 
-def test_two_stages_stopped_within_each_end_with_the_same_bits(tmp_path, monkeypatch):
+def test_two_stages_stopped_within_each_end_with_the_same_bits(tmp_path):
     """The second stage continues the first one's LoRA, so that has to survive as well."""
-    monkeypatch.setattr(loop, "GRACE", 600.0)  # the step after the signal compiles, and is to be taken
     whole = run(tmp_path / "whole")
     for calls in (2, 3):  # inside the first stage; then inside the second
         Brightness.trouble = toy_grpo.stop_at_call(calls)

@@ -127,8 +127,8 @@ def save(bundle, folder):
     np.savez(folder / "params.npz", **flat)
 
 
-def run(workdir, **fields):
-    return loop.run(toy_config(**fields), workdir, load=load, save=save)
+def run(workdir, own_process=False, **fields):
+    return loop.run(toy_config(**fields), workdir, load=load, save=save, own_process=own_process)
 
 
 def child(workdir, fields, trouble, output=None, asynchronous=False, grace=None):
@@ -138,4 +138,4 @@ def child(workdir, fields, trouble, output=None, asynchronous=False, grace=None)
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
     loop.GRACE = grace or loop.GRACE
     loop.Checkpoints = functools.partial(loop.Checkpoints, asynchronous=asynchronous)
-    run(Path(workdir), **fields)
+    run(Path(workdir), own_process=True, **fields)

@@ -43,6 +43,7 @@ def run(
     mesh: jax.sharding.Mesh | None = None,
     load: Callable[[ConfigDict, jax.sharding.Mesh], Any] | None = None,
     save: Callable[[Any, Path], None] | None = None,
+    own_process: bool = False,
 ) -> Path:
     """Runs the stages of `config.schedule` in `workdir`, continuing what is there, and exports the final model.
 
@@ -55,6 +56,7 @@ def run(
         report.md and export/ (plus export/ extras of each stage under stages/).
       mesh: devices; all of them in the shape of `config.parallel` by default.
       load, save: how a bundle is made from the configuration, and written; diffusers layout by default.
+      own_process: the process is for this run alone, so that a signal may end it where Python cannot be interrupted.
 
     Returns:
       The folder of the exported model.
@@ -84,7 +86,7 @@ def run(
     with_vlm = model_config(config, config.stages[config.schedule[-1]].model).vlm is None
     save = save or functools.partial(save_bundle, with_vlm=with_vlm)
     with jax.set_mesh(mesh):
-        return _Run(config, workdir, mesh, load or load_bundle, save).go()
+        return _Run(config, workdir, mesh, load or load_bundle, save, own_process).go()
 
 
 def check_writable(workdir: Path) -> None:
@@ -161,11 +163,12 @@ def use_compilation_cache(workdir: str | os.PathLike) -> None:
 
 
 class _Signals:
-    """Notes SIGTERM and SIGINT so that the loop can save first; the same again, `GRACE` seconds later, ends the process at once.
+    """Notes SIGTERM and SIGINT so that the loop can save first; a second SIGINT interrupts at once.
 
-    Python runs handlers in the main thread between two bytecodes: a signal would wait for the end of a compilation. A thread
-    sees it when it comes, and ends the process where that loses nothing: when all steps are saved and the main thread has not
-    left by itself for `GRACE` seconds, as it would between two steps.
+    Python runs handlers in the main thread between two bytecodes: a signal would wait for the end of a compilation. In a process
+    of the run's own a thread sees it when it comes, and ends the process where that loses nothing: when all steps are saved and
+    the main thread has not left by itself for `GRACE` seconds, as it would between two steps. The same signal again after these
+    ends it at once.
 
     Attributes:
       received: the signal that the loop should leave after, or 0.
@@ -173,8 +176,8 @@ class _Signals:
       saving: whether a checkpoint is being written in the background.
     """
 
-    def __init__(self, saving: Callable[[], bool]):
-        self.received, self.unsaved, self.saving = 0, False, saving
+    def __init__(self, saving: Callable[[], bool], own_process: bool):
+        self.received, self.unsaved, self.saving, self.own_process = 0, False, saving, own_process
 
     def __enter__(self):
         self.old, self.over = {}, threading.Event()
@@ -183,6 +186,8 @@ class _Signals:
                 self.old[number] = signal.signal(number, self._note)
             except ValueError:  # not in the main thread, where Python allows no handlers
                 return self
+        if not self.own_process:
+            return self
         self.seen, written = socket.socketpair()
         written.setblocking(False)
         self.written, self.old_written = written, signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
@@ -192,6 +197,8 @@ class _Signals:
 
     def _note(self, number, frame):
         del frame
+        if self.received == signal.SIGINT == number and not self.own_process:
+            raise KeyboardInterrupt
         self.received = number
 
     def _watch(self) -> None:
@@ -218,14 +225,16 @@ class _Signals:
                     _leave(number, "Ended by a signal, with all steps saved; the same command continues.")
 
     def __exit__(self, *error):
-        if self.over.set() or len(self.old) < 2:
+        if self.over.is_set():
             return
-        self.watcher.join()
-        signal.set_wakeup_fd(self.old_written)
+        self.over.set()
+        if self.own_process and len(self.old) == 2:
+            self.watcher.join()
+            signal.set_wakeup_fd(self.old_written)
+            self.seen.close()
+            self.written.close()
         for number, handler in self.old.items():
             signal.signal(number, handler)
-        self.seen.close()
-        self.written.close()
 
 
 def _leave(number: int, sentence: str) -> NoReturn:
@@ -237,8 +246,17 @@ def _leave(number: int, sentence: str) -> NoReturn:
 class _Run:
     """One call of `run`: what its steps share."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, load: Callable, save: Callable):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        mesh: jax.sharding.Mesh,
+        load: Callable,
+        save: Callable,
+        own_process: bool,
+    ):
         self.config, self.workdir, self.mesh, self.load, self.save_bundle = config, workdir, mesh, load, save
+        self.own_process = own_process
         self.names = list(config.schedule)
         # The model that the current stage's is made of, and what stages before trained that is no part of it.
         self.initial, self.carried = self.load_model(config.stages[self.names[0]].model), {}
@@ -272,7 +290,7 @@ class _Run:
         if is_main():
             config_lib.write_config(self.config, self.workdir / "config.json")
         self.metrics = Metrics(self.workdir, self.offsets[first] + step, writes=is_main())
-        with _Signals(self.checkpoints.saving) as self.signals:
+        with _Signals(self.checkpoints.saving, self.own_process) as self.signals:
             bundle = None
             for index in range(first, len(self.names)):
                 stage = stage or self.stage_at(index)
