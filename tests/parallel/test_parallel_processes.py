@@ -108,7 +108,7 @@ def assert_equal(found, wanted):
     assert [r["total_step"] for r in found[2]] == [r["total_step"] for r in wanted[2]]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_to_the_numbers_of_one(start, reference, tmp_path, count):
     assert {row["stage"] for row in reference[1]} == {"flow", "edit", "t2i"}
     assert_equal(run(start, tmp_path / "run", count), reference)
@@ -135,8 +135,15 @@ def test_a_killed_process_stops_the_others_and_any_number_goes_on(start, referen
     assert_equal(run(start, tmp_path / "run", 4), reference)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "lost, number",
+    [
+        (0, signal.SIGKILL),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_that_is_lost_stops_the_others(start, tmp_path, lost, number):
     """The first process, with which all others talk, and another; gone with their connections, and silent."""
     started = start(tmp_path / "run", 2, lost, "flow", 3, int(number))
