@@ -21,7 +21,7 @@ from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.flow.timesteps import TimestepSampling
 from unipic2_jax.models.attention import IMPLEMENTATIONS
 from unipic2_jax.models.lora import init_lora
-from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
+from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig, position_table
 from unipic2_jax.models.remat import POLICIES
 from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.pipelines.sampling import velocity_fn
@@ -203,23 +203,21 @@ def make_inputs(settings: Settings) -> Inputs:
     )
     conditioning, unconditional, latents = text(), text(), normal(*shape)
 
-    def perturbed(key: jax.Array, tree: Any) -> Any:
-        leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-        moved = [
-            leaf
-            if path[-1].key == "pos_embed"
-            else leaf + 0.02 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
-            for i, (path, leaf) in enumerate(leaves)
-        ]
-        return structure.unflatten(moved)
+    # Drawn by numpy: a program that draws every leaf takes longer to compile than the training step.
+    rng = np.random.default_rng(0)
 
-    @jax.jit
-    def weights(key: jax.Array) -> tuple[Any, Any]:
-        first, second, third, fourth = jax.random.split(key, 4)
-        params = MMDiT(config).init(first, latents[:1], jnp.zeros(1), *(x[:1] for x in conditioning))["params"]
-        return perturbed(second, params), perturbed(third, init_lora(fourth, params, settings.lora_rank))
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if path[-1].key == "pos_embed":
+            return position_table(config.width, config.pos_embed_max_size, config.sample_size // config.patch_size)
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        noise *= 0.02
+        return jnp.asarray(noise + 1 if path[-1].key == "scale" else noise)
 
-    params, lora = weights(next(keys))
+    weights = jax.eval_shape(
+        MMDiT(config).init, jax.random.key(0), latents[:1], jnp.zeros(1), *(x[:1] for x in conditioning)
+    )
+    updates = jax.eval_shape(lambda tree: init_lora(jax.random.key(0), tree, settings.lora_rank), weights["params"])
+    params, lora = (jax.tree_util.tree_map_with_path(draw, tree) for tree in (weights["params"], updates))
     key = next(keys)
     # As `rl.update.make_rollout` and `rl.rollout.rollout` draw it.
     steps = jax.random.split(jax.random.split(key)[1], settings.num_steps)
