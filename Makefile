@@ -9,7 +9,7 @@ WHEELS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH := $(if $(WHEELS),--find-links $(WHEELS),--torch-backend cpu)
 UV := $(RUN) -m uv pip install --quiet --python $(RUN)
 
-.PHONY: help demo test test-slow lint format tiny tiny-metaquery clean
+.PHONY: help demo test test-slow lint format tiny tiny-metaquery scaling clean
 
 help:
 	@echo "make demo       reinforce the shipped tiny model: editing, then text-to-image (about 10 minutes on 2 cores)"
@@ -71,6 +71,20 @@ tiny-metaquery: $(VENV)/.run
 	  --baseline=runs/tiny_metaquery/baseline/scores.json
 	$(RUN) -m launch.export --model=runs/tiny_metaquery/export --out=$(ASSETS)/tiny_metaquery --dtype=float16
 	cmp runs/tiny_vlm/half/vlm/model.safetensors $(ASSETS)/tiny_metaquery/vlm/model.safetensors
+
+# The tables of docs/scaling.md; the TPU compiler (`pip install libtpu`) needs hours for what it has not compiled before. With 64
+# chips a micro-batch of reinforcement has 64 samples at least.
+RECIPES := connector kontext unified unipic2 pdtr
+PLAN := $(RUN) -m launch.plan --markdown --config.parallel.preset=fsdp
+PARTS := --config.stages.edit.grpo.micro_batch=64 --config.stages.t2i.grpo.micro_batch=64
+
+scaling: $(VENV)/.run
+	@for recipe in $(RECIPES); do \
+	  parts=; case $$recipe in unipic2|pdtr) parts="$(PARTS)";; esac; \
+	  echo "### $$recipe"; echo; \
+	  $(PLAN) --config=configs/$$recipe.py --topology=gpu:8xh100,gpu:8xh200 || exit 1; \
+	  $(PLAN) --config=configs/$$recipe.py --topology=v5e:8x8,v5p:4x4x4,v6e:8x8 $$parts || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

@@ -215,8 +215,8 @@ class _Counter:
         last: dict[Value, int] = {}
         for place in reversed(range(len(operations))):
             operation = operations[place]
-            inside = place not in fused
-            when = place if inside else max((last.get(value, place) for value in operation.outputs), default=place)
+            users = [last.get(value, place) for value in operation.outputs]
+            when = max(users, default=place) if place in fused else place
             for value in operation.inputs:
                 last[value] = max(last.get(value, -1), when)
         after = {value: len(operations) for value in results}
@@ -244,7 +244,7 @@ class _Counter:
                         whole = value.size / value.weight.share
                         gathered_now[value.weight.name] = whole
                         gathered, moved, held = gathered + whole, moved + 2 * whole, held + whole
-                dying = sum(v.size for v in ends[place] if not v.given and not self._is_fused(v, roots))
+                dying = sum(v.size for v in ends[place] if not v.given and v not in roots)
                 # What is computed element by element takes the place of an operand that is not needed again.
                 reused = min(dying, made) if operation.fuses and not operation.reduces else 0.0
                 worst = max(worst, held + made - reused + inner.held)
@@ -253,14 +253,11 @@ class _Counter:
                     if value not in last and value not in after and not value.given:
                         held -= value.size  # nobody needs it
             for value in ends[place]:
-                if not value.given and not self._is_fused(value, roots):
+                if not value.given and value not in roots:
                     held -= value.size
             for name in [name for name in gathered_now if gathered_until[name] == place]:
                 held -= gathered_now.pop(name)
         return Work(worst, moved, gathered)
-
-    def _is_fused(self, value: Value, roots: Mapping[Value, Any]) -> bool:
-        return value in roots
 
     def _inner(self, operation: Operation) -> Work:
         """Of a loop's body, all turns together, or of the larger branch."""

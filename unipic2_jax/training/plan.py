@@ -32,7 +32,7 @@ from unipic2_jax.training.counting import is_single, jaxpr_flops
 from unipic2_jax.training.hlo import Module
 from unipic2_jax.training.liveness import measure
 from unipic2_jax.training.loop import model_config
-from unipic2_jax.training.stage import Program, StageContext, stage_class
+from unipic2_jax.training.stage import Program, Stage, StageContext, stage_class
 from unipic2_jax.training.topology import Topology
 
 # A quarter of the compiler's time, and about the same memory: what it leaves out are searches for faster code.
@@ -133,6 +133,10 @@ def stages(
 
     for index, name in enumerate(config.schedule):
         stage, model = config.stages[name].copy_and_resolve_references(), config.stages[name].model
+        if stage_class(stage.kind).programs is Stage.programs:
+            raise ConfigError(
+                f"config.stages.{name} is of kind '{stage.kind}', which cannot be planned; leave it out of schedule."
+            )
         judged = "editreward" in stage.get("rewards", {})
         with stage.unlocked():
             _without_content(stage, all_shapes)
@@ -148,7 +152,7 @@ def stages(
         # What a flow stage trains lives on in its state alone.
         parameters = {"model": made.frozen if stage.kind == "flow" else bundle.params}
         if judged:
-            from unipic2_jax.pipelines.judge import judge_program
+            from unipic2_jax.training.judge import judge_program
 
             samples = stage.num_prompts * stage.grpo.group_size
             programs.append(judge_program(mesh, samples, stage.height, stage.width))
