@@ -240,9 +240,12 @@ def test_a_disk_that_fills_up_stops_with_a_sentence_and_loses_nothing(processes,
     process.join(PATIENCE)
     said = output.read_text()
     assert process.exitcode == 1 and "TrainingError: A checkpoint could not be written" in said, said
-    assert "states/4: make room there" in said.splitlines()[-1]
+    # In the background the fourth was still being written, or was not; the sentence knows.
+    newest = max(complete(tmp_path / "run/checkpoints/states"))
+    assert newest in ((3, 4) if asynchronous else (4,))
+    assert f"states/{newest}: make room there" in said.splitlines()[-1]
     toy_stage.run(tmp_path / "run", **fields)
-    assert "Continuing after step 4" in capsys.readouterr().err
+    assert f"Continuing after step {newest} of" in capsys.readouterr().err
     assert (tmp_path / "run/export").is_dir()
 
 
