@@ -91,7 +91,7 @@ STREAM = """
     mesh = make_mesh(preset="fsdp")
     placed = shardings(mesh, {"vlm": abstract})["vlm"]
     # The first use of JAX allocates what is its own; it is done before measuring.
-    jax.device_put(np.ones(8), jax.tree.leaves(placed)[0]).block_until_ready()
+    jax.device_put(np.ones((8, 8)), jax.tree.leaves(placed)[0]).block_until_ready()
     del draw
 
     def anonymous():

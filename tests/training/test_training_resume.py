@@ -1,5 +1,6 @@
 """A run that is killed and continued ends with the same bits as one that is not."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -200,7 +201,8 @@ def test_sigterm_waits_for_unsaved_steps_and_a_second_one_does_not(processes, re
     assert process.is_alive()
     deadline = time.monotonic() + PATIENCE
     while process.is_alive() and time.monotonic() < deadline:  # the first may have been noticed late
-        os.kill(process.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(process.pid, signal.SIGTERM)
         process.join(3 * GRACE)
     assert process.exitcode == 128 + signal.SIGTERM
     assert "Ended at once by a second signal" in (tmp_path / "said").read_text()

@@ -126,6 +126,9 @@ class Checkpoints:
             stored = v1.metadata(self.path(step), checkpointable_name="state").metadata
             leaves, structure = jax.tree_util.tree_flatten_with_path(stored)
             names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+            # What Orbax cannot read it leaves out of the description, without a word.
+            if missing := sorted(sums.keys() - set(names)):
+                return f"{missing[0]} is not there"
             for piece in _pieces([leaf for _, leaf in leaves]):
                 wanted = [
                     np.empty(leaf.shape, leaf.dtype) if number in piece else v1.PLACEHOLDER
