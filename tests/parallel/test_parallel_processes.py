@@ -127,6 +127,7 @@ def assert_left(found, lost):
             print(f"process {number} ended {ended[number] - at:.1f} s after {lost} was lost")
 
 
+@pytest.mark.slow
 def test_a_killed_process_stops_the_others_and_any_number_goes_on(start, reference, tmp_path):
     found = finish(start(tmp_path / "run", 2, 1, "edit", 2, int(signal.SIGKILL)))
     assert found[0][1] == -signal.SIGKILL
@@ -150,6 +151,7 @@ def test_a_process_that_is_lost_stops_the_others(start, tmp_path, lost, number):
     assert_left(finish(started, silent=lost), lost)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_saves(start, reference, tmp_path):
     codes, outputs, _ = finish(start(tmp_path / "run", 2, 1, "edit", 1, int(signal.SIGTERM)))
     assert codes == [128 + signal.SIGTERM] * 2, outputs
