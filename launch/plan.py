@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"The argument {argv[1]} is not a flag; write --config.field=value.")
     cli.quiet()
-    # Nothing runs here; and the TPU compiler is not to look for a TPU.
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+    # Nothing runs here: the TPU compiler is not to look for a TPU, and other processes may use it at the same time.
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     from unipic2_jax.training import config as config_lib
     from unipic2_jax.training import plan, plan_report, topology
 

@@ -62,3 +62,39 @@ def test_memory_that_is_moved():
 def test_what_is_no_program():
     with pytest.raises(ValueError, match="no entry"):
         Module.read("HloModule nothing")
+
+
+TPU = """HloModule step
+
+%gathered (input.6: bf16[1536,64]) -> bf16[384,64] {
+  %input.6 = bf16[1536,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.1 = bf16[1536,64]{1,0:T(8,128)(2,1)} all-reduce(%input.6), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice.1 = bf16[384,64]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %input.6), dynamic_slice_sizes={384,64}
+}
+
+%body (state: (s32[], bf16[1536,64])) -> (s32[], bf16[1536,64]) {
+  %state = (s32[]{:T(128)}, bf16[1536,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[1536,64]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
+  %kept = bf16[384,64]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%gathered
+  ROOT %next = (s32[]{:T(128)}, bf16[1536,64]{1,0:T(8,128)(2,1)}) tuple(%state, %x)
+}
+
+%condition (state.1: (s32[], bf16[1536,64])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  %state.1 = (s32[]{:T(128)}, bf16[1536,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %turn = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %more = pred[]{:T(512)} compare(%turn, %limit), direction=LT
+}
+
+ENTRY %main (given: (s32[], bf16[1536,64])) -> (s32[], bf16[1536,64]) {
+  %given = (s32[]{:T(128)}, bf16[1536,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  ROOT %loop = (s32[]{:T(128)}, bf16[1536,64]{1,0:T(8,128)(2,1)}) while(%given), condition=%condition, body=%body
+}
+"""
+
+
+def test_what_the_compiler_for_tpus_writes():
+    """Loops whose turns only their condition knows, and collectives inside fusions."""
+    found = Module.read(TPU)
+    assert found.runs == {"main": 1, "body": 3}
+    assert found.collective_bytes() == {"reduce-scatter": 3 * 1536 * 64 * 2}

@@ -70,8 +70,9 @@ class Module:
                 entry = head[2] if head[1] else entry
             elif found := _INSTRUCTION.match(line):
                 operands, _, rest = found[4].partition(")")
-                # Of a parameter the parentheses hold its number.
-                names = (operands,) if found[3] == "parameter" else tuple(_NAME.findall(operands))
+                # Of a parameter the parentheses hold its number, of a constant its value.
+                named = found[3] not in ("parameter", "constant")
+                names = tuple(_NAME.findall(operands)) if named else (operands,)
                 own[found[1]] = Instruction(found[1], found[3], _sizes(found[2]), names, rest)
         if entry is None:
             raise ValueError("The text of the compiled program has no entry.")
@@ -86,9 +87,8 @@ class Module:
             found[name] = found.get(name, 0) + times
             for instruction in self.computations[name].values():
                 if instruction.op == "while":
-                    turns = _TURNS.search(instruction.rest)
                     for body in instruction.called("body"):
-                        visit(body, times * (int(turns[1]) if turns else 1))
+                        visit(body, times * self._turns(instruction))
                 elif instruction.op in ("call", "async-start"):
                     for called in instruction.called("to_apply") + instruction.called("calls"):
                         visit(called, times)
@@ -99,21 +99,42 @@ class Module:
         visit(self.entry, 1)
         return found
 
+    def _turns(self, loop: Instruction) -> int:
+        """How often a loop's body runs: as the compiler says, or up to the one number that its condition knows; else 1."""
+        if turns := _TURNS.search(loop.rest):
+            return int(turns[1])
+        limits = {
+            int(line.operands[0])
+            for name in loop.called("condition")
+            for line in self.computations[name].values()
+            if line.op == "constant" and line.operands[0].isdigit()
+        }
+        return limits.pop() if len(limits) == 1 else 1
+
     def _running(self) -> Iterator[tuple[Mapping[str, Instruction], Instruction, int]]:
         for name, times in self.runs.items():
             for instruction in self.computations[name].values():
                 yield self.computations[name], instruction, times
 
     def collective_bytes(self) -> dict[str, int]:
-        """Bytes that a device receives, by kind of collective: an all-reduce passes what it reduces around twice."""
+        """Bytes that a device receives, by kind of collective: an all-reduce passes what it reduces around twice.
+
+        On TPUs a collective may be part of a fusion; a sum of which a device keeps a part is a reduce-scatter there.
+        """
         found: dict[str, int] = {}
         for own, instruction, times in self._running():
-            kind = instruction.op.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
-            given = sum(own[name].size for name in instruction.operands if name in own)
-            most = max(given, max(instruction.sizes, default=0))
-            found[kind] = found.get(kind, 0) + times * most * (2 if kind == "all-reduce" else 1)
+            inside = {}
+            if instruction.op == "fusion":
+                inside = self.computations[instruction.called("calls")[0]]
+            for scope, line in [(own, instruction), *((inside, line) for line in inside.values())]:
+                kind = line.op.removesuffix("-start")
+                if kind not in COLLECTIVES:
+                    continue
+                given = sum(scope[name].size for name in line.operands if name in scope)
+                most = max(given, max(line.sizes, default=0))
+                if kind == "all-reduce" and inside and instruction.size < most:
+                    kind = "reduce-scatter"
+                found[kind] = found.get(kind, 0) + times * most * (2 if kind == "all-reduce" else 1)
         return found
 
     def moved_bytes(self) -> int:

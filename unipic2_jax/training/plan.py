@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.data.buckets import MULTIPLE
 from unipic2_jax.data.examples import make_examples
+from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh
 from unipic2_jax.parallel.rules import devices_along
 from unipic2_jax.training.config import ConfigError
@@ -40,7 +41,7 @@ COMPILER_OPTIONS = {"optimization_level": "O0"}
 # How the compiler says that a program is too large, in units of GiB or MiB.
 _TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-CACHE_FORMAT = 1  # of what is kept between plans
+CACHE_FORMAT = 3  # of what is kept between plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,7 @@ def stages(
             with (stage := stage.copy_and_resolve_references()).unlocked():
                 _part_of_batch(name, stage, shards)
         context = StageContext(name, index, config.seed, mesh, Path("."), log=lambda sentence: None)
-        bundle = abstract_bundle(model_config(config, model), mesh)
+        bundle = abstract_bundle(_sized(config, model), mesh)
         made = stage_class(stage.kind)(stage, bundle, context)
         programs = made.programs()
         # What a flow stage trains lives on in its state alone.
@@ -158,6 +159,19 @@ def stages(
             programs.append(judge_program(mesh, samples, stage.height, stage.width))
             parameters["reward"] = programs[-1].arguments[0]
         yield dataclasses.replace(planned, parameters=parameters, programs=programs)
+
+
+def _sized(config: ConfigDict, name: str | None) -> ConfigDict:
+    """`loop.model_config`; a model of `config.models` whose folder is still to be named has text encoders around a transformer
+    as large as the run's, since that is what there is beside the run's own."""
+    found = model_config(config, name)
+    if name is None or found.init or "model" in config.models[name]:
+        return found
+    transformer = SIZES[config.model].transformer
+    alike = [size for size, row in SIZES.items() if row.transformer == transformer and row.text_encoder]
+    with found.unlocked():
+        found.model = alike[0]
+    return found
 
 
 def _without_content(stage: ConfigDict, all_shapes: bool) -> None:

@@ -171,6 +171,10 @@ def tpu_devices(topology: Topology) -> Sequence[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     except Exception as error:  # the plugin has no kinds of its own
         reason = str(error).strip().split("\n")[0][:200]
+        if "lockfile" in reason:
+            raise ConfigError(
+                "Another process is using libtpu; end it, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 where nothing runs on a TPU."
+            ) from error
         raise ConfigError(
             f"libtpu does not know the topology {topology.name} ({reason}); choose one that Google Cloud rents, such as "
             f"{topology.kind}:{', '.join(SLICES[topology.kind][:3])}."
