@@ -76,6 +76,7 @@ tiny-metaquery: $(VENV)/.run
 # chips a micro-batch of reinforcement has 64 samples at least.
 RECIPES := connector kontext unified unipic2 pdtr
 PLAN := $(RUN) -m launch.plan --markdown --config.parallel.preset=fsdp
+SLICES := --topology=v5e:8x8,v5p:4x4x4,v6e:8x8 --config.parallel.data=4
 PARTS := --config.stages.edit.grpo.micro_batch=64 --config.stages.t2i.grpo.micro_batch=64
 
 scaling: $(VENV)/.run
@@ -83,7 +84,7 @@ scaling: $(VENV)/.run
 	  parts=; case $$recipe in unipic2|pdtr) parts="$(PARTS)";; esac; \
 	  echo "### $$recipe"; echo; \
 	  $(PLAN) --config=configs/$$recipe.py --topology=gpu:8xh100,gpu:8xh200 || exit 1; \
-	  $(PLAN) --config=configs/$$recipe.py --topology=v5e:8x8,v5p:4x4x4,v6e:8x8 $$parts || exit 1; \
+	  $(PLAN) --config=configs/$$recipe.py $(SLICES) $$parts || exit 1; \
 	done
 
 clean:

@@ -176,5 +176,5 @@ def smallest_sentence(
     elif found.name == topology.name:
         known = "by these figures, and by scaling them to the smaller ones"
     else:
-        known = "an estimate, by scaling these figures; --smallest=confirm compiles for it"
+        known = f"an estimate, by scaling these figures; --smallest=confirm {'compiles' if topology.is_tpu else 'counts'} for it"
     return f"The smallest slice that fits: {found.name}, {known}{parts}."
