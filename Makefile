@@ -7,7 +7,8 @@ RUN := $(VENV)/bin/python
 # PyTorch is for the tests only and must be the CPU build: from a folder of wheels where one is set, else from PyTorch's index.
 WHEELS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 TORCH := $(if $(WHEELS),--find-links $(WHEELS),--torch-backend cpu)
-UV := $(RUN) -m uv pip install --quiet --python $(RUN)
+# Compiled once here, not by every process where Python is told to keep no bytecode.
+UV := $(RUN) -m uv pip install --quiet --compile-bytecode --python $(RUN)
 
 .PHONY: help demo test test-slow lint format tiny tiny-metaquery scaling clean
 

@@ -1,10 +1,10 @@
 """Every preset on eight simulated devices computes what one device computes: flow and GRPO steps, both conditioners."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import eight_devices
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,14 +72,10 @@ for text in meshes:
 
 
 def check(*arguments):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false "
-        "--xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
     command = [sys.executable, "-c", RUN, *arguments]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=3000)
+    done = subprocess.run(
+        command, env=eight_devices.ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=3000
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -25,23 +25,13 @@ DEVICES = 4
 PATIENCE = 1800  # seconds; a loaded machine must not fail a test of numbers
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts processes that share what they compile: they differ in nothing else that takes long."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return lambda *arguments: start_processes(cache, *arguments)
-
-
-def start_processes(cache, workdir, count, *arguments):
+def start(workdir, count, *arguments):
     """`count` processes with DEVICES devices in all."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
     command = [sys.executable, str(Path(__file__).with_name("process_child.py")), str(workdir), str(DEVICES // count)]
-    base = {**os.environ, **cache, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    base = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
     return [
         subprocess.Popen(
@@ -78,7 +68,7 @@ def finish(started, silent=None):
     return [process.returncode for process in started], outputs, ended
 
 
-def run(start, workdir, count, *arguments):
+def run(workdir, count, *arguments):
     codes, outputs, _ = finish(start(workdir, count, *arguments))
     assert codes == [0] * count, outputs
     return contents(workdir)
@@ -91,8 +81,8 @@ def contents(workdir):
 
 
 @pytest.fixture(scope="module")
-def reference(start, tmp_path_factory):
-    return run(start, tmp_path_factory.mktemp("one") / "run", 1)
+def reference(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one") / "run", 1)
 
 
 def assert_equal(found, wanted):
@@ -109,9 +99,9 @@ def assert_equal(found, wanted):
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_train_to_the_numbers_of_one(start, reference, tmp_path, count):
+def test_processes_train_to_the_numbers_of_one(reference, tmp_path, count):
     assert {row["stage"] for row in reference[1]} == {"flow", "edit", "t2i"}
-    assert_equal(run(start, tmp_path / "run", count), reference)
+    assert_equal(run(tmp_path / "run", count), reference)
 
 
 def assert_left(found, lost):
@@ -128,12 +118,12 @@ def assert_left(found, lost):
 
 
 @pytest.mark.slow
-def test_a_killed_process_stops_the_others_and_any_number_goes_on(start, reference, tmp_path):
+def test_a_killed_process_stops_the_others_and_any_number_goes_on(reference, tmp_path):
     found = finish(start(tmp_path / "run", 2, 1, "edit", 2, int(signal.SIGKILL)))
     assert found[0][1] == -signal.SIGKILL
     assert_left(found, 1)
     assert not (tmp_path / "run" / "export").exists()
-    assert_equal(run(start, tmp_path / "run", 4), reference)
+    assert_equal(run(tmp_path / "run", 4), reference)
 
 
 @pytest.mark.parametrize(
@@ -145,18 +135,18 @@ def test_a_killed_process_stops_the_others_and_any_number_goes_on(start, referen
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
     ],
 )
-def test_a_process_that_is_lost_stops_the_others(start, tmp_path, lost, number):
+def test_a_process_that_is_lost_stops_the_others(tmp_path, lost, number):
     """The first process, with which all others talk, and another; gone with their connections, and silent."""
     started = start(tmp_path / "run", 2, lost, "flow", 3, int(number))
     assert_left(finish(started, silent=lost), lost)
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_all_and_saves(start, reference, tmp_path):
+def test_a_signal_to_one_stops_all_and_saves(reference, tmp_path):
     codes, outputs, _ = finish(start(tmp_path / "run", 2, 1, "edit", 1, int(signal.SIGTERM)))
     assert codes == [128 + signal.SIGTERM] * 2, outputs
     assert "after step 2 of 'edit'" in outputs[0]
-    assert_equal(run(start, tmp_path / "run", 1), reference)
+    assert_equal(run(tmp_path / "run", 1), reference)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,17 @@
 """The full-size MetaQuery model without its memory: abstract on eight devices, and 7B's files with narrow layers."""
 
-import os
 import subprocess
 import sys
 import textwrap
 
+import eight_devices
 import pytest
-
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
 
 
 def run(code, *arguments):
     """What a fresh process prints that sees eight devices."""
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **EIGHT})
+    done = subprocess.run(command, capture_output=True, text=True, env=eight_devices.ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return [float(word) for word in done.stdout.split()]
 

@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -347,15 +347,8 @@ print(json.dumps(result))
 
 
 def test_eight_devices_equal_one():
-    here = Path(__file__).parent
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(here.parent.parent),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", DEVICES, str(here)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-c", DEVICES, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=eight_devices.ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["devices"] == 8 and result["all"]["spread"] == 8 and result["one"]["spread"] == 1

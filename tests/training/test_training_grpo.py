@@ -1,10 +1,10 @@
 """GRPO as a stage of a run: what it logs, that it learns, failed rewards, several stages, resume, devices."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import eight_devices
 import jax
 import numpy as np
 import pytest
@@ -197,11 +197,10 @@ print("equal", found[0][1]["reward"])
 
 
 def test_eight_devices_do_what_one_does():
-    flags = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
     script = DEVICES.format(folder=str(Path(__file__).parent))
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=eight_devices.ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=1800,

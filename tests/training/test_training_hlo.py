@@ -1,10 +1,10 @@
 """Bytes that compiled programs move: loops by their turns, slices by their size, collectives by kind."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import pytest
@@ -37,8 +37,9 @@ print(found.collective_bytes(), max(found.runs.values()))
 
 
 def test_collectives_of_a_scanned_and_sharded_program():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", SHARDED], env={**os.environ, **flags}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=eight_devices.ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     one = WIDTH * WIDTH * 4
     # A layer's weights are gathered in the forward and in the backward pass, and their gradients are reduced; XLA's CPU

@@ -25,15 +25,6 @@ GRACE = 1.0  # seconds
 PATIENCE = 900  # seconds; a loaded machine must not fail a test of bits
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs start often here and compile the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
 @pytest.fixture(scope="module")
 def processes():
     """Starts processes that have imported everything already, so that a kill a moment later hits the run itself."""

@@ -1,12 +1,12 @@
 """The table and its files, on small artificial networks: streaming, sharding, dtypes, sentences."""
 
 import json
-import os
 import struct
 import subprocess
 import sys
 import textwrap
 
+import eight_devices
 import jax
 import ml_dtypes
 import numpy as np
@@ -112,9 +112,8 @@ def test_each_device_reads_its_own_slices_once():
 
 def test_eight_devices_in_a_process_of_their_own():
     test = "tests/weights/test_weights_table.py::test_each_device_reads_its_own_slices_once"
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", test]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
+    done = subprocess.run(command, capture_output=True, text=True, env=eight_devices.ENVIRONMENT)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 
 

@@ -7,6 +7,7 @@ for the topology and the compiler says what they hold; for GPUs, which need a de
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -37,7 +38,7 @@ from unipic2_jax.training.stage import Program, Stage, StageContext, stage_class
 from unipic2_jax.training.topology import Topology
 
 # A quarter of the compiler's time, and about the same memory: what it leaves out are searches for faster code.
-COMPILER_OPTIONS = {"optimization_level": "O0"}
+EFFORT = {"jax_optimization_level": "O0"}
 # How the compiler says that a program is too large, in units of GiB or MiB.
 _TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -248,7 +249,7 @@ class Cache:
     def key(self, text: str, topology: Topology) -> str:
         """Of a lowered program and everything else that decides how it is compiled."""
         libraries = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
-        parts = [str(CACHE_FORMAT), topology.name, json.dumps(COMPILER_OPTIONS), *libraries, text]
+        parts = [str(CACHE_FORMAT), topology.name, json.dumps(EFFORT), *libraries, text]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def read(self, key: str) -> dict[str, Any] | None:
@@ -279,6 +280,19 @@ def _version(package: str) -> str:
         return "none"
 
 
+@contextlib.contextmanager
+def _settings(values: Mapping[str, Any]) -> Iterator[None]:
+    """JAX's settings inside; as options of a program they are spelled differently by every version of it."""
+    before = {name: getattr(jax.config, name) for name in values}
+    try:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
 def compile_program(
     traced: jax.stages.Traced, topology: Topology, cache: Cache, log: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -293,7 +307,8 @@ def compile_program(
         return found
     started = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
+        with _settings(EFFORT):
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if not (too_large := _TOO_LARGE.search(str(error))):
             raise
