@@ -12,5 +12,5 @@ FLAGS = (
 ENVIRONMENT = os.environ | {
     "XLA_FLAGS": " ".join([os.environ["XLA_FLAGS"], *FLAGS]),
     "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    "PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).resolve().parents[:2]),
 }
