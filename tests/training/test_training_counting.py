@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from unipic2_jax.models.mmdit import MMDiT
 from unipic2_jax.models.sizes import SIZES
+from unipic2_jax.models.splash import splash
 from unipic2_jax.training.counting import count_flops
 from unipic2_jax.training.flops import forward_flops
 
@@ -33,6 +36,19 @@ def test_gradients_cost_twice_and_recomputation_once_more():
     # Of the first product's two gradients one is of x, which nobody asks for.
     assert count_flops(plain, W, X) == pytest.approx(2.5 * forward)
     assert count_flops(again, W, X) == pytest.approx(3.5 * forward, rel=0.15)
+
+
+def test_what_every_device_computes_and_kernels_of_blocks():
+    mesh = AbstractMesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    split = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P("x"), P()), out_specs=P("x"))
+    assert count_flops(jax.jit(split), X, W) == 2 * 4 * 8 * 16
+    query, key = (jax.ShapeDtypeStruct((2, length, 3, 64), jnp.bfloat16) for length in (1024, 2048))
+    attend = lambda query, key, value: splash(query, key, value, None, 1.0)
+    products = 2 * 2 * 2 * 3 * 1024 * 2048 * 64
+    assert count_flops(jax.jit(attend), query, key, key) == products
+    # The logits once more, and the gradients of two products.
+    gradients = jax.grad(lambda *given: attend(*given).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    assert count_flops(jax.jit(gradients), query, key, key) == pytest.approx(3.5 * products, rel=1e-3)
 
 
 @pytest.mark.parametrize("size, text", [("tiny", 22), ("sd35_medium", 333)])

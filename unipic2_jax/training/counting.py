@@ -24,7 +24,7 @@ def count_flops(function: Any, *arguments: Any, **keywords: Any) -> float:
 
 def jaxpr_flops(jaxpr: core.Jaxpr, chosen: Chosen = lambda eqn: True) -> float:
     """`count_flops` of a jaxpr, of those products alone that are `chosen`."""
-    counters = {"scan": _scan, "cond": _choice}
+    counters = {"scan": _scan, "cond": _choice, "shard_map": _on_every_device, "pallas_call": _kernel}
     total = 0.0
     for eqn in jaxpr.eqns:
         if counter := _PRODUCTS.get(eqn.primitive.name):
@@ -75,6 +75,15 @@ def _scan(eqn: core.JaxprEqn, chosen: Chosen) -> float:
 
 def _choice(eqn: core.JaxprEqn, chosen: Chosen) -> float:
     return max(jaxpr_flops(branch.jaxpr, chosen) for branch in eqn.params["branches"])
+
+
+def _on_every_device(eqn: core.JaxprEqn, chosen: Chosen) -> float:
+    return eqn.params["mesh"].size * _inside(eqn, chosen)
+
+
+def _kernel(eqn: core.JaxprEqn, chosen: Chosen) -> float:
+    """A kernel is a program of one block; the grid says how many there are."""
+    return math.prod(eqn.params["grid_mapping"].grid) * _inside(eqn, chosen)
 
 
 _PRODUCTS = {"dot_general": _dot, "conv_general_dilated": _convolution}
