@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import jax.numpy as jnp
 import numpy as np
 
 # What diffusers' scheduler can do beyond shift, with the values under which it does not do it.
@@ -92,12 +91,12 @@ class FlowMatchConfig:
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
-    def sigmas(self, num_steps: int) -> jnp.ndarray:
+    def sigmas(self, num_steps: int) -> np.ndarray:
         """`sigmas(num_steps, shift)` with this config's values."""
         return sigmas(num_steps, self.shift, self.num_train_timesteps)
 
 
-def sigmas(num_steps: int, shift: float = 3.0, num_train_timesteps: int = 1000) -> jnp.ndarray:
+def sigmas(num_steps: int, shift: float = 3.0, num_train_timesteps: int = 1000) -> np.ndarray:
     """Noise levels of a sampler with `num_steps` steps: float32 [num_steps + 1], from 1 down to 0.
 
     diffusers shifts twice: the table of training timesteps (whose ends give sigma_max and sigma_min), then the
@@ -113,4 +112,4 @@ def sigmas(num_steps: int, shift: float = 3.0, num_train_timesteps: int = 1000) 
     # From here on float64, as in diffusers, rounded once at the end.
     high, low = (float(end) * num_train_timesteps for end in ends)
     spaced = np.linspace(high, low, num_steps) / num_train_timesteps
-    return jnp.asarray(np.append(shift_sigma(spaced, shift), 0.0).astype(np.float32))
+    return np.append(shift_sigma(spaced, shift), 0.0).astype(np.float32)

@@ -147,7 +147,7 @@ class GRPOStage(Stage):
         self.rewards = make_rewards(config.rewards)
         self.samples = config.num_prompts * self.grpo.group_size
         self.optimizer = make_optimizer(config.optimizer, config.steps * self.grpo.updates_per_rollout)
-        self.sigmas = jax.device_put(bundle.scheduler.sigmas(self.grpo.num_steps), replicated(context.mesh))
+        self.sigmas = bundle.scheduler.sigmas(self.grpo.num_steps)
         self.failed_steps = 0
 
         sharded = batch_sharding(context.mesh)
@@ -284,7 +284,8 @@ class GRPOStage(Stage):
         sources = None if edited is None else self._place(stack_sources(edited))
         inputs = self._encode(params, tokens, negative, sources, encode_key)
         noise = self._noise(noise_key)
-        roll = (params["transformer"], state.lora, inputs, noise, rollout_key, self.sigmas)
+        sigmas = jax.device_put(self.sigmas, replicated(self.context.mesh))
+        roll = (params["transformer"], state.lora, inputs, noise, rollout_key, sigmas)
         if "update" not in self.ahead:  # compiled while the first rollout is
             self.ahead.ask("update", "the update", self._update, *self._update_arguments(state, roll, inputs))
         trajectory = self._rollout(*roll)
