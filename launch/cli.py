@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as python_logging
 import os
 import sys
 import traceback
@@ -22,6 +23,23 @@ def quiet() -> None:
     """Keeps libraries from telling what they did not find (accelerators, PyTorch); call it before they are imported."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.set_verbosity(logging.WARNING)
+
+
+class _AboveTheBar(python_logging.Handler):
+    """Lines above a progress bar instead of through it."""
+
+    def emit(self, record: python_logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def show_log() -> None:
+    """Shows what this project logs, such as which kernel computes attention and why."""
+    logger = python_logging.getLogger("unipic2_jax")
+    logger.setLevel(python_logging.INFO)
+    logger.propagate = False
+    logger.handlers = [_AboveTheBar()]
 
 
 def is_user_error(error: BaseException) -> bool:

@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"The argument {argv[1]} is not a flag; write --config.field=value.")
     cli.quiet()
+    cli.show_log()
     import jax
 
     from unipic2_jax.parallel import processes

@@ -263,6 +263,17 @@ def test_a_tiny_step_compiled_for_a_tpu(tmp_path):
 
 
 @needs_libtpu
+def test_stages_of_reinforcement_are_built_for_a_tpu():
+    config, topology = recipe("pdtr", "tiny,smoke", **{"parallel.preset": "fsdp"}), read_topology("v5e:2x2")
+    planned = plan.plan(config, topology, only=lambda planned, program: False).stages
+    names = {stage.name: [program.name for program in stage.programs] for stage in planned}
+    assert names == dict.fromkeys(("edit", "t2i"), ["encode", "rollout", "decode", "update"])
+    with jax.set_mesh(topology.mesh(config.parallel)):
+        update = planned[0].programs[-1]
+        assert update.function.trace(*update.arguments, **update.keywords).jaxpr
+
+
+@needs_libtpu
 def test_a_topology_that_libtpu_does_not_know():
     with pytest.raises(ConfigError, match="libtpu does not know the topology v5e:3x5"):
         plan.plan(recipe("kontext", "tiny"), read_topology("v5e:3x5"))
