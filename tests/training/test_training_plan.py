@@ -267,7 +267,7 @@ def test_stages_of_reinforcement_are_built_for_a_tpu():
     config, topology = recipe("pdtr", "tiny,smoke", **{"parallel.preset": "fsdp"}), read_topology("v5e:2x2")
     planned = plan.plan(config, topology, only=lambda planned, program: False).stages
     names = {stage.name: [program.name for program in stage.programs] for stage in planned}
-    assert names == dict.fromkeys(("edit", "t2i"), ["encode", "rollout", "decode", "update"])
+    assert names == {stage: ["encode", "rollout", "decode", "update"] for stage in ("edit", "t2i")}
     with jax.set_mesh(topology.mesh(config.parallel)):
         update = planned[0].programs[-1]
         assert update.function.trace(*update.arguments, **update.keywords).jaxpr
