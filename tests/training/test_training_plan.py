@@ -274,6 +274,13 @@ def test_stages_of_reinforcement_are_built_for_a_tpu():
 
 
 @needs_libtpu
+@pytest.mark.parametrize("name", ["v6e:8x8", "v5e:8x8", "v5p:4x4x4"])
+def test_any_sizes_that_come_out_even_lie_on_a_torus(name):
+    config = recipe("kontext", "tiny", **{"parallel.preset": "fsdp", "parallel.data": 4})
+    assert read_topology(name).mesh(config.parallel).shape["fsdp"] == 16
+
+
+@needs_libtpu
 def test_a_topology_that_libtpu_does_not_know():
     with pytest.raises(ConfigError, match="libtpu does not know the topology v5e:3x5"):
         plan.plan(recipe("kontext", "tiny"), read_topology("v5e:3x5"))

@@ -68,7 +68,9 @@ def make_mesh(
     shape = mesh_sizes(len(devices), preset, sizes, slices)
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        # An axis goes along an edge of the torus where it can, and along a part of one where it must.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
     inside = [shape[0] // slices, *shape[1:]]
     # Where devices do not say which slice they are of, a process is one.
     by_process = not hasattr(devices[0], "slice_index")

@@ -128,14 +128,8 @@ class Topology:
         Raises:
           ConfigError: when it does not come out even, or nothing can be compiled here.
         """
-        shape = self.abstract_mesh(parallel).shape
-        try:
-            return make_mesh(tpu_devices(self), *_fields(parallel))
-        except NotImplementedError as error:  # a torus is not cut along its edges by any sizes
-            sizes = " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1)
-            raise ConfigError(
-                f"config.parallel: the mesh of {sizes} cannot be laid over {self.name}; choose sizes that are products of its edges."
-            ) from error
+        self.abstract_mesh(parallel)
+        return make_mesh(tpu_devices(self), *_fields(parallel))
 
 
 def _fields(parallel: ConfigDict) -> tuple[str, dict[str, int], int]:
