@@ -51,7 +51,7 @@ def no_trouble():
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    config = toy_grpo.config(edit=toy_grpo.stage(edit=True, max_failed_steps=2)).stages.edit
+    config = toy_grpo.config(edit=toy_grpo.stage(edit=True, error_window=2)).stages.edit
     mesh = make_mesh(jax.devices()[:1])
     context = StageContext("edit", 0, 0, mesh, tmp_path_factory.mktemp("stage"))
     return grpo_stage.GRPOStage(config, toy_grpo.load(mesh=mesh), context)
@@ -85,10 +85,13 @@ def test_failed_rewards_are_left_out_and_counted(stage):
 
 def test_a_reward_that_always_fails_stops_the_run(stage):
     Brightness.trouble = lambda values: np.full_like(values, np.nan)
+    stage.failed.clear()
     state = stage.init()
     after, metrics = stage.step(state, 0)
     assert after is state and "reward" not in metrics and metrics["failed"] == 16
-    with pytest.raises(loop.TrainingError, match="Every reward of stage 'edit' has failed for 2 steps up to step 1"):
+    with pytest.raises(
+        loop.TrainingError, match="100% of the samples of stage 'edit' could not be scored in the 2 steps up to step 1"
+    ):
         stage.step(state, 1)
 
 

@@ -13,7 +13,7 @@ from unipic2_jax.data.prompts import SOURCES, PromptRecord
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
 from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
-from unipic2_jax.rewards.base import REWARDS, Scores
+from unipic2_jax.rewards.base import REWARDS, Reward, Scores
 from unipic2_jax.training.config import make_config
 
 SIZE = 4  # pixels; 4 x 4 latents, 4 tokens
@@ -58,7 +58,7 @@ class ToySource:
         return records
 
 
-class Brightness:
+class Brightness(Reward):
     """Mean of the pixels; `trouble` is what the tests make it do instead."""
 
     trouble: Any = None

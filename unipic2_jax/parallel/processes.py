@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -171,6 +172,23 @@ def gather_rows(values: np.ndarray, mesh: Mesh, batch: int) -> np.ndarray:
     for start, part in zip(starts, parts):
         whole[start : start + len(part)] = part
     return whole
+
+
+def own_share(count: int) -> slice:
+    """Which of `count` things this process does when they are shared as evenly as possible."""
+    bounds = np.arange(jax.process_count() + 1) * count // jax.process_count()
+    return slice(*bounds[jax.process_index() : jax.process_index() + 2].tolist())
+
+
+def gather_json(value: Any) -> list[Any]:
+    """What every process has, in their order: numbers (NaN too), texts, lists and dictionaries with texts as keys."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    padded = np.zeros(agreed(len(text)), np.uint8)
+    padded[: len(text)] = text
+    lengths, texts = multihost_utils.process_allgather((np.asarray(len(text)), padded))
+    return [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths)]
 
 
 def to_host(x: jax.Array) -> np.ndarray:

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from unipic2_jax.data.prompts import PromptRecord
 
-# Name -> 'module:class'; a class takes the options of its reward and is a Reward.
+# Kind -> 'module:class'; a class takes the options of its reward.
 REWARDS: dict[str, Any] = {
     "shapes_t2i": "unipic2_jax.rewards.shapes:ShapesT2IReward",
     "shapes_edit": "unipic2_jax.rewards.shapes:ShapesEditReward",
 }
+
+
+class RewardError(RuntimeError):
+    """Scoring failed for a reason outside this program: a server, a network, an answer that says nothing. One sentence.
+
+    What a reward raises beside this is a mistake in the program and ends the run.
+
+    Attributes:
+      retry_after: seconds that the other side asked to be left alone; None: it did not.
+    """
+
+    def __init__(self, sentence: str, retry_after: float | None = None):
+        super().__init__(sentence)
+        self.retry_after = retry_after
 
 
 class Scores(NamedTuple):
@@ -24,33 +41,81 @@ class Scores(NamedTuple):
       values: float64 [B], what is maximised; NaN where scoring failed, which is not a score of 0: such samples are left out
         of their group's statistics and counted.
       details: further numbers by name, float64 [B] each, for reports ('correct', 'extras', ...).
+      errors: sample -> the sentence that says why its score is NaN, where that is known.
     """
 
     values: np.ndarray
     details: dict[str, np.ndarray]
+    errors: Mapping[int, str] = MappingProxyType({})
 
 
-class Reward(Protocol):
-    """Scores images."""
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """How a reward is called; `rewards.scoring` sees to it. A reward has its own defaults, a configuration overrules them.
+
+    Attributes:
+      batch_size: images in a call; 0: all at once. A groupwise reward gets one group.
+      concurrency: calls at a time.
+      timeout: seconds a call may take; 0: as long as it likes.
+      retries: further tries of a call that failed, with growing pauses.
+      backoff: seconds before the first of these; doubles, with jitter, up to a minute.
+      breaker: so many calls failing one after the other, and for `pause` seconds no more are made; 0: never.
+      pause: seconds.
+    """
+
+    batch_size: int = 0
+    concurrency: int = 1
+    timeout: float = 0.0
+    retries: int = 0
+    backoff: float = 1.0
+    breaker: int = 0
+    pause: float = 60.0
+
+    def __post_init__(self) -> None:
+        least = {"batch_size": 0, "concurrency": 1, "timeout": 0, "retries": 0, "backoff": 0, "breaker": 0, "pause": 0}
+        for field, low in least.items():
+            if getattr(self, field) < low:
+                raise ValueError(f"A reward's {field} is {getattr(self, field)}; use {low} or more.")
+
+
+class Reward:
+    """Scores images. A subclass has `score`; `docs/rl.md` shows one in ten lines.
+
+    Attributes:
+      groupwise: a call gets the images of one group, all for the same record, and may compare them.
+      on_mesh: it computes on the devices that the model is trained on. It is then made with `mesh`, gets the images of this
+        process's devices, and is called by all processes at the same place instead of in the background.
+      calls: how it is called by default.
+    """
+
+    groupwise: bool = False
+    on_mesh: bool = False
+    calls: Calls = Calls()
 
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
-        """uint8 [H, W, 3] images with the record that each was made for."""
-        ...
+        """uint8 [H, W, 3] images with the record that each was made for: its prompt, source image and metadata.
+
+        Raises:
+          RewardError: when all of them failed for the same reason.
+        """
+        raise NotImplementedError
 
 
-def make_reward(name: str, **options: Any) -> Reward:
-    """The reward called `name`.
+def make_reward(kind: str, mesh: jax.sharding.Mesh | None = None, **options: Any) -> Reward:
+    """The reward of this kind; `mesh` is for those that compute on it.
 
     Raises:
-      ValueError: for a name that is not in `REWARDS`, or options that it does not take.
+      ValueError: for a kind that is not in `REWARDS`, or options that it does not take.
     """
-    if name not in REWARDS:
-        raise ValueError(f"The reward '{name}' does not exist; choose one of {', '.join(sorted(REWARDS))}.")
-    maker = REWARDS[name]
+    if kind not in REWARDS:
+        raise ValueError(f"The reward '{kind}' does not exist; choose one of {', '.join(sorted(REWARDS))}.")
+    maker = REWARDS[kind]
     if isinstance(maker, str):
         module, attribute = maker.split(":")
         maker = getattr(importlib.import_module(module), attribute)
+    if maker.on_mesh:
+        options["mesh"] = mesh
     try:
         return maker(**options)
     except TypeError as error:
-        raise ValueError(f"The reward '{name}' does not take these options ({error}); correct them.") from error
+        raise ValueError(f"The reward '{kind}' does not take these options ({error}); correct them.") from error

@@ -12,12 +12,12 @@ from unipic2_jax.data.shapes.edits import score_edit
 from unipic2_jax.data.shapes.prompts import detections
 from unipic2_jax.data.shapes.sources import scene_from_dict
 from unipic2_jax.data.shapes.verify import read_scenes
-from unipic2_jax.rewards.base import Scores
+from unipic2_jax.rewards.base import Reward, Scores
 from unipic2_jax.rewards.geneval import score
 
 
 @dataclasses.dataclass(frozen=True)
-class ShapesT2IReward:
+class ShapesT2IReward(Reward):
     """GenEval's partial credit with exact counts, and one more clause where the prompt names the background.
 
     Attributes:
@@ -41,7 +41,7 @@ class ShapesT2IReward:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShapesEditReward:
+class ShapesEditReward(Reward):
     """Geometric mean of instruction success and preservation, as GEdit-Bench's overall score.
 
     Attributes:

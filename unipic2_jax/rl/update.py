@@ -161,17 +161,19 @@ def make_rollout(
     shared_groups: int | None = None,
     **jit_options: Any,
 ) -> Callable[..., Trajectory]:
-    """A jitted `(params, lora, inputs, initial_noise [B, ...], key, sigmas [T + 1]) -> Trajectory`.
+    """A jitted `(params, lora, inputs, initial_noise [B, ...], key, sigmas [T + 1], part=None) -> Trajectory`.
 
-    The key gives the window and the noise. `outside_fn` is the policy of deterministic steps (`guided_policies`).
+    The key gives the window and the noise; with a `part`, a number, the noise is another one under the same window.
+    `outside_fn` is the policy of deterministic steps (`guided_policies`).
     `shared_groups` says that the initial noise and the inputs are those of so many contiguous groups, the same within
     each: with a window, nothing is then computed twice before the samples part.
     """
     outside_fn = policy_fn if outside_fn is None else outside_fn
     shared = shared_groups is not None and config.window is not None
 
-    def run(params, lora, inputs, initial_noise, key, sigmas):
+    def run(params, lora, inputs, initial_noise, key, sigmas, part=None):
         window_key, noise_key = jax.random.split(key)
+        noise_key = noise_key if part is None else jax.random.fold_in(noise_key, part)
         bound = lambda fn: lambda x, sigma: fn(params, lora, x, sigma, inputs)
         policies = (policy_fn, outside_fn)
         shared_fns = tuple(bound(once_per_group(fn, shared_groups)) for fn in policies) if shared else None

@@ -20,6 +20,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; the message is one sentence with the remedy."""
 
 
+class TrainingPaused(TrainingError):
+    """What a step needs is not to be had now; it has not touched the state, which the loop saves before it leaves."""
+
+
 # What says which model is trained.
 MODEL_FIELDS = ("init", "model", "parts", "vlm", "vlm_dtype", "settings")
 

@@ -14,11 +14,11 @@ from PIL import Image
 from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.evaluation.grids import contact_sheet
 from unipic2_jax.parallel.mesh import batch_shards, shard_batch
-from unipic2_jax.parallel.processes import to_host
+from unipic2_jax.parallel.processes import gather_json, own_share, to_host
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.conditioner import tokenize_negative
-from unipic2_jax.rewards.base import Reward, make_reward
+from unipic2_jax.rewards.scoring import Scorer, make_entries
 from unipic2_jax.training.config import ConfigError, nearest
 
 
@@ -27,7 +27,7 @@ def evaluation_fields() -> ConfigDict:
     return ConfigDict(
         {
             "source": {},  # of held-out prompts: kind and options; see data.prompts.make_source
-            "rewards": {},  # name -> options; see rewards.base.make_reward
+            "rewards": {},  # name -> fields; see rewards.scoring.make_entries
             "num_prompts": 64,
             "samples": 4,  # pictures per prompt
             "height": 512,
@@ -60,13 +60,7 @@ def check_evaluation(name: str, values: Mapping[str, Any]) -> None:
     """Makes the source and the rewards of an evaluation, which say what is wrong with them."""
     config = read_evaluation(name, values)
     make_source(config.source, config.seed)
-    make_rewards(config.rewards)
-
-
-def make_rewards(rewards: Mapping[str, Mapping[str, Any]]) -> dict[str, Reward]:
-    """Rewards by name from {name: options}; the option `weight` is the caller's business."""
-    without = lambda options: {key: value for key, value in options.items() if key != "weight"}
-    return {name: make_reward(name, **without(options)) for name, options in rewards.items()}
+    make_entries(config.rewards)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -104,7 +98,7 @@ class Evaluator:
     def __init__(self, name: str, config: ConfigDict, bundle: Any, mesh: jax.sharding.Mesh):
         self.name, self.config, self.bundle, self.mesh = name, config, bundle, mesh
         self.records = make_source(config.source, config.seed).batch(0, config.num_prompts)
-        self.rewards = make_rewards(config.rewards)
+        self.scorer = Scorer(make_entries(config.rewards, mesh))
         factor = bundle.vae.config.downsampling
         pictures.check_size(config.height, config.width, factor * bundle.transformer.config.patch_size)
         self.shape = (config.height // factor, config.width // factor, bundle.transformer.config.in_channels)
@@ -167,15 +161,30 @@ class Evaluator:
         images = self.generate({name: tree for name, tree in params.items() if name != "lora"}, lora)
         repeated = [record for record in self.records for _ in range(config.samples)]
         metrics, scores = {}, {}
-        for reward, scorer in self.rewards.items():
-            values, details = scorer.score(list(images), repeated)
-            for title, column in {reward: values, **{f"{reward}_{name}": row for name, row in details.items()}}.items():
-                table = np.asarray(column, np.float64).reshape(config.num_prompts, config.samples)
-                scores[f"{self.name}/{title}"] = table
-                metrics |= self._means(f"{self.name}/{title}", table)
-            if failed := int(np.isnan(np.asarray(values, np.float64)).sum()):
-                metrics[f"{self.name}/{reward}_failed"] = failed
+        for title, column in self._scores(images, repeated).items():
+            table = column.reshape(config.num_prompts, config.samples)
+            scores[f"{self.name}/{title}"] = table
+            metrics |= self._means(f"{self.name}/{title}", table)
+        for name, entry in self.scorer.entries.items():
+            unscored = np.isnan(scores[f"{self.name}/{name}"]).ravel()
+            if failed := sum(bad and entry.is_about(record) for bad, record in zip(unscored, repeated)):
+                metrics[f"{self.name}/{name}_failed"] = failed
         return {"metrics": metrics, "scores": scores, "images": {self.name: self._sheet(images)}}
+
+    def _scores(self, images: np.ndarray, records: list[PromptRecord]) -> dict[str, np.ndarray]:
+        """'{reward}' and '{reward}_{detail}' -> [prompts * samples]; each process scores its share of the prompts."""
+        own = own_share(self.config.num_prompts)
+        rows = slice(own.start * self.config.samples, own.stop * self.config.samples)
+        scored = self.scorer.score(list(images[rows]), records[rows])
+        columns = {}
+        for name, values in scored.values.items():
+            columns |= {name: values, **{f"{name}_{detail}": row for detail, row in scored.details[name].items()}}
+        shares = gather_json([len(images[rows]), {title: column.tolist() for title, column in columns.items()}])
+        titles = dict.fromkeys(title for _, found in shares for title in found)
+        # A process all of whose calls failed knows no details.
+        return {
+            title: np.concatenate([found.get(title, [np.nan] * count) for count, found in shares]) for title in titles
+        }
 
     def _means(self, title: str, table: np.ndarray) -> dict[str, float]:
         """The mean, and that of every tag; a mean over nothing is left out."""

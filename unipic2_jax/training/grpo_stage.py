@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +33,17 @@ from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.bundle import check_dtype
 from unipic2_jax.pipelines.conditioner import tokenize_negative
-from unipic2_jax.rl.advantages import combine_rewards, group_advantages
+from unipic2_jax.rewards.audit import write_audit
+from unipic2_jax.rewards.scoring import Scored, Scorer, make_entries
+from unipic2_jax.rl.advantages import combine_rewards, group_advantages, normalize
 from unipic2_jax.rl.config import GRPOConfig
 from unipic2_jax.rl.rollout import Trajectory, guided_policies, once_per_group
 from unipic2_jax.rl.update import PolicyState, init_state, make_rollout, make_update
 from unipic2_jax.training.ahead import Ahead
-from unipic2_jax.training.config import ConfigError, TrainingError, stage_fields
+from unipic2_jax.training.config import ConfigError, TrainingPaused, stage_fields
 from unipic2_jax.training.evaluator import (
     Evaluator,
     check_evaluation,
-    make_rewards,
     read_evaluation,
     source_pictures,
     stack_sources,
@@ -58,6 +61,17 @@ def grpo_fields() -> ConfigDict:
     fields["window"] = {"size": 0, "low": 0, "high": 0}  # size 0: every step is stochastic
     fields["micro_batch"] = 0  # 0: all samples of an update at once
     return ConfigDict(fields)
+
+
+def _join(sampled: list[tuple[Trajectory, Any]]) -> tuple[Trajectory, Any]:
+    """Batches that were sampled under the same window as one, with its conditioning."""
+    trajectories, inputs = zip(*sampled)
+    first, along = trajectories[0], lambda axis: lambda *leaves: jnp.concatenate(leaves, axis)
+    together = {field: getattr(first, field) for field in Trajectory._fields}
+    for field in ("latents", "log_probs", "means"):
+        if together[field] is not None:
+            together[field] = along(1)(*(getattr(trajectory, field) for trajectory in trajectories))
+    return Trajectory(**together), jax.tree.map(along(0), *inputs)
 
 
 def read_grpo(config: ConfigDict) -> GRPOConfig:
@@ -85,7 +99,7 @@ class GRPOStage(Stage):
         config = stage_fields()
         config.kind = "grpo"
         config.source = {}  # of training prompts; see data.prompts.make_source
-        config.rewards = {}  # name -> {weight, options}; weight 0 only logs
+        config.rewards = {}  # name -> fields; see rewards.scoring.make_entries. With weight 0 a reward is only watched
         config.evaluations = {}  # name -> fields of evaluator.evaluation_fields
         config.num_prompts = 16  # per step; with groups of 16 that is the paper's batch of 256
         config.height = 512
@@ -98,7 +112,13 @@ class GRPOStage(Stage):
         config.batch_branches = False  # both branches of guidance in one call: faster to compile, twice the memory
         config.compute_dtype = "float32"  # of the transformer; bfloat16: arithmetic only, the rest stays float32
         config.remat = "full"  # what the backward pass finds of the forward pass: full | attention | dots | none
-        config.max_failed_steps = 10  # consecutive steps in which every reward failed
+        config.sampling_batches = (
+            1  # parts in which a step's prompts are sampled; one is scored while the next is sampled
+        )
+        config.audit_every = 0  # steps; pictures and raw scores of these go into audit/. 0: of none
+        # When more than this share of the last `error_window` steps' samples could not be scored, the run saves and stops.
+        config.error_budget = 0.5
+        config.error_window = 10
         config.lora = ConfigDict({"rank": 32, "alpha": 64.0})
         config.grpo = grpo_fields()
         config.optimizer.update({"name": "adam", "lr": 3e-4, "betas": (0.9, 0.999), "weight_decay": 0.0})
@@ -120,6 +140,20 @@ class GRPOStage(Stage):
                 f"num_prompts * group_size = {samples} samples cannot be split into {grpo.updates_per_rollout} updates "
                 f"of micro-batches of {grpo.micro_batch or part} on {devices} devices; choose numbers that divide."
             )
+        if config.sampling_batches < 1 or config.num_prompts % config.sampling_batches:
+            raise ConfigError(
+                f"num_prompts = {config.num_prompts} cannot be sampled in {config.sampling_batches} batches; choose a divisor."
+            )
+        if samples // config.sampling_batches % devices:
+            raise ConfigError(
+                f"A sampling batch of {samples // config.sampling_batches} samples cannot be split over {devices} devices; "
+                "choose fewer sampling_batches."
+            )
+        if not 0 <= config.error_budget <= 1 or config.error_window < 1:
+            raise ConfigError(
+                f"error_budget is {config.error_budget} over {config.error_window} steps; use a share of 0 to 1 and at "
+                "least one step."
+            )
         for field, known in {"reference": ("stage_start", "base"), "reference_mode": ("sample", "mode")}.items():
             if config[field] not in known:
                 raise ConfigError(f"{field} is '{config[field]}'; use one of {', '.join(known)}.")
@@ -131,7 +165,13 @@ class GRPOStage(Stage):
             raise ConfigError(f"lora.rank is {config.lora.rank}; it must be at least 1.")
         make_optimizer(config.optimizer, config.steps * grpo.updates_per_rollout)
         make_source(config.source, 0)
-        make_rewards(config.rewards)
+        entries = make_entries(config.rewards, mesh)
+        whole = [name for name, entry in entries.items() if entry.reward.groupwise]
+        if whole and config.num_prompts // config.sampling_batches % jax.process_count():
+            raise ConfigError(
+                f"The reward '{whole[0]}' compares the samples of a group, and {jax.process_count()} processes cannot share "
+                f"{config.num_prompts // config.sampling_batches} groups evenly; choose a multiple."
+            )
         for name, fields in config.evaluations.items():
             check_evaluation(name, fields)
 
@@ -144,11 +184,14 @@ class GRPOStage(Stage):
             lora_alpha=config.lora.alpha, remat=config.remat, dtype=check_dtype(config.compute_dtype)
         )
         self.source = make_source(config.source, context.data_seed())
-        self.rewards = make_rewards(config.rewards)
+        self.scorer = Scorer(make_entries(config.rewards, context.mesh))
         self.samples = config.num_prompts * self.grpo.group_size
+        self.prompts_at_once = config.num_prompts // config.sampling_batches
+        self.samples_at_once = self.prompts_at_once * self.grpo.group_size
         self.optimizer = make_optimizer(config.optimizer, config.steps * self.grpo.updates_per_rollout)
         self.sigmas = bundle.scheduler.sigmas(self.grpo.num_steps)
-        self.failed_steps = 0
+        self.failed = collections.deque(maxlen=config.error_window)  # samples of each of the last steps
+        self._told: set[str] = set()  # rewards whose first failure was reported
 
         sharded = batch_sharding(context.mesh)
         policy, outside = guided_policies(self._network, self.grpo, config.batch_branches)
@@ -158,9 +201,10 @@ class GRPOStage(Stage):
         self.shared = config.same_latent and self.grpo.window is not None
         over_time, whole = NamedSharding(context.mesh, RULES.spec(None, "batch")), replicated(context.mesh)
         places = Trajectory(over_time, over_time, over_time if self.grpo.guard else None, whole, whole)
-        groups = config.num_prompts if self.shared else None
+        groups = self.prompts_at_once if self.shared else None
         self._rollout = make_rollout(policy, self.grpo, outside, groups, out_shardings=places)
         self._decode = jax.jit(lambda params, latents: sampling.decode_latents(bundle.vae, params, latents[-1]))
+        self._join = jax.jit(_join, out_shardings=(places, sharded), donate_argnums=0)
         # Updates and micro-batches take an equal part of every group, if they can.
         self.micro_batch = self.grpo.micro_batch or self.samples // self.grpo.updates_per_rollout
         one_step = self.grpo.trained_steps == 1
@@ -189,7 +233,7 @@ class GRPOStage(Stage):
     def _encode_batch(self, params: Any, tokens: Any, negative: Any, sources: Any, key: jax.Array) -> dict[str, Any]:
         """Conditioning of every sample from a row per prompt: 'cond' and, with guidance, 'uncond', leaves [B, ...]."""
         repeat = lambda x: jnp.repeat(x, self.grpo.group_size, axis=0)
-        apply, count = self.bundle.conditioner.apply, self.config.num_prompts
+        apply, count = self.bundle.conditioner.apply, self.prompts_at_once
         shared = {}
         if sources is not None and self.bundle.conditioner.latent_references:
             # A group shares its reference, so that its samples differ by their own noise alone.
@@ -201,19 +245,20 @@ class GRPOStage(Stage):
         if negative is not None:
             context, pooled = apply(params["conditioner"], negative)
             one = context.shape[0] == 1
-            spread = (lambda x: jnp.broadcast_to(x, (self.samples, *x.shape[1:]))) if one else repeat
+            spread = (lambda x: jnp.broadcast_to(x, (self.samples_at_once, *x.shape[1:]))) if one else repeat
             inputs["uncond"] = {"context": spread(context), "pooled": spread(pooled), **shared}
         return inputs
 
     def _draw_noise(self, key: jax.Array) -> jax.Array:
         factor = self.bundle.vae.config.downsampling
         size = (self.config.height // factor, self.config.width // factor, self.transformer.config.in_channels)
-        groups = self.config.num_prompts if self.config.same_latent else self.samples
-        return jnp.repeat(jax.random.normal(key, (groups, *size), jnp.float32), self.samples // groups, axis=0)
+        groups = self.prompts_at_once if self.config.same_latent else self.samples_at_once
+        noise = jax.random.normal(key, (groups, *size), jnp.float32)
+        return jnp.repeat(noise, self.samples_at_once // groups, axis=0)
 
     def _place(self, tree: Any) -> Any:
         """One row per prompt, split over the devices when that comes out even."""
-        even = self.config.num_prompts % batch_shards(self.context.mesh) == 0
+        even = self.prompts_at_once % batch_shards(self.context.mesh) == 0
         return shard_batch(tree, self.context.mesh) if even else jax.device_put(tree, replicated(self.context.mesh))
 
     def init(self) -> PolicyState:
@@ -230,10 +275,10 @@ class GRPOStage(Stage):
         return self.place(init_state(kept, self.optimizer))
 
     def programs(self) -> list[Program]:
-        config, mesh, params, size = self.config, self.context.mesh, self.params, self.samples
+        config, mesh, params, size = self.config, self.context.mesh, self.params, self.samples_at_once
         records = self.source.batch(0, 1)
         edited = source_pictures(records, config.height, config.width)
-        per_prompt = lambda tree: described_rows(tree, config.num_prompts, mesh)
+        per_prompt = lambda tree: described_rows(tree, self.prompts_at_once, mesh)
         tokens = per_prompt(self.bundle.conditioner.tokenize([records[0].prompt], edited))
         negative = None
         if self.grpo.guidance_scale != 1:
@@ -250,30 +295,37 @@ class GRPOStage(Stage):
         state = described(mesh, jax.eval_shape(lambda lora: init_state(lora, self.optimizer), lora))
         roll = (params["transformer"], state.lora, inputs, noise, key, described_whole(self.sigmas, mesh))
         update = self._update_arguments(state, roll, inputs)
+        latents = self._rollout.eval_shape(*roll).latents
         first = 0 if self.grpo.window is None else sum(self.grpo.window[1]) // 2
         sampled, trained = self._evaluations("references" in inputs["cond"], first)
         weights, state_too = ("parameters", *["batch"] * 4), ("parameters", "state", *["batch"] * 4)
-        summed = size // self.micro_batch * self.grpo.trained_steps
+        summed, times = self.samples // self.micro_batch * self.grpo.trained_steps, config.sampling_batches
         return [
-            Program("encode", self._encode, encode, {}, 0.0, weights),
-            Program("rollout", self._rollout, roll, {}, sampled, ("parameters", *weights)),
-            Program("decode", self._decode, (params["vae"], update[3].latents), {}, 0.0, weights[:2]),
+            Program("encode", self._encode, encode, {}, 0.0, weights, calls=times),
+            Program("rollout", self._rollout, roll, {}, sampled / times, ("parameters", *weights), calls=times),
+            Program("decode", self._decode, (params["vae"], latents), {}, 0.0, weights[:2], calls=times),
             Program("update", self._update, update, {}, trained, state_too, gradients=summed),
         ]
 
     def _update_arguments(self, state: PolicyState, roll: tuple[Any, ...], inputs: Any) -> tuple[Any, ...]:
-        """Of the update that follows the rollout with the arguments `roll`; what that gives is described."""
+        """Of the update that follows the rollouts with arguments like `roll`; what those give is described."""
+        parts = self.config.sampling_batches
         trajectory = self._rollout.eval_shape(*roll)
+        if parts > 1:
+            trajectory, inputs = self._join.eval_shape([(trajectory, inputs)] * parts)
         advantages = described_rows(np.zeros(1, np.float32), self.samples, self.context.mesh)
         return self.params["transformer"], state, None, trajectory, advantages, inputs
 
-    def step(self, state: PolicyState, step: int) -> tuple[PolicyState, dict[str, float]]:
-        """Rollout, rewards, updates."""
-        started = time.perf_counter()
-        config, params = self.config, self.params
-        records = self.source.batch(step, config.num_prompts)
-        encode_key, noise_key, rollout_key = jax.random.split(self.context.key(step), 3)
-        conditioner = self.bundle.conditioner
+    def _sample(
+        self, state: PolicyState, records: list[PromptRecord], key: jax.Array, part: int
+    ) -> tuple[tuple[Trajectory, Any], np.ndarray]:
+        """Trajectories of the samples for these prompts, their conditioning, and the pictures of this process's devices."""
+        config, params, conditioner = self.config, self.params, self.bundle.conditioner
+        encode_key, noise_key, rollout_key = jax.random.split(key, 3)
+        own_keys = (encode_key, noise_key)
+        if config.sampling_batches > 1:  # the window is drawn once for the step
+            own_keys = (jax.random.fold_in(own, part) for own in own_keys)
+        encode_key, noise_key = own_keys
         edited = source_pictures(records, config.height, config.width)
         tokens = self._place(conditioner.tokenize([record.prompt for record in records], edited))
         negative = None
@@ -288,64 +340,105 @@ class GRPOStage(Stage):
         roll = (params["transformer"], state.lora, inputs, noise, rollout_key, sigmas)
         if "update" not in self.ahead:  # compiled while the first rollout is
             self.ahead.ask("update", "the update", self._update, *self._update_arguments(state, roll, inputs))
-        trajectory = self._rollout(*roll)
+        number = jax.device_put(np.int32(part), replicated(self.context.mesh)) if config.sampling_batches > 1 else None
+        trajectory = self._rollout(*roll, number)
         # Each process has the pictures of its own devices, and scores those.
         images = to_uint8(rows_to_host(self._decode(params["vae"], trajectory.latents), self.context.mesh))
+        return (trajectory, inputs), images
+
+    def step(self, state: PolicyState, step: int) -> tuple[PolicyState, dict[str, float]]:
+        """Rollouts, rewards, updates."""
+        started = time.perf_counter()
+        records = self.source.batch(step, self.config.num_prompts)
+        key, sampled, scoring = self.context.key(step), [], []
+        for part in range(self.config.sampling_batches):
+            own = records[part * self.prompts_at_once :][: self.prompts_at_once]
+            made, images = self._sample(state, own, key, part)
+            sampled.append(made)
+            scoring.append(self._start_scoring(images, own, step, part))
+        trajectory, inputs = sampled[0] if len(sampled) == 1 else self._join(sampled)
+        del sampled, made
         rolled_out = time.perf_counter()
 
-        advantages, metrics = self._score(images, records)
+        advantages, metrics = self._advantages([result() for result in scoring], records)
+        self._check_budget(metrics["failed"], step)
         scored = time.perf_counter()
 
+        first_step = int(jax.device_get(trajectory.steps)[0])
         if metrics["failed"] < self.samples:
-            self.failed_steps = 0
             advantages = shard_batch(advantages, self.context.mesh)
-            state, update = self.ahead["update"](params["transformer"], state, None, trajectory, advantages, inputs)
+            state, update = self.ahead["update"](
+                self.params["transformer"], state, None, trajectory, advantages, inputs
+            )
             metrics |= {name: float(value) for name, value in jax.device_get(update).items()}
-        else:
-            self.failed_steps += 1
-            if self.failed_steps >= config.max_failed_steps:
-                raise TrainingError(
-                    f"Every reward of stage '{self.context.name}' has failed for {self.failed_steps} steps up to step "
-                    f"{step}; repair the reward ({', '.join(self.rewards)}), then run the same command."
-                )
         updated = time.perf_counter()
         busy = rolled_out - started + updated - scored
+        flops = self._flops("references" in inputs["cond"], first_step)
         metrics |= {
             "seconds_rollout": rolled_out - started,
-            "seconds_reward": scored - rolled_out,
+            "seconds_reward": scored - rolled_out,  # what of it was waited for
             "seconds_update": updated - scored,
             "samples_per_second": self.samples / (updated - started),
-            "model_tflops_per_second": self._flops(
-                "references" in inputs["cond"], int(jax.device_get(trajectory.steps)[0])
-            )
-            / busy
-            / 1e12,
+            "model_tflops_per_second": flops / busy / 1e12,
         }
         return state, metrics
 
-    def _score(self, images: np.ndarray, records: list[PromptRecord]) -> tuple[np.ndarray, dict[str, float]]:
-        """Advantages [B] and statistics of all samples from the pictures of this process; a statistic over nothing is left out."""
-        repeated = [record for record in records for _ in range(self.grpo.group_size)]
-        own, values = repeated[local_rows(self.context.mesh, self.samples)], {}
-        for name, reward in self.rewards.items():
-            scores = np.asarray(reward.score(list(images), own).values, np.float64)
-            if scores.shape != (len(images),):
-                raise ValueError(f"The reward '{name}' gave {scores.shape} scores for {len(images)} images.")
-            values[name] = gather_rows(scores, self.context.mesh, self.samples)
-        total = combine_rewards({name: values[name] for name, _ in self.grpo.weights}, self.grpo.weights)
+    def _start_scoring(
+        self, images: np.ndarray, records: list[PromptRecord], step: int, part: int
+    ) -> Callable[[], Scored]:
+        """Scores of a part's samples from all processes, each of which begins now with its own pictures."""
+        mesh, count = self.context.mesh, self.samples_at_once
+        rows = local_rows(mesh, count)
+        repeated = [record for record in records for _ in range(self.grpo.group_size)][rows]
+        result = self.scorer.start(list(images), repeated)
+        audited = self.config.audit_every and step % self.config.audit_every == 0
+
+        def scored() -> Scored:
+            own = result()
+            if audited:
+                folder = self.context.workdir / "audit" / self.context.name / f"{step:06d}"
+                write_audit(folder, part * count + rows.start, images, repeated, own)
+            for name, sentences in own.errors.items():
+                if sentences and name not in self._told:
+                    self._told.add(name)
+                    self.context.log(
+                        f"{self.context.name}, step {step}: the reward '{name}' failed: {next(iter(sentences.values()))}"
+                    )
+            everywhere = lambda tree: {name: gather_rows(values, mesh, count) for name, values in tree.items()}
+            return own._replace(values=everywhere(own.values), asked=everywhere(own.asked))
+
+        return scored
+
+    def _advantages(self, parts: list[Scored], records: list[PromptRecord]) -> tuple[np.ndarray, dict[str, float]]:
+        """Advantages [B] and statistics of all samples; a statistic over nothing is left out."""
+        entries = self.scorer.entries
+        groups = [record.key for record in records for _ in range(self.grpo.group_size)]
+        values, asked = (
+            {name: np.concatenate([getattr(part, field)[name] for part in parts]) for name in entries}
+            for field in ("values", "asked")
+        )
+        scaled = {name: normalize(values[name], groups, entries[name].normalize) for name, _ in self.grpo.weights}
+        total = combine_rewards(scaled, self.grpo.weights, asked)
         advantages, stats = group_advantages(
-            total,
-            [record.key for record in repeated],
-            global_std=self.grpo.global_std,
-            clip=self.grpo.adv_clip_max,
+            total, groups, global_std=self.grpo.global_std, clip=self.grpo.adv_clip_max
         )
         metrics = {"reward": stats.pop("reward_mean"), **stats}
         for name, scores in values.items():
             valid = scores[~np.isnan(scores)]
-            metrics[f"reward_{name}_failed"] = float(len(scores) - len(valid))
+            metrics[f"reward_{name}_failed"] = float(asked[name].sum() - len(valid))
             if len(valid):
                 metrics |= {f"reward_{name}": float(valid.mean()), f"reward_{name}_std": float(valid.std())}
         return advantages, {name: value for name, value in metrics.items() if not np.isnan(value)}
+
+    def _check_budget(self, failed: float, step: int) -> None:
+        """Raises a `TrainingPaused` when too much of the last steps could not be scored."""
+        self.failed.append(failed)
+        share = sum(self.failed) / (len(self.failed) * self.samples)
+        if len(self.failed) == self.failed.maxlen and share > self.config.error_budget:
+            raise TrainingPaused(
+                f"{share:.0%} of the samples of stage '{self.context.name}' could not be scored in the {len(self.failed)} "
+                f"steps up to step {step}; repair the reward ({', '.join(self.scorer.entries)}), then run the same command."
+            )
 
     def _flops(self, edits: bool, first: int) -> int:
         """Of the transformer in one step whose window begins at step `first`."""

@@ -25,7 +25,7 @@ from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.parallel.processes import agreed, is_main, tree_to_host, wait_for_all
 from unipic2_jax.training import config as config_lib
 from unipic2_jax.training.checkpoints import Checkpoints
-from unipic2_jax.training.config import TrainingError
+from unipic2_jax.training.config import TrainingError, TrainingPaused
 from unipic2_jax.training.metrics import Metrics, draw_curves, read_evaluations
 from unipic2_jax.training.report import write_report
 from unipic2_jax.training.stage import Stage, StageContext, stage_class
@@ -361,7 +361,13 @@ class _Run:
                 if step == config.steps:
                     return state
                 started = time.perf_counter()
-                state, metrics = stage.step(state, step)
+                try:
+                    state, metrics = stage.step(state, step)
+                except TrainingPaused:
+                    self.save(place(), state)
+                    self.checkpoints.wait()
+                    self.metrics.close()
+                    raise
                 metrics = {name: float(value) for name, value in metrics.items()}
                 metrics["seconds_step"] = time.perf_counter() - started
                 self.check_finite(stage, step, metrics)

@@ -1,0 +1,44 @@
+"""Pictures and raw scores of a step, kept for people who want to see what a reward rewards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unipic2_jax.data.prompts import PromptRecord
+from unipic2_jax.rewards.scoring import Scored
+
+
+def write_audit(
+    folder: Path, first: int, images: Sequence[np.ndarray], records: Sequence[PromptRecord], scored: Scored
+) -> None:
+    """Writes NNNNN.png for each image, NNNNN_source.png where a new one was edited, and scores_FIRST.jsonl.
+
+    Args:
+      first: number of the first image among all of the step; several processes, and parts of a step, write into one folder.
+      scored: of these images; a score that failed is null and has the sentence that says why.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = lambda value: None if np.isnan(value) else float(value)
+    lines, sources = [], {}
+    for index, (image, record) in enumerate(zip(images, records, strict=True)):
+        name = f"{first + index:05d}"
+        Image.fromarray(image).save(folder / f"{name}.png")
+        row = {"image": f"{name}.png", "prompt": record.prompt, "rewards": {}}
+        if record.image is not None:
+            if record.key not in sources:
+                sources[record.key] = f"{name}_source.png"
+                Image.fromarray(record.image).save(folder / sources[record.key])
+            row["source"] = sources[record.key]
+        for reward, values in scored.values.items():
+            if scored.asked[reward][index]:
+                found = {detail: number(column[index]) for detail, column in scored.details[reward].items()}
+                row["rewards"][reward] = {"score": number(values[index]), **found}
+                if sentence := scored.errors[reward].get(index):
+                    row["rewards"][reward]["error"] = sentence
+        lines.append(json.dumps(row))
+    (folder / f"scores_{first:05d}.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,230 @@
+"""Several rewards of a batch, in the background: who is asked about what, how often, and what comes of those that fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pybreaker
+import tenacity
+
+from unipic2_jax.data.prompts import PromptRecord
+from unipic2_jax.rewards.base import Calls, Reward, RewardError, Scores, make_reward
+from unipic2_jax.rl.advantages import NORMALIZATIONS
+
+LONGEST_PAUSE = 60.0  # between two tries; a server that asks for more gets what it asks for
+CALL_FIELDS = tuple(field.name for field in dataclasses.fields(Calls))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One of several rewards.
+
+    Attributes:
+      reward: what scores.
+      calls: how it is called.
+      weight: of its score in what is maximised; 0: it is only watched.
+      normalize: of `rl.advantages.NORMALIZATIONS`, before weighting.
+      datasets: it is asked about records whose metadata has one of these as `dataset`; empty: about all.
+    """
+
+    reward: Reward
+    calls: Calls
+    weight: float = 1.0
+    normalize: str = "none"
+    datasets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.normalize not in NORMALIZATIONS:
+            raise ValueError(f"normalize is '{self.normalize}'; use one of {', '.join(NORMALIZATIONS)}.")
+        if self.reward.groupwise and self.calls.batch_size:
+            raise ValueError("a reward of whole groups has no batch_size; leave it out.")
+
+    def is_about(self, record: PromptRecord) -> bool:
+        """Whether the reward is asked about what was made for this record."""
+        return not self.datasets or record.metadata.get("dataset") in self.datasets
+
+
+def make_entries(rewards: Mapping[str, Mapping[str, Any]], mesh: jax.sharding.Mesh | None = None) -> dict[str, Entry]:
+    """{name: fields of `Entry`, fields of `Calls`, `kind` (the name by default), and the kind's own options}.
+
+    Raises:
+      ValueError: one sentence with the reward's name.
+    """
+    entries = {}
+    for name, fields in rewards.items():
+        options = dict(fields)
+        own = {field: options.pop(field) for field in ("weight", "normalize", "datasets") if field in options}
+        calls = {field: options.pop(field) for field in CALL_FIELDS if field in options}
+        try:
+            reward = make_reward(options.pop("kind", name), mesh, **options)
+            if isinstance(own.get("datasets"), str):
+                raise ValueError(f"datasets is '{own['datasets']}'; write ('{own['datasets']}',).")
+            entries[name] = Entry(reward, dataclasses.replace(reward.calls, **calls), **own)
+        except ValueError as error:
+            raise ValueError(f"rewards.{name}: {error}") from error
+    return entries
+
+
+class Scored(NamedTuple):
+    """What became of a batch, by reward.
+
+    Attributes:
+      values: float64 [B]; NaN where scoring failed, and where it was not asked.
+      asked: bool [B].
+      details: further numbers, float64 [B], by name.
+      errors: sample -> sentence.
+    """
+
+    values: dict[str, np.ndarray]
+    asked: dict[str, np.ndarray]
+    details: dict[str, dict[str, np.ndarray]]
+    errors: dict[str, dict[int, str]]
+
+
+class Scorer:
+    """Asks all rewards about a batch.
+
+    A call that raises `RewardError`, or takes too long, is tried again; when that does not help its samples have no score.
+    Any other error ends the run. Threads that hang in a call after its time stay behind and keep no one from leaving.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry]):
+        self.entries = dict(entries)
+        self._pools = {name: ThreadPoolExecutor(entry.calls.concurrency) for name, entry in self.entries.items()}
+        self._breakers = {name: _breaker(entry.calls) for name, entry in self.entries.items()}
+
+    def start(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Callable[[], Scored]:
+        """Begins to score uint8 [H, W, 3] images, those of a group side by side; the result waits for all scores."""
+        pending = {}
+        for name, entry in self.entries.items():
+            asked = [i for i, record in enumerate(records) if entry.is_about(record)]
+            parts = _parts(entry, asked, records)
+            begin = self._later if entry.reward.on_mesh else self._pools[name].submit
+            pending[name] = [
+                (part, begin(self._score, name, [images[i] for i in part], [records[i] for i in part]))
+                for part in parts
+            ]
+        return lambda: self._collect(len(images), pending)
+
+    def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scored:
+        """`start` and its result."""
+        return self.start(images, records)()
+
+    def _later(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Like `submit`, for what all processes have to do in the same order: it is done when it is asked for."""
+        return _Later(call, arguments)
+
+    def _score(self, name: str, images: list[np.ndarray], records: list[PromptRecord]) -> Scores | str:
+        """Scores of one call, or the sentence that says why there are none."""
+        entry, breaker = self.entries[name], self._breakers[name]
+
+        def ask() -> Scores:
+            scores = _in_time(entry.calls.timeout, lambda: entry.reward.score(images, records))
+            if np.shape(scores.values) != (len(images),):
+                raise RewardError(f"{np.shape(scores.values)} scores came for {len(images)} images.")
+            return scores
+
+        try:
+            return _tries(entry.calls)(breaker.call if breaker else (lambda call: call()), ask)
+        except pybreaker.CircuitBreakerError:
+            return (
+                f"It failed {entry.calls.breaker} times in a row and is left alone for {entry.calls.pause:g} seconds."
+            )
+        except RewardError as error:
+            return str(error)
+
+    def _collect(self, count: int, pending: Mapping[str, list[tuple[list[int], Any]]]) -> Scored:
+        found = Scored({}, {}, {}, {})
+        for name, parts in pending.items():
+            values, asked = np.full(count, np.nan), np.zeros(count, bool)
+            details: dict[str, np.ndarray] = {}
+            errors: dict[int, str] = {}
+            for part, future in parts:
+                asked[part] = True
+                scores = future.result()
+                if isinstance(scores, str):
+                    errors |= dict.fromkeys(part, scores)
+                    continue
+                values[part] = scores.values
+                errors |= {part[i]: sentence for i, sentence in scores.errors.items()}
+                for detail, column in scores.details.items():
+                    details.setdefault(detail, np.full(count, np.nan))[part] = column
+            for group, column in zip(found, (values, asked, details, errors)):
+                group[name] = column
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Later:
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def result(self) -> Any:
+        return self.call(*self.arguments)
+
+
+def _parts(entry: Entry, asked: list[int], records: Sequence[PromptRecord]) -> list[list[int]]:
+    """Samples of each call."""
+    if entry.reward.groupwise:
+        return [list(group) for _, group in itertools.groupby(asked, key=lambda i: records[i].key)]
+    size = entry.calls.batch_size or max(len(asked), 1)
+    return [asked[start : start + size] for start in range(0, len(asked), size)]
+
+
+def _breaker(calls: Calls) -> pybreaker.CircuitBreaker | None:
+    if not calls.breaker:
+        return None
+    # Who asks for time is alive, and a mistake of ours says nothing about the other side.
+    return pybreaker.CircuitBreaker(
+        fail_max=calls.breaker,
+        reset_timeout=calls.pause,
+        exclude=[lambda error: not isinstance(error, RewardError) or error.retry_after is not None],
+        throw_new_error_on_trip=False,
+    )
+
+
+def _tries(calls: Calls) -> tenacity.Retrying:
+    grows = tenacity.wait_random_exponential(calls.backoff, max=LONGEST_PAUSE)
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        asked = getattr(state.outcome.exception(), "retry_after", None)
+        return grows(state) if asked is None else asked
+
+    return tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(calls.retries + 1),
+        wait=wait,
+        retry=tenacity.retry_if_exception_type(RewardError),
+        reraise=True,
+    )
+
+
+def _in_time(seconds: float, call: Callable[[], Scores]) -> Scores:
+    """The call's result, in a thread that is left behind when it takes longer.
+
+    Raises:
+      RewardError: when it does.
+    """
+    if not seconds:
+        return call()
+    future: Future[Scores] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.done():  # the call's own
+            raise
+        raise RewardError(f"No answer came within {seconds:g} seconds.") from None
