@@ -1,5 +1,7 @@
 """GRPO as a stage of a run: what it logs, that it learns, failed rewards, several stages, resume, devices."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +10,16 @@ import eight_devices
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_grpo
 from toy_grpo import Brightness
 
 from unipic2_jax.parallel.mesh import make_mesh
+from unipic2_jax.rewards.base import RewardError
 from unipic2_jax.training import grpo_stage, loop
-from unipic2_jax.training.config import ConfigError
+from unipic2_jax.training.config import ConfigError, TrainingPaused
 from unipic2_jax.training.metrics import read_evaluations, read_rows
 from unipic2_jax.training.stage import StageContext
 
@@ -162,6 +166,8 @@ def test_a_stage_that_cannot_work_is_refused_before_any_work(tmp_path):
     assert "group_size" in sentence(grpo={"group_size": 1})
     assert "'brightnes'" in sentence(rewards={"brightnes": {"weight": 1.0}})
     assert "no reward" in sentence(rewards={})
+    assert "cannot be sampled in 3 batches" in sentence(sampling_batches=3)
+    assert "error_budget is 2" in sentence(error_budget=2.0)
     assert "'toi'" in sentence(source={"kind": "toi"})
     assert "cannot be split" in sentence(num_prompts=3, grpo={"updates_per_rollout": 5})
     assert "'sampels'" in sentence(evaluations={"x": {"sampels": 3}})
@@ -246,3 +252,99 @@ def test_sharing_a_group_s_beginning_changes_nothing_but_the_time(tmp_path, monk
     start = np.concatenate([np.ravel(x) for x in jax.tree.leaves(stage_start)])
     changes, want = changes - start, want - start
     assert changes @ want > 0.99 * np.linalg.norm(changes) * np.linalg.norm(want) > 0
+
+
+def make_stage(tmp_path, **fields):
+    config = toy_grpo.config(edit=toy_grpo.stage(edit=True, evaluations={}, **fields)).stages.edit
+    mesh = make_mesh(jax.devices()[:1])
+    log = []
+    stage = grpo_stage.GRPOStage(
+        config, toy_grpo.load(mesh=mesh), StageContext("edit", 0, 0, mesh, tmp_path, log=log.append)
+    )
+    return stage, log
+
+
+def test_one_batch_is_scored_while_the_next_is_sampled_and_all_share_a_window(tmp_path):
+    window = {"window": {"size": 1, "low": 0, "high": 3}}
+    stage, _ = make_stage(tmp_path, sampling_batches=2, audit_every=2, grpo=window)
+    events, sample = [], stage._sample
+    stage._sample = lambda *given: (events.append(given[3]), sample(*given))[1]
+
+    def trouble(values):
+        events.append("scored")
+        return values
+
+    Brightness.trouble = trouble
+    joined = []
+    join = stage._join
+
+    def look(parts):
+        joined.append([part[0] for part in jax.device_get(parts)])
+        return join(parts)
+
+    look.eval_shape = join.eval_shape
+    stage._join = look
+    state, metrics = stage.step(stage.init(), 0)
+    assert events.count("scored") == 2 and [e for e in events if e != "scored"] == [0, 1]
+    first, second = joined[0]
+    assert first.steps == second.steps and first.latents.shape[1] == 8
+    assert (first.latents[0] != second.latents[0]).any()
+    assert metrics["log_prob_difference"] < 1e-5 and metrics["gradient_norm"] > 0
+    # The pictures and scores of the step are kept: 16 samples, 4 sources.
+    folder = tmp_path / "audit/edit/000000"
+    rows = [json.loads(line) for name in ("00000", "00008") for line in (folder / f"scores_{name}.jsonl").open()]
+    assert [row["image"] for row in rows] == [f"{index:05d}.png" for index in range(16)]
+    kept = [np.asarray(Image.open(folder / row["image"])).mean() / 255 for row in rows]
+    np.testing.assert_allclose([row["rewards"]["brightness"]["score"] for row in rows], kept)
+    assert len({row["source"] for row in rows}) == 4 and all((folder / row["source"]).exists() for row in rows)
+    assert metrics["reward"] == pytest.approx(np.mean(kept))
+    stage.step(state, 1)
+    assert [path.name for path in folder.parent.iterdir()] == ["000000"]
+
+
+def test_rewards_can_be_normalised_belong_to_datasets_and_only_be_watched(tmp_path):
+    rewards = {
+        "brightness": {"weight": 1.0, "normalize": "group", "datasets": ("even",)},
+        "odd": {"kind": "brightness", "weight": 2.0, "datasets": ("odd",)},
+        "watched": {"kind": "brightness", "weight": 0.0},
+    }
+    stage, _ = make_stage(tmp_path, rewards=rewards)
+    batch = stage.source.batch
+    tagged = lambda record: dataclasses.replace(record, metadata={"dataset": record.metadata["tag"]})
+    stage.source.batch = lambda step, count: [tagged(record) for record in batch(step, count)]
+    _, metrics = stage.step(stage.init(), 0)
+    assert metrics["failed"] == 0 and metrics["reward_watched"] > 0
+    # Half of the samples have mean 0; the other half twice their brightness.
+    assert metrics["reward"] == pytest.approx(metrics["reward_odd"], abs=1e-9)
+
+
+def test_a_run_over_its_error_budget_is_saved_and_goes_on_later(tmp_path):
+    config = toy_grpo.config(edit=toy_grpo.stage(evaluations={}, steps=4, save_every=100, error_window=1))
+    start = lambda folder: loop.run(
+        config, folder, load=toy_grpo.load, save=toy_grpo.save, mesh=make_mesh(jax.devices()[:1])
+    )
+    calls = iter(range(100))
+    Brightness.trouble = lambda values: np.where(next(calls) >= 2, np.nan, values)
+    with pytest.raises(TrainingPaused, match="100% of the samples of stage 'edit' .* up to step 2; repair the reward"):
+        start(tmp_path / "parts")
+    Brightness.trouble = None
+    found = loop.Checkpoints(tmp_path / "parts/checkpoints", 3)
+    assert found.steps() == [2]
+    parts, whole = start(tmp_path / "parts"), start(tmp_path / "whole")
+    with np.load(whole / "params.npz") as a, np.load(parts / "params.npz") as b:
+        assert all(np.array_equal(a[name], b[name]) for name in a.files)
+
+
+def test_the_first_failure_of_a_reward_is_told(tmp_path):
+    stage, log = make_stage(tmp_path)
+
+    def trouble(values):
+        raise RewardError("The server is tired.")
+
+    Brightness.trouble = trouble
+    for step in range(2):
+        _, metrics = stage.step(stage.init(), step)
+    assert metrics["failed"] == 16 and "reward" not in metrics
+    assert [line for line in log if "tired" in line] == [
+        "edit, step 0: the reward 'brightness' failed: The server is tired."
+    ]
