@@ -1,25 +1,72 @@
 """PDTR: reinforce editing first, then text-to-image (paper section 3.2; hyper-parameters from section 4.1).
 
-`configs/pdtr.py` is the paper's run and wants a model and prompts of yours:
+`configs/pdtr.py` is the paper's run and wants a model, prompts and an EditReward of yours:
 
-    --config.init=DIR --config.stages.edit.source.path=edits.jsonl --config.stages.t2i.source.path=prompts.jsonl
+    --config.init=DIR --config.stages.edit.source.path=edits.jsonl --config.stages.t2i.source.path=prompts.jsonl \\
+        --config.stages.edit.rewards.editreward.model=DIR
 
-`configs/pdtr.py:model=metaquery` is the same for a MetaQuery model; `--config.vlm=DIR` names its Qwen2.5-VL.
-`configs/pdtr.py:tiny,model=metaquery` reinforces UniPic2-Tiny-MetaQuery.
+Words after a colon, with commas between them, change it:
 
-`configs/pdtr.py:tiny` is the same two stages on the shipped UniPic2-Tiny in the shapes world, in minutes on a CPU;
-`configs/pdtr.py:tiny,long` gives it about half an hour, `configs/pdtr.py:tiny,smoke` a few seconds.
+| word | |
+|---|---|
+| `edit=editreward`, `edit=judge`, `edit=none` | what rewards edits: a trained EditReward (the default), a judge's marks, or no such stage |
+| `t2i=geneval`, `t2i=none` | what rewards pictures from text: GenEval's rules on a detector's findings, or no such stage |
+| `model=kontext`, `model=metaquery` | which model: text encoders, or Qwen2.5-VL (`--config.vlm=DIR`) |
+| `fast` | two steps of a rollout are stochastic and trained, without guidance; the others are deterministic |
+| `guard` | GRPO-Guard's ratios |
+| `joint` | both tasks in turn in one stage, against which the paper's order can be held |
+| `tiny` | UniPic2-Tiny in the shapes world, in minutes on a CPU; `tiny,long` about half an hour, `tiny,smoke` a few seconds |
+
+At tiny scale edits are rewarded by the exact verifier unless `edit=` says otherwise: `edit=editreward` is the shipped tiny
+EditReward, `edit=judge` the verifier with noise; the verifier is then watched beside them.
 """
 
 from ml_collections import ConfigDict
 
 from configs.shapes import SIZE, evaluations
-from unipic2_jax.pipelines import TINY, TINY_METAQUERY
+from unipic2_jax.pipelines import TINY, TINY_EDIT_REWARD, TINY_METAQUERY
 from unipic2_jax.pipelines.metaquery import EDIT_NEGATIVE
 from unipic2_jax.training.config import make_config
 
-# The paper's rewards of the two stages; GenEval's wants a detector, EditReward a trained judge.
-REWARDS = {"edit": "editreward", "t2i": "geneval"}
+# The rewards that can be chosen at full size. Flags reach their fields by their names, as in
+# --config.stages.t2i.rewards.geneval.detector.device=cpu.
+REWARDS = {
+    "edit": {
+        "editreward": {"editreward": {"weight": 1.0, "model": "", "dtype": "bfloat16"}},
+        "judge": {"judge": {"weight": 1.0, "model": "gpt-4.1"}},
+    },
+    "t2i": {
+        "geneval": {
+            "geneval": {
+                "weight": 1.0,
+                "exact": False,
+                "detector": {
+                    "kind": "mask2former",
+                    "model": "facebook/mask2former-swin-small-coco-instance",
+                    "clip": "openai/clip-vit-large-patch14",
+                    "device": "cuda",
+                },
+            }
+        }
+    },
+}
+# Of the tiny judge's marks: about as much as the samples of a group differ by.
+JUDGE_NOISE = 0.2
+WATCHED = {"shapes_edit": {"weight": 0.0}}
+TINY_REWARDS = {
+    "edit": {
+        "verifier": {"shapes_edit": {"weight": 1.0}},
+        "editreward": {"editreward": {"weight": 1.0, "model": TINY_EDIT_REWARD}, **WATCHED},
+        "judge": {"judge": {"kind": "shapes_edit", "noise": JUDGE_NOISE, "weight": 1.0}, **WATCHED},
+    },
+    "t2i": {"geneval": {"shapes_t2i": {"weight": 1.0}}},
+}
+CHOICES = {
+    "edit": ("editreward", "judge", "none"),
+    "t2i": ("geneval", "none"),
+    "model": ("kontext", "metaquery"),
+}
+FLAGS = ("tiny", "long", "smoke", "fast", "guard", "joint")
 
 
 # One turn through the training prompts at tiny scale: what the base often gets wrong comes more often, because a group whose
@@ -30,14 +77,15 @@ TURNS = {
 }
 
 
-def full_stage(task: str, negative_prompt: str = "") -> dict:
+def full_stage(task: str, rewards: dict, negative_prompt: str = "") -> dict:
     """A stage with the paper's hyper-parameters, which are the defaults of the GRPO stage."""
     return {
         "kind": "grpo",
         "steps": 1000,
         "source": {"kind": "jsonl", "path": "", "task": task},
-        "rewards": {REWARDS[task]: {"weight": 1.0}},
+        "rewards": rewards,
         "num_prompts": 16,
+        "audit_every": 50,
         "compute_dtype": "bfloat16",
         "negative_prompt": negative_prompt,
         "grpo": {"micro_batch": 32},
@@ -63,14 +111,14 @@ LENGTH = {
 }
 
 
-def tiny_stage(task: str, steps: int, lr: float, num_prompts: int = 14) -> dict:
+def tiny_stage(task: str, rewards: dict, steps: int, lr: float, num_prompts: int = 14) -> dict:
     """The same stage with the sizes and counts of the shapes world."""
     return {
         "kind": "grpo",
         "steps": steps,
         "save_every": 20,
         "source": {"kind": "shapes", "task": task, "tags": TURNS[task]},
-        "rewards": {f"shapes_{task}": {"weight": 1.0}},
+        "rewards": rewards,
         **SIZE,
         "num_prompts": num_prompts,
         "same_latent": True,
@@ -79,23 +127,64 @@ def tiny_stage(task: str, steps: int, lr: float, num_prompts: int = 14) -> dict:
     }
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    """`arg` is a comma-separated list of 'tiny', 'long', 'smoke', 'model=metaquery'."""
+def joined(stages: dict[str, dict]) -> dict:
+    """Both stages as one in which they take turns: the steps of both, everything else as in the second."""
+    rewards = {
+        name: {**fields, "datasets": (task,)}
+        for task, stage in stages.items()
+        for name, fields in stage["rewards"].items()
+    }
+    source = {"kind": "turns", "sources": {task: stage["source"] for task, stage in stages.items()}}
+    steps = sum(stage["steps"] for stage in stages.values())
+    return {**stages["t2i"], "steps": steps, "source": source, "rewards": rewards}
+
+
+def read_words(arg: str) -> tuple[set[str], dict[str, str]]:
+    """The flags among the words, and the choices that were made.
+
+    Raises:
+      ValueError: for an unknown word, or words that contradict each other.
+    """
     words = {word for word in arg.split(",") if word}
-    if unknown := words - {"tiny", "long", "smoke", "model=metaquery"}:
-        raise ValueError(
-            f"configs/pdtr.py has no variant '{unknown.pop()}'; combine tiny, long, smoke and model=metaquery."
-        )
-    metaquery = "model=metaquery" in words
-    if "tiny" not in words:
+    flags = {word for word in words if "=" not in word}
+    made = dict(word.split("=", 1) for word in words - flags)
+    unknown = (flags - set(FLAGS)) | {f"{k}={v}" for k, v in made.items() if v not in CHOICES.get(k, ())}
+    if unknown:
+        known = [*FLAGS, *(f"{name}={value}" for name, values in CHOICES.items() for value in values)]
+        raise ValueError(f"configs/pdtr.py has no variant '{min(unknown)}'; combine some of {', '.join(known)}.")
+    if len(made) < len(words - flags):
+        raise ValueError(f"configs/pdtr.py:{arg} makes a choice twice; make each once.")
+    if flags & {"long", "smoke"} and "tiny" not in flags:
+        raise ValueError(f"configs/pdtr.py:{arg} names a length of tiny runs; write 'tiny' too.")
+    without = [task for task in ("edit", "t2i") if made.get(task) == "none"]
+    if len(without) == 2 or (without and "joint" in flags):
+        raise ValueError(f"configs/pdtr.py:{arg} leaves out what it is about; leave out {without[0]}=none instead.")
+    return flags, made
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg` is a comma-separated list of words, see above."""
+    flags, made = read_words(arg)
+    tiny, smoke, metaquery = "tiny" in flags, "smoke" in flags, made.get("model") == "metaquery"
+    known = TINY_REWARDS if tiny else REWARDS
+    # What rewards each task; the first is the default.
+    rewards = {task: known[task][made.get(task, next(iter(known[task])))] for task in known if made.get(task) != "none"}
+    if tiny:
+        length = LENGTH["smoke" if smoke else "long" if "long" in flags else "demo"]
+        stages = {task: tiny_stage(task, own, *length[task], 2 if smoke else 14) for task, own in rewards.items()}
+        model = {"init": TINY_METAQUERY, "model": "tiny_metaquery"} if metaquery else {"init": TINY, "model": "tiny"}
+    else:
         negatives = {"edit": EDIT_NEGATIVE if metaquery else "", "t2i": ""}
-        stages = {task: full_stage(task, negative) for task, negative in negatives.items()}
+        stages = {task: full_stage(task, own, negatives[task]) for task, own in rewards.items()}
         model = {"model": "unipic2_metaquery", "vlm_dtype": "bfloat16"} if metaquery else {"model": "sd35_medium"}
-        return make_config({"init": None, **model, "schedule": ("edit", "t2i"), "stages": stages})
-    smoke, long = "smoke" in words, "long" in words
-    length = LENGTH["smoke" if smoke else "long" if long else "demo"]
-    stages = {task: tiny_stage(task, *length[task], 2 if smoke else 14) for task in ("edit", "t2i")}
+        model["init"] = None
+    if "joint" in flags:
+        stages = {"joint": joined(stages)}
     for stage in stages.values():
-        stage["evaluations"] = evaluations(6, 1) if smoke else evaluations(750, 2)
-    model = {"init": TINY_METAQUERY, "model": "tiny_metaquery"} if metaquery else {"init": TINY, "model": "tiny"}
-    return make_config({**model, "schedule": ("edit", "t2i"), "stages": stages})
+        if "fast" in flags and not tiny:  # tiny rollouts are that already
+            stage["grpo"] |= {"window": {"size": 2, "low": 0, "high": 5}, "cfg_in_window": False}
+        if "guard" in flags:
+            stage["grpo"] |= {"guard": True}
+        if tiny:
+            stage["evaluations"] = evaluations(6, 1) if smoke else evaluations(750, 2)
+    return make_config({**model, "schedule": tuple(stages), "stages": stages})

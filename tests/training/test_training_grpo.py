@@ -94,7 +94,7 @@ def test_a_reward_that_always_fails_stops_the_run(stage):
     after, metrics = stage.step(state, 0)
     assert after is state and "reward" not in metrics and metrics["failed"] == 16
     with pytest.raises(
-        loop.TrainingError, match="100% of the samples of stage 'edit' could not be scored in the 2 steps up to step 1"
+        loop.TrainingError, match=r"100% of the samples of stage 'edit' could not be scored in the 2 steps up to step 1"
     ):
         stage.step(state, 1)
 
@@ -325,7 +325,7 @@ def test_a_run_over_its_error_budget_is_saved_and_goes_on_later(tmp_path):
     )
     calls = iter(range(100))
     Brightness.trouble = lambda values: np.where(next(calls) >= 2, np.nan, values)
-    with pytest.raises(TrainingPaused, match="100% of the samples of stage 'edit' .* up to step 2; repair the reward"):
+    with pytest.raises(TrainingPaused, match=r"100% of the samples of stage 'edit' .* up to step 2; repair the reward"):
         start(tmp_path / "parts")
     Brightness.trouble = None
     found = loop.Checkpoints(tmp_path / "parts/checkpoints", 3)

@@ -18,6 +18,7 @@ from unipic2_jax.data.kinds import make_kind
 SOURCES: dict[str, Any] = {
     "shapes": "unipic2_jax.data.shapes.sources:ShapesSource",
     "jsonl": "unipic2_jax.data.prompts:JSONLSource",
+    "turns": "unipic2_jax.data.prompts:TurnsSource",
     "blank": "unipic2_jax.data.blank:BlankSource",
 }
 
@@ -116,3 +117,24 @@ class JSONLSource:
             image = None if row["image"] is None else np.asarray(read_image(row["image"]))
             records.append(PromptRecord(row["prompt"], image, row["metadata"]))
         return records
+
+
+class TurnsSource:
+    """Several sources that take turns, a step each, so that one stage can train edits and text-to-image.
+
+    A record's metadata says as `dataset` which it is from, so that rewards can be for some of them.
+
+    Attributes:
+      sources: name -> description of a source, in the order of their turns.
+    """
+
+    def __init__(self, sources: Mapping[str, Mapping[str, Any]], seed: int = 0):
+        if not sources:
+            raise ValueError("A prompt source of turns has no sources; name at least one.")
+        self.sources = [(name, make_source(fields, seed)) for name, fields in sources.items()]
+
+    def batch(self, step: int, count: int) -> list[PromptRecord]:
+        """The next batch of the source whose turn it is."""
+        name, source = self.sources[step % len(self.sources)]
+        records = source.batch(step // len(self.sources), count)
+        return [dataclasses.replace(record, metadata={**record.metadata, "dataset": name}) for record in records]

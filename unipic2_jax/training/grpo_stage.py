@@ -338,8 +338,8 @@ class GRPOStage(Stage):
         noise = self._noise(noise_key)
         sigmas = jax.device_put(self.sigmas, replicated(self.context.mesh))
         roll = (params["transformer"], state.lora, inputs, noise, rollout_key, sigmas)
-        if "update" not in self.ahead:  # compiled while the first rollout is
-            self.ahead.ask("update", "the update", self._update, *self._update_arguments(state, roll, inputs))
+        if (edits := edited is not None) not in self.ahead:  # compiled while the first rollout is
+            self.ahead.ask(edits, "the update", self._update, *self._update_arguments(state, roll, inputs))
         number = jax.device_put(np.int32(part), replicated(self.context.mesh)) if config.sampling_batches > 1 else None
         trajectory = self._rollout(*roll, number)
         # Each process has the pictures of its own devices, and scores those.
@@ -367,7 +367,7 @@ class GRPOStage(Stage):
         first_step = int(jax.device_get(trajectory.steps)[0])
         if metrics["failed"] < self.samples:
             advantages = shard_batch(advantages, self.context.mesh)
-            state, update = self.ahead["update"](
+            state, update = self.ahead[records[0].image is not None](
                 self.params["transformer"], state, None, trajectory, advantages, inputs
             )
             metrics |= {name: float(value) for name, value in jax.device_get(update).items()}
