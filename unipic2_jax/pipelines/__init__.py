@@ -11,13 +11,16 @@ from jax.sharding import Mesh
 from unipic2_jax.pipelines.bundle import Bundle, init_bundle, load_bundle, save_bundle
 from unipic2_jax.pipelines.pipeline import Pipeline, PipelineOutput
 
-# The pretrained tiny models that ship with the project: with text encoders, and with a language model that sees.
-TINY, TINY_METAQUERY = (
-    str(Path(__file__).resolve().parents[1] / "assets" / name) for name in ("tiny", "tiny_metaquery")
+# The pretrained tiny models that ship with the project: with text encoders, with a language model that sees, and what scores
+# their edits.
+TINY, TINY_METAQUERY, TINY_EDIT_REWARD = (
+    str(Path(__file__).resolve().parents[1] / "assets" / name)
+    for name in ("tiny", "tiny_metaquery", "tiny_edit_reward")
 )
 
 __all__ = [
     "TINY",
+    "TINY_EDIT_REWARD",
     "TINY_METAQUERY",
     "Bundle",
     "Pipeline",
