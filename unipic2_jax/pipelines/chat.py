@@ -27,6 +27,22 @@ class Box:
     box: tuple[float, float, float, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A message that was written.
+
+    Attributes:
+      text: without special tokens.
+      read, written: tokens of the conversation, and of the answer with the one that ends it.
+      ended: whether the model ended it; otherwise there was no more room.
+    """
+
+    text: str
+    read: int
+    written: int
+    ended: bool
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatModel:
     """A language model that sees, ready to answer.
@@ -79,7 +95,22 @@ class ChatModel:
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """The next message of every conversation, as text.
+        """The next message of every conversation, as text; arguments as `write`."""
+        answers = self.write(
+            conversations, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, on_text=on_text
+        )
+        return [answer.text for answer in answers]
+
+    def write(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int = 256,
+        sampling: SamplingConfig = GREEDY,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Answer]:
+        """The next message of every conversation.
 
         Args:
           on_text: gets the first conversation's answer piece by piece while it is written.
@@ -112,7 +143,11 @@ class ChatModel:
             cache_dtype=self.module.dtype,
             on_tokens=None if on_text is None else stream,
         )
-        return self.processor.decode(tokens)
+        stops = np.isin(tokens, self.processor.stop_tokens)
+        ended = stops.any(axis=1)
+        written = np.where(ended, stops.argmax(axis=1) + 1, tokens.shape[1])
+        rows = zip(self.processor.decode(tokens), batch.valid.sum(axis=1), written, ended)
+        return [Answer(text, int(read), int(count), bool(end)) for text, read, count, end in rows]
 
     def boxes(self, answer: str, picture: Any) -> list[Box]:
         """The boxes of an answer about `picture`, in its own pixels.

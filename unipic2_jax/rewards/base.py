@@ -17,6 +17,8 @@ from unipic2_jax.data.prompts import PromptRecord
 REWARDS: dict[str, Any] = {
     "shapes_t2i": "unipic2_jax.rewards.shapes:ShapesT2IReward",
     "shapes_edit": "unipic2_jax.rewards.shapes:ShapesEditReward",
+    "judge": "unipic2_jax.rewards.judge:JudgeReward",
+    "remote": "unipic2_jax.rewards.remote:RemoteReward",
 }
 
 
@@ -101,11 +103,11 @@ class Reward:
         raise NotImplementedError
 
 
-def make_reward(kind: str, mesh: jax.sharding.Mesh | None = None, **options: Any) -> Reward:
-    """The reward of this kind; `mesh` is for those that compute on it.
+def reward_class(kind: str) -> Any:
+    """The class of this kind of reward.
 
     Raises:
-      ValueError: for a kind that is not in `REWARDS`, or options that it does not take.
+      ValueError: for a kind that is not in `REWARDS`.
     """
     if kind not in REWARDS:
         raise ValueError(f"The reward '{kind}' does not exist; choose one of {', '.join(sorted(REWARDS))}.")
@@ -113,6 +115,16 @@ def make_reward(kind: str, mesh: jax.sharding.Mesh | None = None, **options: Any
     if isinstance(maker, str):
         module, attribute = maker.split(":")
         maker = getattr(importlib.import_module(module), attribute)
+    return maker
+
+
+def make_reward(kind: str, mesh: jax.sharding.Mesh | None = None, **options: Any) -> Reward:
+    """The reward of this kind; `mesh` is for those that compute on it.
+
+    Raises:
+      ValueError: for a kind that is not in `REWARDS`, or options that it does not take.
+    """
+    maker = reward_class(kind)
     if maker.on_mesh:
         options["mesh"] = mesh
     try:

@@ -1,0 +1,50 @@
+"""JSON as its standard has it. Python's reader also takes NaN and keys that come twice, and makes infinity of 1e999."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+
+def read_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+      ValueError: with a clause that says what is wrong with it.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_repetition)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
+
+
+def as_number(value: Any) -> float | None:
+    """A finite number as float; None for anything else, true and false too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an int beyond the largest float
+        return None
+
+
+def excerpt(text: str | bytes, length: int = 120) -> str:
+    """The beginning of a text on one line, for messages."""
+    if isinstance(text, bytes):
+        text = text[: 4 * length].decode("utf-8", "replace")
+    line = " ".join(text[: 4 * length].split())
+    return line if len(line) <= length else line[: length - 3] + "..."
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which JSON does not have")
+
+
+def _no_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
