@@ -70,7 +70,9 @@ def _column(answer: dict[Any, Any], key: str, count: int) -> np.ndarray:
         raise ValueError(f"sent {amount} {key} for {count} pictures")
     numbers = [as_number(float(value) if isinstance(value, bool) else value) for value in found]
     if None in numbers:
-        raise ValueError(f"sent {key} with {excerpt(repr(found[numbers.index(None)]))}, which is no finite number")
+        value = found[numbers.index(None)]
+        shown = repr(value) if isinstance(value, (str, float)) else type(value).__name__
+        raise ValueError(f"sent {key} with {excerpt(shown)}, which is no finite number")
     return np.asarray(numbers, np.float64)
 
 
@@ -120,8 +122,10 @@ class _DType:
 class _Array:
     """Stands for an array while its pickle is read: NumPy's own reader is not written for bytes one does not trust."""
 
+    value = np.zeros(0)  # a pickle can leave out the constructor
+
     def __init__(self, *_: Any):
-        self.value: np.ndarray = np.zeros(0)
+        pass
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
