@@ -18,7 +18,7 @@ from unipic2_jax.pipelines.vlm import user_message
 from unipic2_jax.rewards.base import RewardError, make_reward
 from unipic2_jax.rewards.scoring import Scorer, make_entries
 
-PICTURE = render(Scene("white", (Thing("circle", "red", "large", (0, 0)),)))
+PICTURE = render(Scene("white", (Thing(0, "circle", "red", "large"),)))
 QUESTION = "describe the image."
 
 
@@ -74,12 +74,14 @@ def test_it_answers_what_the_model_answers(server, model):
 
 
 def test_sampling_is_by_the_seed(server, model):
-    fields = {"temperature": 1.5, "top_p": 0.9}
+    """Of a picture it is too sure; without one it makes something up."""
+    fields = {"temperature": 2, "top_p": 0.95}
     first, again, other = (
-        post(server, asked(**fields, seed=seed))[1]["choices"][0]["message"]["content"] for seed in (1, 1, 2)
+        post(server, asked({"type": "text", "text": QUESTION}, **fields, seed=seed))[1]["choices"][0]
+        for seed in (1, 1, 2)
     )
-    own = model([[user_message([PICTURE], QUESTION)]], max_new_tokens=24, sampling=SamplingConfig(1.5, 0.9), seed=1)
-    assert first == again == own[0] and first != other
+    own = model([[user_message([], QUESTION)]], max_new_tokens=24, sampling=SamplingConfig(2, 0.95), seed=1)
+    assert first == again and first["message"]["content"] == own[0] and first != other
 
 
 def test_models_and_health(server):
@@ -144,18 +146,18 @@ def test_a_judge_that_talks_gives_a_nan_with_a_sentence(server, tmp_path):
     (tmp_path / "question.txt").write_text("$prompt")
     fields = {
         "base_url": f"{server.url}/v1", "model": "tiny", "api_key_env": "", "template": str(tmp_path / "question.txt"),
-        "request": {"temperature": 0, "max_tokens": 24}, "retries": 1, "backoff": 0.01,
+        "request": {"temperature": 0, "max_tokens": 64}, "retries": 1, "backoff": 0.01,
     }  # fmt: skip
     entries = make_entries({"judge": fields})
     scored = Scorer(entries).score([PICTURE] * 2, [PromptRecord(QUESTION), PromptRecord("make it blue", PICTURE)])
     assert np.isnan(scored.values["judge"]).all() and scored.errors["judge"].keys() == {0, 1}
     for sentence in scored.errors["judge"].values():
-        assert "The judge wrote something else than JSON: '" in sentence or "instead of marks" in sentence
+        assert sentence.startswith("The judge wrote "), sentence
     usage = entries["judge"].reward.usage
     assert usage.answers == 4 and usage.prompt_tokens > 4 * 20 and usage.completion_tokens >= 4
 
 
 def test_a_question_that_is_too_long_for_the_model_is_said(server):
     reward = make_reward("judge", base_url=f"{server.url}/v1", model="tiny", api_key_env="")
-    with pytest.raises(RewardError, match="status 400: 'A prompt of .* exceed the model's 512 positions"):
+    with pytest.raises(RewardError, match=r"status 400: 'A prompt of .* exceed the model's 512 positions"):
         reward.score([PICTURE], [PromptRecord(QUESTION)])

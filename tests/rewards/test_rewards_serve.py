@@ -2,6 +2,7 @@
 
 import base64
 import io
+import time
 
 import numpy as np
 import pytest
@@ -148,3 +149,19 @@ def test_options_of_a_stage_are_not_a_server_s():
             make_server(kind, options)
     with make_server("shapes_t2i", {}).running() as server, pytest.raises(OSError, match="choose another host or port"):
         make_server("shapes_t2i", {}, port=server.server_address[1])
+
+
+def test_a_run_outlives_the_server_it_asks():
+    """The server goes away, and comes back at the same address."""
+    records = make_source({"kind": "shapes", "task": "t2i"}, 0).batch(0, 4)
+    pictures = [render(Scene("white", ()))] * 4
+    with make_server("shapes_t2i", {}).running() as server:
+        port = server.server_address[1]
+        entries = make_entries({"remote": {"url": server.url, "retries": 8, "backoff": 0.2, "batch_size": 2}})
+        before = Scorer(entries).score(pictures, records)
+    waiting = Scorer(entries).start(pictures, records)
+    time.sleep(0.3)  # the first tries fail
+    with make_server("shapes_t2i", {}, port=port).running():
+        after = waiting()
+    assert not after.errors["remote"]
+    np.testing.assert_array_equal(after.values["remote"], before.values["remote"])
