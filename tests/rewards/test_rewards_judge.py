@@ -120,6 +120,7 @@ def test_only_marks_and_nothing_else_are_marks(answer, sentence):
         (reply({"choices": []}), "sent no chat answer"),
         (reply({"choices": [{"text": "old"}]}), "sent no chat answer"),
         (reply([1]), "sent no chat answer"),
+        (reply({"error": f"{KEY} has no credit"}), r"sent no chat answer: .*\*\*\* has no credit"),
         (reply("overloaded", 500), "status 500: 'overloaded'"),
         (reply({}, 403), "set OPENAI_API_KEY to a valid one"),
     ],
@@ -281,6 +282,7 @@ def test_what_is_missing_is_said_when_the_judge_is_made(monkeypatch, tmp_path):
     assert made.endpoint.url == "http://a/v1/chat/completions" and made.model == "m"
     assert (made.calls.batch_size, made.calls.concurrency, made.calls.timeout) == (1, 8, 120)
     assert (made.calls.retries, made.calls.breaker) == (4, 10)
+    assert made.endpoint.timeout < made.calls.timeout  # no thread waits for what nobody wants
 
 
 def test_a_prompt_cannot_write_lines_of_the_question(tmp_path):

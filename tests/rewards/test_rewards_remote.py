@@ -76,6 +76,8 @@ def test_the_breaker_opens_when_the_server_is_away():
 
 
 def test_options_that_are_wrong():
+    made = make_reward("remote", url="http://a")
+    assert made.endpoint.timeout < made.calls.timeout
     for options, sentence in (
         ({"url": "localhost"}, "give one like http"),
         ({"url": "http://a", "dialect": "soap"}, "use one of json, flow_grpo"),

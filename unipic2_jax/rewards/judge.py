@@ -148,12 +148,12 @@ class JudgeReward(Reward):
             cost = _cost(response)
         with self._counting:
             self._usage += cost
-        if not known:
-            answer = _content(response)
         try:
+            if not known:
+                answer = _content(response)
             marks = read_marks(answer, source is not None, len(images) if self.groupwise else None)
         except ValueError as error:
-            raise RewardError(str(error)) from error
+            raise RewardError(self.endpoint.hide(str(error))) from None
         if self.cache and not known:
             self.cache.put(key, answer)
         return marks, cost.tokens
@@ -180,16 +180,16 @@ def _content(response: Any) -> str:
     """The text of a chat's answer.
 
     Raises:
-      RewardError: when there is none.
+      ValueError: one sentence, when there is none.
     """
     try:
         choice = response["choices"][0]
         text = choice["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        raise RewardError(f"The judge's endpoint sent no chat answer: '{excerpt(json.dumps(response))}'.") from None
+        raise ValueError(f"The judge's endpoint sent no chat answer: '{excerpt(json.dumps(response))}'.") from None
     if choice.get("finish_reason") == "length":
-        raise RewardError("The judge's answer was cut off; raise max_tokens in the option `request`.")
+        raise ValueError("The judge's answer was cut off; raise max_tokens in the option `request`.")
     if not isinstance(text, str) or not text.strip():
         refusal = choice["message"].get("refusal")
-        raise RewardError(f"The judge said nothing (refusal: '{excerpt(str(refusal))}').")
+        raise ValueError(f"The judge said nothing (refusal: '{excerpt(str(refusal))}').")
     return text

@@ -129,11 +129,13 @@ class Endpoint(requests.auth.AuthBase):
         asked = response.headers.get("Retry-After") if status in (429, 503) else None
         return RewardError(sentence, None if asked is None else retry_after(asked))
 
+    def hide(self, text: str) -> str:
+        """The text without the key: servers repeat it in what they complain about."""
+        return text.replace(self._key, "***") if self._key else text
+
     def _safe(self, text: str | bytes) -> str:
-        """An excerpt; servers repeat keys in what they complain about."""
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", "replace")
-        return excerpt(text.replace(self._key, "***") if self._key else text)
+        """An excerpt for messages."""
+        return excerpt(self.hide(text.decode("utf-8", "replace") if isinstance(text, bytes) else text))
 
     @property
     def shown(self) -> str:
