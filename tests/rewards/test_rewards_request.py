@@ -26,6 +26,7 @@ FAULTS = {
     "cut": (cut, "broke off in the middle"),
     "hang up": (hang_up, "cannot be reached or hung up"),
     "401": (reply({"error": {"message": f"Incorrect key {KEY}"}}, 401), "set JUDGE_KEY to a valid one"),
+    "cuts the key off": (reply({"error": "x" * 105 + KEY}, 400), r"x\*\*\*'"),
     "repeats the key": (reply({"error": {"message": f"{KEY} is over its limit"}}, 400), r"\*\*\* is over its limit"),
 }
 
@@ -41,6 +42,12 @@ def test_every_fault_is_a_sentence_without_the_key(fault, monkeypatch):
         assert server.requests[0][1]["Authorization"] == f"Bearer {KEY}"
     assert KEY not in str(caught.value) and KEY not in repr(endpoint)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_a_key_for_the_sake_of_form_is_not_looked_for_in_answers(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "1")
+    with scripted(reply({"scores": [1, 11]})) as server:
+        assert Endpoint("judge", server.url, 5, "JUDGE_KEY").post_json(b"{}") == {"scores": [1, 11]}
 
 
 def test_a_server_that_is_not_there():

@@ -153,7 +153,7 @@ class JudgeReward(Reward):
                 answer = _content(response)
             marks = read_marks(answer, source is not None, len(images) if self.groupwise else None)
         except ValueError as error:
-            raise RewardError(self.endpoint.hide(str(error))) from None
+            raise RewardError(str(error)) from None
         if self.cache and not known:
             self.cache.put(key, answer)
         return marks, cost.tokens

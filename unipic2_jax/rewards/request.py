@@ -20,6 +20,7 @@ from unipic2_jax.web.keys import read_key
 from unipic2_jax.web.strict import excerpt, read_json
 
 CONNECT_SECONDS = 10.0
+SECRET_LENGTH = 8  # characters
 MAX_ANSWER = 64 * 2**20  # bytes; scores are small
 
 
@@ -69,7 +70,7 @@ class Endpoint(requests.auth.AuthBase):
         except ValueError as error:
             raise RewardError(
                 f"The {self.what} at {self.shown} answered {kind or 'something'} that is not JSON ({error}): "
-                f"'{self._safe(answer)}'."
+                f"'{excerpt(answer)}'."
             ) from None
 
     def post(self, content: bytes, content_type: str) -> tuple[bytes, str]:
@@ -114,7 +115,9 @@ class Endpoint(requests.auth.AuthBase):
             length += len(part)
             if length > MAX_ANSWER:
                 raise RewardError(f"{where} answers with more than {MAX_ANSWER} bytes.")
-        return b"".join(parts)
+        answer = b"".join(parts)
+        # Servers repeat keys in what they complain about; ours is in no message then. Short ones ('EMPTY') are no secrets.
+        return answer.replace(self._key.encode(), b"***") if len(self._key) >= SECRET_LENGTH else answer
 
     def _refusal(self, where: str, response: requests.Response, answer: bytes) -> RewardError:
         status = response.status_code
@@ -125,17 +128,9 @@ class Endpoint(requests.auth.AuthBase):
             return RewardError(f"{where} refused the key (status {status}); {remedy}.")
         if 300 <= status < 400:
             return RewardError(f"{where} sends on to another address (status {status}); give that one instead.")
-        sentence = f"{where} answered with status {status}: '{self._safe(_message(answer))}'."
+        sentence = f"{where} answered with status {status}: '{excerpt(_message(answer))}'."
         asked = response.headers.get("Retry-After") if status in (429, 503) else None
         return RewardError(sentence, None if asked is None else retry_after(asked))
-
-    def hide(self, text: str) -> str:
-        """The text without the key: servers repeat it in what they complain about."""
-        return text.replace(self._key, "***") if self._key else text
-
-    def _safe(self, text: str | bytes) -> str:
-        """An excerpt for messages."""
-        return excerpt(self.hide(text.decode("utf-8", "replace") if isinstance(text, bytes) else text))
 
     @property
     def shown(self) -> str:
