@@ -1,10 +1,12 @@
-"""Reproduces the paper's ablations of pre-training in the shapes world.
+"""Reproduces the paper's ablations in the shapes world.
 
     python -m launch.reproduce --table=2 --scale=tiny --workdir=runs/ablations    # where the reference image goes
     python -m launch.reproduce --table=3 --scale=tiny --workdir=runs/ablations    # what is fine-tuned
+    python -m launch.reproduce --table=4 --scale=tiny --workdir=runs/table4       # what is rewarded
 
-Trains every variant with several seeds (configs/ablations.py) and writes tableN.md and tableN.png into the workdir. What is
-there already is not trained again, and the same command goes on after an interruption; both tables share runs in one workdir.
+Trains every variant with several seeds (configs/ablations.py) and writes tableN.md and tableN.png into the workdir; for table 4
+also the curves of the rewards and what the models draw. What is there already is not trained again, and the same command goes
+on after an interruption; tables share runs in one workdir.
 Runs come one after the other, or `--jobs` at a time, each with its output in a file and its share of the cores: two on two cores
 take less time than one on both.
 """
@@ -17,15 +19,17 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from pathlib import Path
 
 from absl import flags
 
+from configs.ablations import REINFORCED, SHARED, run_before
 from launch import cli
 
-_TABLE = flags.DEFINE_enum("table", None, ["2", "3"], "Of the paper.")
+_TABLE = flags.DEFINE_enum("table", None, ["2", "3", "4"], "Of the paper.")
 _SCALE = flags.DEFINE_enum("scale", "tiny", ["tiny", "smoke"], "smoke: two steps of everything, to see that it works.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Folder of all runs and of the tables.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of every variant.", lower_bound=2)
@@ -34,6 +38,29 @@ _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 1, "As for launch.train; runs at the same time share them.", lower_bound=1
 )
 flags.mark_flags_as_required(["table"])
+
+
+def words(run: str, folder: Path) -> str:
+    """Of configs/ablations.py, for a run."""
+    return ",".join([run, str(folder), *(["smoke"] if _SCALE.value == "smoke" else [])])
+
+
+def folder_of(run: str, folder: Path, seed: int) -> Path:
+    """Where a run is."""
+    return folder / (run if run == SHARED else f"{run}-seed{seed}")
+
+
+def waves(variants: Sequence[str], folder: Path, seeds: int) -> list[list[tuple[str, Path, int]]]:
+    """Arguments of `train` for these variants and all that they go on from: what can be done at the same time, in order."""
+    needed = set(variants)
+    while missing := {before for run in needed if (before := run_before(run))} - needed:
+        needed |= missing
+    depth = lambda run: 0 if (before := run_before(run)) is None else 1 + depth(before)
+    found: list[list[tuple[str, Path, int]]] = [[] for _ in range(1 + max(map(depth, needed)))]
+    for run in sorted(needed):
+        own = [0] if run == SHARED else range(seeds)
+        found[depth(run)] += [(run, folder_of(run, folder, seed), seed) for seed in own]
+    return found
 
 
 def train(run: str, workdir: Path, seed: int, cores: set[int] | None = None) -> None:
@@ -47,8 +74,10 @@ def train(run: str, workdir: Path, seed: int, cores: set[int] | None = None) -> 
     """
     if (workdir / "export").is_dir():
         return
-    arg = ",".join([run, str(workdir.parent), *(["smoke"] if _SCALE.value == "smoke" else [])])
-    command = [sys.executable, "-m", "launch.train", f"--config=configs/ablations.py:{arg}", f"--config.seed={seed}"]
+    command = [sys.executable, "-m", "launch.train", f"--config=configs/ablations.py:{words(run, workdir.parent)}"]
+    command += [f"--config.seed={seed}"]
+    if run in REINFORCED and (before := run_before(run)):
+        command += [f"--config.init={folder_of(before, workdir.parent, seed) / 'export'}"]
     devices = _CPU_DEVICES.value if cores is None else max(1, _CPU_DEVICES.value // _JOBS.value)
     command += [f"--workdir={workdir}", f"--cpu_devices={devices}"]
     workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -90,28 +119,41 @@ def train_all(runs: list[tuple[str, Path, int]], jobs: int) -> None:
 def main(argv: list[str]) -> None:
     """Trains, then writes and prints the table."""
     del argv
-    from unipic2_jax.evaluation.tables import TABLES, markdown, plot
-    from unipic2_jax.training.metrics import read_evaluations
+    from unipic2_jax.evaluation.tables import BASE, TABLES, markdown, plot
+    from unipic2_jax.training.reproduction import draw_rewards, read_scores
 
     number, folder = int(_TABLE.value), Path(os.path.abspath(_WORKDIR.value))
-    table = TABLES[number]
-    runs = [(row.variant, folder / f"{row.variant}-seed{n}", n) for row in table.rows for n in range(_SEEDS.value)]
+    table, seeds = TABLES[number], range(_SEEDS.value)
+    variants = [row.variant for row in table.rows if row.variant != BASE]
     try:
-        train("connector", folder / "connector", 0)
-        train_all(runs, _JOBS.value)
+        for wave in waves(variants, folder, len(seeds)):
+            train_all(wave, _JOBS.value)
     except RuntimeError as error:
         sys.exit(str(error))
-    scores: dict[str, dict[str, list[float]]] = {}
-    for variant, workdir, _ in runs:
-        last = max(read_evaluations(workdir), key=lambda record: record["step"])
-        for score in table.benchmarks.values():
-            scores.setdefault(variant, {}).setdefault(score, []).append(last["metrics"][score])
+    runs = {variant: [folder_of(variant, folder, seed) for seed in seeds] for variant in variants}
+    # What all started from was measured before the first step.
+    first = next((variant for variant in variants if run_before(variant) is None), None)
+    scores = read_scores(table, {**runs, **({BASE: runs[first]} if first else {})})
     text = markdown(table, scores)
     (folder / f"table{number}.md").write_text(text)
     plot(table, scores, folder / f"table{number}.png")
-    print(
-        f"\n{table.title}: {_SEEDS.value} seeds, 95% t intervals\n\n{text}\nin {folder / f'table{number}.md'} and .png"
-    )
+    if first:
+        draw_rewards(table, runs, folder / f"table{number}_rewards.png")
+        samples(first, {BASE: None, **{v: runs[v][0] / "export" for v in variants}}, folder, f"table{number}_samples")
+    print(f"\n{table.title}: {len(seeds)} seeds, 95% t intervals\n\n{text}\nin {folder / f'table{number}.md'} and .png")
+
+
+def samples(run: str, models: dict[str, Path | None], folder: Path, name: str) -> None:
+    """What all models make of the same held-out prompts, a sheet for each task."""
+    from configs.ablations import get_config
+    from unipic2_jax.training.config import validate
+    from unipic2_jax.training.loop import config_mesh
+    from unipic2_jax.training.reproduction import draw_samples
+
+    config = validate(get_config(words(run, folder)))
+    folders = {caption: model or config.init for caption, model in models.items()}
+    for task, fields in config.stages[config.schedule[0]].evaluations.items():
+        draw_samples(config, folders, fields, config_mesh(config)).save(folder / f"{name}_{task}.png")
 
 
 if __name__ == "__main__":

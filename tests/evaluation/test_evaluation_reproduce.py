@@ -1,5 +1,6 @@
 """`launch.reproduce` from nothing to a table, with two steps for everything."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from launch import reproduce
 
@@ -33,6 +35,32 @@ def test_runs_at_a_time_share_the_cores_and_stop_at_the_first_failure(monkeypatc
     with pytest.raises(RuntimeError, match="run c"):
         reproduce.train_all([(name, Path(name), 0) for name in "dcefghi"], 1)
     assert started == ["d", "c"]
+
+
+def test_what_a_run_goes_on_from_is_done_before_it():
+    found = reproduce.waves(["both", "dit"], Path("x"), 2)
+    assert [[path.name for _, path, _ in wave] for wave in found] == [
+        ["connector"],
+        ["both-seed0", "both-seed1", "dit-seed0", "dit-seed1"],
+    ]
+    first, second = reproduce.waves(["judge_geneval", "geneval", "joint"], Path("x"), 1)
+    assert [run for run, *_ in first] == ["geneval", "joint", "judge"]
+    assert second == [("judge_geneval", Path("x/judge_geneval-seed0"), 0)]
+
+
+@pytest.mark.slow
+def test_the_table_of_rewards_is_made_with_curves_and_pictures(tmp_path):
+    command = [sys.executable, "-m", "launch.reproduce", "--scale=smoke", "--seeds=2", f"--workdir={tmp_path}"]
+    done = subprocess.run([*command, "--table=4", "--jobs=2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "table4.md").read_text()
+    assert text in done.stdout and text.count("±") == 7 * 4
+    for name in ("table4", "table4_rewards", "table4_samples_edit", "table4_samples_t2i"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert len(picture.getcolors(1 << 24)) > 10
+    # A second stage goes on from where the first one ended.
+    config = json.loads((tmp_path / "judge_geneval-seed1/config.json").read_text())
+    assert config["init"] == str(tmp_path / "judge-seed1/export") and config["seed"] == 1
 
 
 @pytest.mark.slow

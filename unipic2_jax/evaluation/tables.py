@@ -1,4 +1,4 @@
-"""The paper's ablations of pre-training beside our own figures: Markdown tables and a plot with confidence intervals."""
+"""The paper's ablations beside our own figures: Markdown tables and a plot with confidence intervals."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Row:
     Attributes:
       label: its cells before the figures.
       short: for a plot.
-      variant: the run of configs/ablations.py that is its counterpart.
-      paper: the figures, by benchmark.
+      variant: the run of configs/ablations.py that is its counterpart; `BASE` is what they all started from.
+      paper: the figures, by benchmark; none of a row that the paper has not.
     """
 
     label: tuple[str, ...]
@@ -42,8 +42,12 @@ class Table:
     benchmarks: Mapping[str, str]
 
 
-GEDIT, GENEVAL = "GEdit-EN", "GenEval"
+BASE = "base"
+GEDIT, GENEVAL, DPG, IMGEDIT = "GEdit-EN", "GenEval", "DPG", "ImgEdit"
+LARGEST = {GEDIT: 10, GENEVAL: 1, DPG: 100, IMGEDIT: 5}
 EDIT_SCORE, T2I_SCORE = "edit/shapes_edit_correct", "t2i/shapes_t2i_correct"
+EDIT_PARTS, T2I_PARTS = "edit/shapes_edit_partial", "t2i/shapes_t2i_partial"
+FOUR = (GENEVAL, DPG, GEDIT, IMGEDIT)
 TABLES = {
     2: Table(
         "Where the reference image goes",
@@ -66,8 +70,38 @@ TABLES = {
         ),
         {GENEVAL: T2I_SCORE, GEDIT: EDIT_SCORE},
     ),
+    4: Table(
+        "What is rewarded",
+        ("model", "RL on T2I", "RL on edits"),
+        (
+            Row(("w/o GRPO", "", ""), "none", BASE, dict(zip(FOUR, (0.83, 83.68, 6.31, 3.95)))),
+            Row(("judge", "", "x"), "judge", "judge", dict(zip(FOUR, (0.83, 84.15, 6.55, 4.04)))),
+            Row(("EditReward", "", "x"), "EditReward", "editreward", dict(zip(FOUR, (0.83, 83.99, 6.59, 4.00)))),
+            Row(("GenEval", "x", ""), "GenEval", "geneval", dict(zip(FOUR, (0.87, 83.97, 6.40, 3.95)))),
+            Row(
+                ("judge, then GenEval", "x", "x"),
+                "judge +\nGenEval",
+                "judge_geneval",
+                dict(zip(FOUR, (0.89, 84.23, 6.54, 3.99))),
+            ),
+            Row(
+                ("EditReward, then GenEval", "x", "x"),
+                "EditReward +\nGenEval",
+                "editreward_geneval",
+                dict(zip(FOUR, (0.89, 84.36, 6.59, 4.00))),
+            ),
+            Row(("GenEval, then EditReward", "x", "x"), "GenEval +\nEditReward", "geneval_editreward", {}),
+            Row(("EditReward and GenEval in turn", "x", "x"), "in turn", "joint", {}),
+        ),
+        {GENEVAL: T2I_SCORE, DPG: T2I_PARTS, GEDIT: EDIT_SCORE, IMGEDIT: EDIT_PARTS},
+    ),
 }
-NAMES = {EDIT_SCORE: "edits right (shapes)", T2I_SCORE: "text-to-image right (shapes)"}
+NAMES = {
+    EDIT_SCORE: "edits right (shapes)",
+    T2I_SCORE: "text-to-image right (shapes)",
+    EDIT_PARTS: "edits in part (shapes)",
+    T2I_PARTS: "text-to-image in part (shapes)",
+}
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -87,7 +121,7 @@ def markdown(table: Table, scores: Mapping[str, Mapping[str, Sequence[float]]]) 
     """The table in the paper's order of rows, the paper's figures beside ours.
 
     Args:
-      scores: variant -> score -> a value per seed.
+      scores: variant -> score -> a value per seed; of what is the same for all seeds, one.
     """
     columns = [column for paper, ours in table.benchmarks.items() for column in (f"{paper} (paper)", NAMES[ours])]
     lines = ["| # | " + " | ".join((*table.head, *columns)) + " |"]
@@ -95,8 +129,13 @@ def markdown(table: Table, scores: Mapping[str, Mapping[str, Sequence[float]]]) 
     for number, row in enumerate(table.rows, 1):
         cells = list(row.label)
         for paper, ours in table.benchmarks.items():
-            mean, half = mean_interval(scores[row.variant][ours])
-            cells += [f"{row.paper[paper]:.2f}", f"{mean:.3f} ± {half:.3f}"]
+            values = scores[row.variant][ours]
+            figure = f"{row.paper[paper]:.2f}" if paper in row.paper else ""
+            if row.variant == BASE:
+                cells += [figure, f"{values[0]:.3f}"]
+                continue
+            mean, half = mean_interval(values)
+            cells += [figure, f"{mean:.3f} ± {half:.3f}"]
         lines.append(f"| {number} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -106,15 +145,15 @@ def plot(table: Table, scores: Mapping[str, Mapping[str, Sequence[float]]], path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * len(table.benchmarks), 3.4), layout="constrained")
+    across = min(2, len(table.benchmarks))
+    down = -(-len(table.benchmarks) // across)
+    figure = Figure(figsize=(max(5.5, 1.1 * len(table.rows)) * across, 3.4 * down), layout="constrained")
     FigureCanvasAgg(figure)
     places = np.arange(len(table.rows))
     names = [f"#{number} {row.short}" for number, row in enumerate(table.rows, 1)]
-    for axis, (paper, ours) in zip(
-        figure.subplots(1, len(table.benchmarks), squeeze=False)[0], table.benchmarks.items()
-    ):
+    for axis, (paper, ours) in zip(figure.subplots(down, across, squeeze=False).flat, table.benchmarks.items()):
         values = [np.asarray(scores[row.variant][ours]) for row in table.rows]
-        means, halves = zip(*map(mean_interval, values))
+        means, halves = zip(*((found[0], 0.0) if len(found) == 1 else mean_interval(found) for found in values))
         axis.bar(places - 0.2, means, 0.4, yerr=halves, capsize=4, color="#9ecae1", label=NAMES[ours])
         for place, found in zip(places, values):
             axis.plot(np.full(len(found), place - 0.2), found, "o", color="#08519c", markersize=3)
@@ -122,8 +161,8 @@ def plot(table: Table, scores: Mapping[str, Mapping[str, Sequence[float]]], path
         axis.set_ylabel(NAMES[ours], color="#08519c", fontsize=9)
         axis.set_xticks(places, names, fontsize=7)
         other = axis.twinx()
-        other.bar(places + 0.2, [row.paper[paper] for row in table.rows], 0.4, color="#d9d9d9")
+        other.bar(places + 0.2, [row.paper.get(paper, 0.0) for row in table.rows], 0.4, color="#d9d9d9")
         other.set_ylabel(f"{paper} (paper)", color="#737373", fontsize=9)
-        other.set_ylim(0, 10 if paper == GEDIT else 1)
+        other.set_ylim(0, LARGEST[paper])
     figure.suptitle(table.title, fontsize=11)
     figure.savefig(path, dpi=110)
