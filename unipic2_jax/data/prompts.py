@@ -76,10 +76,11 @@ class JSONLSource:
         self.path, self.seed, self.shuffle = Path(path), seed, shuffle
         if not self.path.is_file():
             raise FileNotFoundError(f"The prompt file {path} does not exist; check the path.")
-        lines = self.path.read_text(encoding="utf-8").splitlines()  # keeps a last line without a newline
-        self.rows = [self._row(number, line) for number, line in enumerate(lines) if line.strip()]
-        if not self.rows:
+        text = self.path.read_text(encoding="utf-8").rstrip()
+        if not text:
             raise ValueError(f"The prompt file {path} holds no prompts; give one JSON object per line.")
+        # `splitlines` would also split at separators that JSON allows inside of a text.
+        self.rows = [self._row(number, line) for number, line in enumerate(text.split("\n"))]
         if len({row["image"] is None for row in self.rows}) > 1:
             raise ValueError(f"Some lines of {path} have an image and some have none; split it into two files.")
         if task is not None and (task == "edit") != (self.rows[0]["image"] is not None):
@@ -90,6 +91,8 @@ class JSONLSource:
 
     def _row(self, number: int, line: str) -> dict[str, Any]:
         where = f"Line {number + 1} of {self.path}"
+        if not line.strip():
+            raise ValueError(f"{where} is empty; remove it or write the prompt that belongs there.")
         try:
             metadata = json.loads(line)
         except json.JSONDecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ REWARDS: dict[str, Any] = {
     "shapes_edit": "unipic2_jax.rewards.shapes:ShapesEditReward",
     "judge": "unipic2_jax.rewards.judge:JudgeReward",
     "remote": "unipic2_jax.rewards.remote:RemoteReward",
+    "geneval": "unipic2_jax.rewards.geneval_reward:GenEvalReward",
+    "ocr": "unipic2_jax.rewards.ocr:OCRReward",
 }
 
 
@@ -49,6 +52,14 @@ class Scores(NamedTuple):
     values: np.ndarray
     details: dict[str, np.ndarray]
     errors: Mapping[int, str] = MappingProxyType({})
+
+
+def mix_scores(
+    strict_weight: float, partial: Sequence[float], correct: Sequence[bool], details: Mapping[str, np.ndarray]
+) -> Scores:
+    """Scores [B] of verdicts that are given twice: `strict_weight` of the strict one, partial credit for the rest."""
+    soft, strict = np.asarray(partial, np.float64), np.asarray(correct, np.float64)
+    return Scores((1 - strict_weight) * soft + strict_weight * strict, {"correct": strict, "partial": soft, **details})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +112,18 @@ class Reward:
           RewardError: when all of them failed for the same reason.
         """
         raise NotImplementedError
+
+
+def check_package(package: str, requirements: str, what: str) -> None:
+    """Whether an optional package is there.
+
+    Raises:
+      ValueError: when it is not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"{what} needs the package '{package}', which is not installed; run pip install -r {requirements}."
+        )
 
 
 def reward_class(kind: str) -> Any:

@@ -12,7 +12,7 @@ from unipic2_jax.data.shapes.edits import score_edit
 from unipic2_jax.data.shapes.prompts import detections
 from unipic2_jax.data.shapes.sources import scene_from_dict
 from unipic2_jax.data.shapes.verify import read_scenes
-from unipic2_jax.rewards.base import Reward, Scores
+from unipic2_jax.rewards.base import Reward, Scores, mix_scores
 from unipic2_jax.rewards.geneval import score
 
 
@@ -37,7 +37,7 @@ class ShapesT2IReward(Reward):
             partial.append(reward)
             correct.append(right)
             extras.append(verdict.extras)
-        return _scores(self.strict_weight, partial, correct, {"extras": np.asarray(extras, np.float64)})
+        return mix_scores(self.strict_weight, partial, correct, {"extras": np.asarray(extras, np.float64)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,4 @@ class ShapesEditReward(Reward):
             "preservation": np.asarray([verdict.preservation for verdict in verdicts], np.float64),
         }
         overall, correct = [v.overall for v in verdicts], [v.correct for v in verdicts]
-        return _scores(self.strict_weight, overall, correct, details)
-
-
-def _scores(strict_weight: float, partial: list[float], correct: list[bool], details: dict[str, np.ndarray]) -> Scores:
-    soft, strict = np.asarray(partial, np.float64), np.asarray(correct, np.float64)
-    return Scores((1 - strict_weight) * soft + strict_weight * strict, {"correct": strict, "partial": soft, **details})
+        return mix_scores(self.strict_weight, overall, correct, details)
