@@ -13,7 +13,7 @@ import numpy as np
 
 from unipic2_jax.data.coco import CLASSES
 
-COLORS = "red orange yellow green blue purple pink brown black white".split()
+COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis, sign
 
 

@@ -22,6 +22,12 @@ def test_geneval_lines_become_records_and_the_last_one_needs_no_newline(tmp_path
     assert records[2].metadata == {"index": 2, **rows[2]} and records[2].image is None
 
 
+def test_newlines_at_the_end_and_separators_inside_of_a_text_are_no_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a\u2028b"}\n{"prompt": "c"}\n\n', encoding="utf-8")
+    assert [row["prompt"] for row in JSONLSource(str(path)).rows] == ["a\u2028b", "c"]
+
+
 def test_every_pass_visits_every_line_once_in_a_new_order_that_only_seed_and_step_decide(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": str(i)} for i in range(6)])
     draw = lambda seed, step: [r.prompt for r in make_source({"kind": "jsonl", "path": path}, seed).batch(step, 4)]
@@ -44,6 +50,8 @@ def test_edits_bring_their_image_and_group_by_it(tmp_path):
     [
         ([{"prompt": "x"}, "{"], "Line 2 .* is not JSON"),
         ([{"tag": "x"}], "Line 1 .* has no prompt"),
+        ([{"prompt": "x"}, "", {"prompt": "y"}], "Line 2 .* is empty"),
+        ([{"prompt": "x"}, {"prompt": "y"}, "  \t", {"prompt": "z"}], "Line 3 .* is empty"),
         ([{"prompt": "x", "image": "none.png"}], "none.png, which does not exist"),
         ([{"prompt": "x", "image": "bad.png"}], "bad.png cannot be decoded"),
         ([{"prompt": "x"}, {"prompt": "x", "image": "bad.png"}], "some have none"),
