@@ -1,11 +1,14 @@
 """Detectors: a real one on real photographs, the shapes verifier, and what they have in common."""
 
 import concurrent.futures
+import dataclasses
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from real_parts import efficientdet, photograph
 
+from configs.pdtr import get_config
 from unipic2_jax.data.coco import CLASSES
 from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.data.shapes.world import Scene, Thing, render
@@ -13,6 +16,8 @@ from unipic2_jax.rewards.base import make_reward
 from unipic2_jax.rewards.detectors import base
 from unipic2_jax.rewards.detectors.base import Wanted, make_detector
 from unipic2_jax.rewards.detectors.colors import add_colors, crop
+from unipic2_jax.rewards.detectors.mask2former import Mask2FormerDetector
+from unipic2_jax.rewards.detectors.shapes import ShapesDetector
 from unipic2_jax.rewards.geneval import COLORS, Detection
 from unipic2_jax.rewards.scoring import Scorer, make_entries
 
@@ -210,6 +215,19 @@ def test_loading_happens_once_for_all_threads():
 def test_mistakes_in_the_configuration_get_one_sentence(options, words):
     with pytest.raises(ValueError, match=words):
         make_reward("geneval", **options)
+
+
+def test_a_recipe_describes_the_detector():
+    """As `configs/pdtr.py` has it; a flag changes one field of it."""
+    config = ConfigDict({"geneval": {"weight": 1.0, "detector": {"kind": "mask2former", "device": "tpu"}}})
+    config.geneval.detector.kind = "shapes"
+    del config.geneval.detector.device
+    (entry,) = make_entries(config).values()
+    assert isinstance(entry.reward.detector, ShapesDetector) and entry.weight == 1
+    recipe = get_config().stages.t2i.rewards.geneval.detector.to_dict()
+    assert recipe.pop("kind") == "mask2former" and recipe == {
+        field.name: field.default for field in dataclasses.fields(Mask2FormerDetector) if field.name in recipe
+    }
 
 
 def test_prompts_without_metadata_get_one_sentence():

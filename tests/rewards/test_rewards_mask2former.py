@@ -14,7 +14,8 @@ from unipic2_jax.rewards.geneval import COLORS
 torch = pytest.importorskip("torch", reason="Mask2Former and CLIP run in PyTorch")
 pytest.importorskip("transformers", minversion="5.23", reason="its image processors need torchvision before")
 
-# As the released checkpoint names COCO's classes.
+MODEL = {"kind": "mask2former", "device": "cpu"}
+# Names of COCO's classes in some checkpoints.
 VOC_NAMES = {"motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant"}
 COCO_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
 
@@ -136,9 +137,9 @@ def test_a_query_may_be_two_classes_and_confidence_is_class_times_mask():
 def test_detections_of_the_network_do_not_depend_on_the_batch(folders):
     images = pictures((40, 80), (40, 80), (40, 80))
     wanted = [Wanted(frozenset({"motorcycle", "computer mouse", "couch"}), threshold=0.2)] * 3
-    detect = lambda size: make_detector(
-        {"kind": "mask2former", "model": folders[0], "clip": folders[1], "batch_size": size}
-    ).detect(images, wanted)
+    detect = lambda size: make_detector({**MODEL, "model": folders[0], "clip": folders[1], "batch_size": size}).detect(
+        images, wanted
+    )
     alone, together = detect(1), detect(3)
     assert sum(map(len, alone)) > 3 and all(found.color is None for found in alone[0])
     for some, others in zip(alone, together):
@@ -153,7 +154,7 @@ def test_detections_of_the_network_do_not_depend_on_the_batch(folders):
 
 def test_pictures_of_several_sizes_in_a_batch(folders):
     images = pictures((40, 80), (64, 64))
-    detector = make_detector({"kind": "mask2former", "model": folders[0], "clip": folders[1], "batch_size": 2})
+    detector = make_detector({**MODEL, "model": folders[0], "clip": folders[1], "batch_size": 2})
     wide, square = detector.detect(images, [Wanted(frozenset(), threshold=0.2)] * 2)
     assert max(found.box[2] for found in wide) > 64 >= max(found.box[3] for found in square)
 
@@ -188,7 +189,7 @@ def test_colours_are_those_of_clip_itself(folders):
 
 
 def test_the_whole_reward(folders):
-    detector = {"kind": "mask2former", "model": folders[0], "clip": folders[1], "batch_size": 2}
+    detector = {**MODEL, "model": folders[0], "clip": folders[1], "batch_size": 2}
     images = pictures((48, 48), (48, 48), (48, 48), seed=2)
     seen = make_detector(detector).detect(images, [Wanted(frozenset(), threshold=0.2)] * 3)
     name = max(seen[0], key=lambda found: found.confidence).name
@@ -207,13 +208,13 @@ def test_the_whole_reward(folders):
 
 
 def test_a_class_that_the_network_does_not_have(folders):
-    detector = make_detector({"kind": "mask2former", "model": folders[0], "clip": folders[1]})
+    detector = make_detector({**MODEL, "model": folders[0], "clip": folders[1]})
     with pytest.raises(ValueError, match="knows no 'lamp'"):
         detector.detect(pictures((32, 32)), [Wanted(frozenset({"lamp", "cat"}))])
 
 
 def test_what_is_missing_gets_one_sentence(folders, tmp_path, monkeypatch):
-    make = lambda **options: make_detector({"kind": "mask2former", "model": folders[0], "clip": folders[1], **options})
+    make = lambda **options: make_detector({**MODEL, "model": folders[0], "clip": folders[1], **options})
     with pytest.raises(ValueError, match="'cpu' or 'cuda', not on 'tpu'"):
         make(device="tpu")
     with pytest.raises(ValueError, match="batch_size is 0"):

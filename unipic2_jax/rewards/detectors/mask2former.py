@@ -114,13 +114,13 @@ class Mask2FormerDetector(Detector):
     Attributes:
       model: folder or hub id.
       clip: the same for colours.
-      device: 'cpu', 'cuda', 'cuda:1'.
+      device: 'cuda', 'cuda:1', or 'cpu', where a picture takes many seconds.
       batch_size: pictures, and crops of them, in a pass.
     """
 
     model: str = "facebook/mask2former-swin-small-coco-instance"
     clip: str = "openai/clip-vit-large-patch14"
-    device: str = "cpu"
+    device: str = "cuda"
     batch_size: int = 8
 
     def __post_init__(self) -> None:
