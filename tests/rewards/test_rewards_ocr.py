@@ -1,15 +1,16 @@
 """The reward of written text, with a real reader of text on drawn pictures."""
 
 import importlib.util
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from unipic2_jax.data.prompts import PromptRecord
-from unipic2_jax.rewards import ocr
 from unipic2_jax.rewards.base import make_reward
-from unipic2_jax.rewards.ocr import similarity, target_text
+from unipic2_jax.rewards.ocr import OCRReward, similarity, target_text
+from unipic2_jax.rewards.scoring import Scorer, make_entries
 
 needs_reader = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("rapidocr_onnxruntime", "rapidfuzz")),
@@ -18,15 +19,19 @@ needs_reader = pytest.mark.skipif(
 
 
 def drawn(*lines, color="navy", ground="white"):
-    image = Image.new("RGB", (320, 128), ground)
+    image = Image.new("RGB", (256, 256), ground)
     for number, line in enumerate(lines):
-        ImageDraw.Draw(image).text((16, 16 + 56 * number), line, fill=color, font=ImageFont.load_default(36))
+        ImageDraw.Draw(image).text((16, 80 + 56 * number), line, fill=color, font=ImageFont.load_default(36))
     return np.asarray(image)
 
 
+@pytest.fixture(scope="module")
+def reward():
+    return make_reward("ocr")
+
+
 @needs_reader
-def test_good_text_scores_high_wrong_text_low_and_no_text_nothing():
-    reward = make_reward("ocr")
+def test_good_text_scores_high_wrong_text_low_and_no_text_nothing(reward):
     record = PromptRecord('a sign that says "Hello World"')
     images = [drawn("Hello World"), drawn("Hello", "World"), drawn("Help World"), drawn("XYZ"), drawn()]
     scores = reward.score(images, [record] * len(images))
@@ -35,8 +40,7 @@ def test_good_text_scores_high_wrong_text_low_and_no_text_nothing():
 
 
 @needs_reader
-def test_the_text_of_the_metadata_goes_before_that_of_the_prompt():
-    reward = make_reward("ocr")
+def test_the_text_of_the_metadata_goes_before_that_of_the_prompt(reward):
     image = drawn("OPEN 24", color="yellow", ground="black")
     records = [PromptRecord('a "door"', metadata={"text": "open 24"}), PromptRecord('a "door"')]
     scores = reward.score([image, image], records)
@@ -44,13 +48,32 @@ def test_the_text_of_the_metadata_goes_before_that_of_the_prompt():
 
 
 @needs_reader
-def test_colours_reach_the_reader_in_its_order():
-    """Red on blue is read either way, so what the engine is given is looked at instead."""
-    reward = make_reward("ocr")
+def test_colours_reach_the_reader_in_its_order(monkeypatch):
+    """It reads red on blue either way, so what it is given is looked at instead."""
     given = []
-    reward.__dict__["_engine"] = (lambda image: given.append(image) or (None, None), ocr.threading.Lock())
+    monkeypatch.setattr(OCRReward, "_engine", lambda self: lambda image: given.append(image) or (None, None))
     image = drawn("Hi", color=(10, 20, 30))
-    assert reward.read(image) == "" and (given[0][..., 0] == image[..., 2]).all() and given[0].flags.c_contiguous
+    assert make_reward("ocr").read(image) == ""
+    assert (given[0][..., 0] == image[..., 2]).all() and given[0].flags.c_contiguous
+
+
+@needs_reader
+def test_calls_at_a_time_have_an_engine_each_and_give_it_back(monkeypatch):
+    made, together = [], threading.Barrier(3)
+
+    def read(image):
+        together.wait(20)
+        return [(None, "hello", 0.9)], None
+
+    def engine(self):
+        made.append(read)
+        return read
+
+    monkeypatch.setattr(OCRReward, "_engine", engine)
+    entries = make_entries({"ocr": {"batch_size": 1, "concurrency": 3}})
+    images, records = [drawn("")] * 9, [PromptRecord('"Hello"')] * 9
+    assert (Scorer(entries).score(images, records).values["ocr"] == 1).all()
+    assert len(made) == 3
 
 
 @pytest.mark.skipif(importlib.util.find_spec("rapidfuzz") is None, reason="rapidfuzz is not installed")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import queue
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,14 +81,22 @@ class OCRReward(Reward):
 
     def read(self, image: np.ndarray) -> str:
         """All lines of a uint8 [H, W, 3] image, from top to bottom, then from left to right."""
-        engine, lock = self._engine
-        with lock:  # the engine keeps what it is doing in attributes
+        try:
+            engine = self._idle.get_nowait()
+        except queue.Empty:
+            engine = self._engine()
+        try:
             lines, _ = engine(np.ascontiguousarray(image[..., ::-1]))  # it takes blue, green, red
+        finally:
+            self._idle.put(engine)
         return " ".join(text for _, text, _ in lines or ())
 
     @functools.cached_property
-    def _engine(self) -> tuple[Any, threading.Lock]:
+    def _idle(self) -> queue.SimpleQueue:
+        """Engines that nobody uses: one keeps what it is doing in attributes, so that each call at a time needs its own."""
+        return queue.SimpleQueue()
+
+    def _engine(self) -> Any:
         from rapidocr_onnxruntime import RapidOCR
 
-        engine = RapidOCR(text_score=self.min_confidence, intra_op_num_threads=self.threads, inter_op_num_threads=1)
-        return engine, threading.Lock()
+        return RapidOCR(text_score=self.min_confidence, intra_op_num_threads=self.threads, inter_op_num_threads=1)
