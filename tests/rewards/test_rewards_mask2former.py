@@ -170,7 +170,8 @@ def test_colours_are_those_of_clip_itself(folders):
         np.full((*size, 3), color, np.uint8)
         for size, color in zip(sizes, np.random.default_rng(0).integers(0, 256, (6, 3)))
     ]
-    ours = load_colors(folders[1], "cpu")(crops, names, 4)
+    classifier = load_colors(folders[1], "cpu")
+    ours = classifier(crops, names, 4)
     clip, tokenizer = CLIPModel.from_pretrained(folders[1]).eval(), AutoTokenizer.from_pretrained(folders[1])
     pixels = CLIPImageProcessorPil.from_pretrained(folders[1])(crops, return_tensors="pt")
     for name in set(names):
@@ -180,11 +181,11 @@ def test_colours_are_those_of_clip_itself(folders):
         texts = tokenizer([text for kind in kinds for text in kind], padding=True, return_tensors="pt")
         with torch.no_grad():
             output = clip(**texts, **pixels)
-        means = [output.text_embeds[3 * i : 3 * i + 3].mean(0) for i in range(len(COLORS))]
+        means = torch.stack([output.text_embeds[3 * i : 3 * i + 3].mean(0) for i in range(len(COLORS))])
+        weights = means / means.norm(dim=-1, keepdim=True)
+        assert torch.allclose(classifier.weights(name), weights, atol=1e-5)
         for embedding, other, color in zip(output.image_embeds, names, ours):
-            if other == name:
-                likeness = [float(embedding @ mean / mean.norm()) for mean in means]
-                assert color == COLORS[int(np.argmax(likeness))]
+            assert other != name or color == COLORS[int((weights @ embedding).argmax())]
     assert len(set(ours)) > 1
 
 
