@@ -1,5 +1,6 @@
 """One-sentence answers to wrong configurations and command lines; the optimizer; FLOPs; the report."""
 
+import json
 import os
 import subprocess
 import sys
@@ -218,3 +219,28 @@ def test_report_compares_first_and_last_of_each_stage(tmp_path):
     assert "| edit | s | 0.233 | 0.467 | +0.233 [+0.200, +0.300] ▲ | 3 |" in table(found)
     (tmp_path / "evaluations").mkdir()
     assert write_report(tmp_path).read_text().startswith("# Run")
+
+
+def test_a_watched_reward_that_falls_while_a_trained_one_rises_is_named(tmp_path):
+    rewards = {"detector": {"weight": 1.0}, "people": {"weight": 0.0}}
+    stages = {"edit": {"rewards": rewards}, "t2i": {"rewards": {"detector": {"weight": 1.0}}}}
+    (tmp_path / "config.json").write_text(json.dumps({"stages": stages}))
+    rng = np.random.default_rng(0)
+
+    def write(people):
+        rows = [
+            {
+                **{"kind": "train", "stage": stage, "stage_index": index, "step": step, "total_step": step},
+                "reward_detector": 0.5 + 0.004 * step + 0.01 * rng.normal(),
+                **({"reward_people": 0.5 + people * step + 0.01 * rng.normal()} if stage == "edit" else {}),
+            }
+            for index, stage in enumerate(("edit", "t2i"))
+            for step in range(50)
+        ]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return write_report(tmp_path).read_text()
+
+    text = write(-0.004)
+    assert "| edit | detector | trained |" in text and "| edit | people | watched |" in text and "| t2i |" not in text
+    assert "**In stage 'edit' people fell while detector rose" in text
+    assert "fell while" not in write(0.004) and "fell while" not in write(0.0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unipic2_jax.evaluation.statistics import Comparison, paired_bootstrap
-from unipic2_jax.training.metrics import read_evaluations
+from unipic2_jax.training.metrics import read_evaluations, read_rows
 
 
 def compare_stages(records: list[dict[str, Any]]) -> dict[str, dict[str, Comparison]]:
@@ -50,6 +51,56 @@ def table(comparisons: dict[str, dict[str, Comparison]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rewards_apart(workdir: Path) -> list[dict[str, Any]]:
+    """Of stages with rewards that are only watched (weight 0): each reward's mean in the rollouts of the first and the last tenth.
+
+    Returns:
+      Rows of 'stage', 'reward', 'trained' (whether it has a weight), 'before', 'after', 'noise' (what the difference would
+      be by chance: the standard error of both means).
+    """
+    train = [row for row in read_rows(workdir / "metrics.jsonl") if row["kind"] == "train"]
+    stages = json.loads((workdir / "config.json").read_text())["stages"] if train else {}
+    found = []
+    for stage in dict.fromkeys(row["stage"] for row in train):
+        rewards = stages[stage].get("rewards") or {}
+        weights = {name: fields.get("weight", 1.0) for name, fields in rewards.items()}
+        if all(weights.values()):
+            continue
+        for name, weight in weights.items():
+            values = np.array([row[f"reward_{name}"] for row in train if row["stage"] == stage and f"reward_{name}" in row])
+            part = max(2, len(values) // 10)
+            if len(values) < 2 * part:
+                continue
+            first, last = values[:part], values[-part:]
+            noise = float(np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / part))
+            means = {"before": float(first.mean()), "after": float(last.mean())}
+            found.append({"stage": stage, "reward": name, "trained": bool(weight), **means, "noise": noise})
+    return found
+
+
+def rewards_table(rows: list[dict[str, Any]]) -> str:
+    """`rewards_apart` as Markdown, and a sentence for each stage in which a watched reward fell while a trained one rose."""
+    lines = ["| stage | reward | | first tenth | last tenth | difference |", "|---|---|---|---:|---:|---:|"]
+    moved: dict[str, dict[bool, list[str]]] = {}
+    for row in rows:
+        difference = row["after"] - row["before"]
+        what = "trained" if row["trained"] else "watched"
+        lines.append(
+            f"| {row['stage']} | {row['reward']} | {what} | {row['before']:.3f} | {row['after']:.3f} "
+            f"| {difference:+.3f} ± {2 * row['noise']:.3f} |"
+        )
+        # Only the bad combination is collected: up where it is trained, down where it is not.
+        if (difference if row["trained"] else -difference) > 2 * row["noise"]:
+            moved.setdefault(row["stage"], {}).setdefault(row["trained"], []).append(row["reward"])
+    for stage, names in moved.items():
+        if len(names) == 2:
+            lines.append(
+                f"\n**In stage '{stage}' {', '.join(names[False])} fell while {', '.join(names[True])} rose: the model may be "
+                "learning the reward's weaknesses; look at its pictures in audit/ and samples/.**"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def write_report(workdir: Path, title: str = "Run") -> Path:
     """Writes report.md from the evaluation records and pictures in `workdir`."""
     records = read_evaluations(workdir)
@@ -62,6 +113,10 @@ def write_report(workdir: Path, title: str = "Run") -> Path:
             "bootstrap over prompts. ▲ and ▼ mark intervals that do not contain zero.\n"
         )
         parts.append(table(comparisons))
+    if apart := rewards_apart(workdir):
+        parts.append("## Trained and watched rewards\n")
+        parts.append("Means over the rollouts; a reward with weight 0 is not trained on.\n")
+        parts.append(rewards_table(apart))
     metrics = [record for record in records if record["metrics"]]
     if metrics:
         parts.append("## Evaluations\n")
