@@ -33,7 +33,7 @@ from unipic2_jax.training.config import make_config
 REWARDS = {
     "edit": {
         "editreward": {"editreward": {"weight": 1.0, "model": "", "dtype": "bfloat16"}},
-        "judge": {"judge": {"weight": 1.0, "model": "gpt-4.1"}},
+        "judge": {"judge": {"weight": 1.0, "base_url": "https://api.openai.com/v1", "model": "gpt-4.1"}},
     },
     "t2i": {
         "geneval": {

@@ -72,3 +72,17 @@ def test_unknown_sources_and_options_get_one_sentence(tmp_path):
         make_source({"kind": "jsonl", "file": "x"}, 0)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         make_source({"kind": "jsonl", "path": str(tmp_path / "x")}, 0)
+
+
+def test_sources_take_turns():
+    source = make_source(
+        {"kind": "turns", "sources": {task: {"kind": "shapes", "task": task} for task in ("edit", "t2i")}}, 3
+    )
+    alone = {task: make_source({"kind": "shapes", "task": task}, 3) for task in ("edit", "t2i")}
+    for step, task in enumerate(("edit", "t2i", "edit", "t2i")):
+        found, wanted = source.batch(step, 3), alone[task].batch(step // 2, 3)
+        assert [record.key for record in found] == [record.key for record in wanted]
+        assert all(record.metadata["dataset"] == task for record in found)
+        assert all({**old.metadata, "dataset": task} == new.metadata for old, new in zip(wanted, found))
+    with pytest.raises(ValueError, match="turns has no sources"):
+        make_source({"kind": "turns", "sources": {}}, 0)

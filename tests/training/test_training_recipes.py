@@ -17,7 +17,17 @@ TINY = {
     "tiny_vae": ("", "smoke"),
     "tiny_vlm": ("", "smoke"),
     "tiny_metaquery": ("", "smoke"),
-    "pdtr": ("tiny", "tiny,long", "tiny,smoke", "tiny,model=metaquery"),
+    "pdtr": (
+        *(
+            "tiny",
+            "tiny,long",
+            "tiny,smoke",
+            "tiny,model=metaquery",
+            "tiny,edit=judge",
+            "tiny,edit=editreward,t2i=none",
+        ),
+        *("tiny,edit=none,guard", "tiny,joint,edit=judge", "tiny,edit=editreward,model=metaquery,fast"),
+    ),
     "connector": ("tiny", "tiny,smoke"),
     "kontext": ("tiny", "tiny,smoke"),
     "unified": ("tiny", "tiny,smoke"),
@@ -74,3 +84,32 @@ def test_the_whole_paper_in_a_few_steps(tmp_path):
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert {row["stage"] for row in rows if row["kind"] == "train"} == set(config.schedule)
     assert "conditioner" in load_bundle(folder).params["conditioner"]
+
+
+def test_the_words_of_pdtr():
+    full = recipe("pdtr", "edit=judge,t2i=geneval,model=metaquery,fast,guard")
+    assert full.model == "unipic2_metaquery" and full.schedule == ("edit", "t2i")
+    assert list(full.stages.edit.rewards) == ["judge"] and list(full.stages.t2i.rewards) == ["geneval"]
+    for stage in full.stages.values():
+        assert stage.grpo.window.to_dict() == {"size": 2, "low": 0, "high": 5}
+        assert stage.grpo.guard and not stage.grpo.cfg_in_window
+    assert list(recipe("pdtr", "").stages.edit.rewards) == ["editreward"]
+    assert recipe("pdtr", "edit=none").schedule == ("t2i",) and recipe("pdtr", "t2i=none").schedule == ("edit",)
+    tiny = recipe("pdtr", "tiny,edit=editreward,joint").stages.joint
+    rewards = {name: (fields.weight, fields.datasets) for name, fields in tiny.rewards.items()}
+    assert rewards == {
+        "editreward": (1.0, ("edit",)),
+        "shapes_edit": (0.0, ("edit",)),
+        "shapes_t2i": (1.0, ("t2i",)),
+    }
+    wrong = {
+        "edit=nobody": "no variant 'edit=nobody'; combine some of tiny",
+        "colour": "no variant 'colour'",
+        "edit=judge,edit=none": "makes a choice twice",
+        "long": "write 'tiny' too",
+        "edit=none,t2i=none": "leaves out what it is about",
+        "joint,edit=none": "leaves out what it is about",
+    }
+    for words, sentence in wrong.items():
+        with pytest.raises(ValueError, match=sentence):
+            importlib.import_module("configs.pdtr").get_config(words)

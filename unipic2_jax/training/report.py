@@ -67,7 +67,9 @@ def rewards_apart(workdir: Path) -> list[dict[str, Any]]:
         if all(weights.values()):
             continue
         for name, weight in weights.items():
-            values = np.array([row[f"reward_{name}"] for row in train if row["stage"] == stage and f"reward_{name}" in row])
+            values = np.array(
+                [row[f"reward_{name}"] for row in train if row["stage"] == stage and f"reward_{name}" in row]
+            )
             part = max(2, len(values) // 10)
             if len(values) < 2 * part:
                 continue
