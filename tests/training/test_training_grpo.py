@@ -115,7 +115,9 @@ def test_it_learns(stage):
 
 
 def run(workdir):
-    config = toy_grpo.config(edit=toy_grpo.stage(edit=True), t2i=toy_grpo.stage(reference="base"))
+    # The first stage is stopped while one of two batches is being scored.
+    first = toy_grpo.stage(edit=True, sampling_batches=2)
+    config = toy_grpo.config(edit=first, t2i=toy_grpo.stage(reference="base"))
     return loop.run(config, workdir, load=toy_grpo.load, save=toy_grpo.save, mesh=make_mesh(jax.devices()[:1]))
 
 
@@ -136,7 +138,7 @@ def test_a_stage_is_not_measured_again_where_the_one_before_ended(tmp_path, monk
 def test_two_stages_stopped_within_each_end_with_the_same_bits(tmp_path):
     """The second stage continues the first one's LoRA, so that has to survive as well."""
     whole = run(tmp_path / "whole")
-    for calls in (2, 3):  # inside the first stage; then inside the second
+    for calls in (1, 6):  # inside the first stage; then inside the second
         Brightness.trouble = toy_grpo.stop_at_call(calls)
         with pytest.raises(SystemExit) as stop:
             run(tmp_path / "parts")

@@ -204,7 +204,7 @@ class GRPOStage(Stage):
         groups = self.prompts_at_once if self.shared else None
         self._rollout = make_rollout(policy, self.grpo, outside, groups, out_shardings=places)
         self._decode = jax.jit(lambda params, latents: sampling.decode_latents(bundle.vae, params, latents[-1]))
-        self._join = jax.jit(_join, out_shardings=(places, sharded), donate_argnums=0)
+        self._join = jax.jit(_join, out_shardings=(places, sharded))
         # Updates and micro-batches take an equal part of every group, if they can.
         self.micro_batch = self.grpo.micro_batch or self.samples // self.grpo.updates_per_rollout
         one_step = self.grpo.trained_steps == 1
