@@ -13,10 +13,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 # In attn (not attn2) of every block: 24 x 8 - 1 = 191 matrices of SD3.5-Medium, whose last block has no to_add_out.
 LORA_TARGETS = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out", "to_q", "to_v")
 GROUPS = ("dual_blocks", "blocks", "last_block")
+
+
+class LoRADense(nn.Dense):
+    """`nn.Dense` that adds its own low-rank update, scaled by alpha / rank, when the collection 'lora' holds one for it."""
+
+    lora_alpha: float = 64.0
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        y = super().__call__(inputs)
+        if not self.has_variable("lora", "a"):
+            return y
+        a, b = (self.get_variable("lora", name).astype(y.dtype) for name in ("a", "b"))
+        return y + (inputs.astype(y.dtype) @ a) @ b * (self.lora_alpha / a.shape[-1])
 
 
 def lora_targets(params: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:

@@ -20,6 +20,7 @@ from flax import linen as nn
 
 from unipic2_jax.models.attention import attention
 from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.models.lora import LoRADense
 from unipic2_jax.models.remat import rematerialised
 from unipic2_jax.parallel.rules import constrain
 
@@ -231,11 +232,17 @@ class GatedMLP(nn.Module):
     use_bias: bool
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    lora_alpha: float = 64.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dense = functools.partial(
-            nn.Dense, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=KERNEL_INIT
+            LoRADense,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=KERNEL_INIT,
+            lora_alpha=self.lora_alpha,
         )
         gate = jax.nn.silu(dense(self.features, name="gate_proj")(x))
         return dense(x.shape[-1], name="down_proj")(gate * dense(self.features, name="up_proj")(x))

@@ -62,6 +62,11 @@ PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
     (r"/to(_add)?_out/b$", (None, "embed")),
     (r"/attn/\w+/a$", ("embed", None)),
     (r"/attn/\w+/b$", (None, "heads")),
+    # LoRA of a language model's decoder, see models/edit_reward.py.
+    (r"/([qkv]_proj|gate_proj|up_proj)/a$", ("embed", None)),
+    (r"/([qkv]_proj|gate_proj|up_proj)/b$", (None, "heads")),
+    (r"/(o_proj|down_proj)/a$", ("heads", None)),
+    (r"/(o_proj|down_proj)/b$", (None, "embed")),
     # Into the heads or a hidden layer.
     (r"/(to_[qkv]|add_[qkv]_proj|[qkv]_proj|attention/[qkv]|qkv)/kernel$", ("embed", "heads")),
     (r"/(linear_1|fc1|gate_proj|up_proj|wi_[01]|merger_fc1)/kernel$", ("embed", "hidden")),

@@ -22,6 +22,7 @@ REWARDS: dict[str, Any] = {
     "remote": "unipic2_jax.rewards.remote:RemoteReward",
     "geneval": "unipic2_jax.rewards.geneval_reward:GenEvalReward",
     "ocr": "unipic2_jax.rewards.ocr:OCRReward",
+    "editreward": "unipic2_jax.pipelines.edit_scoring:EditRewardReward",
 }
 
 
@@ -97,7 +98,8 @@ class Reward:
     Attributes:
       groupwise: a call gets the images of one group, all for the same record, and may compare them.
       on_mesh: it computes on the devices that the model is trained on. It is then made with `mesh`, gets the images of this
-        process's devices, and is called by all processes at the same place instead of in the background.
+        process's devices, perhaps none, and is called by all processes at the same place instead of in the background, once
+        and without `calls`: it splits its work itself.
       calls: how it is called by default.
     """
 

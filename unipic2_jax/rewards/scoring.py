@@ -15,7 +15,7 @@ import pybreaker
 import tenacity
 
 from unipic2_jax.data.prompts import PromptRecord
-from unipic2_jax.rewards.base import Calls, Reward, RewardError, Scores, make_reward
+from unipic2_jax.rewards.base import Calls, Reward, RewardError, Scores, make_reward, reward_class
 from unipic2_jax.rl.advantages import NORMALIZATIONS
 
 LONGEST_PAUSE = 60.0  # between two tries; a server that asks for more gets what it asks for
@@ -61,9 +61,12 @@ def make_entries(rewards: Mapping[str, Mapping[str, Any]], mesh: jax.sharding.Me
     for name, fields in rewards.items():
         options = dict(fields)
         own = {field: options.pop(field) for field in ("weight", "normalize", "datasets") if field in options}
-        calls = {field: options.pop(field) for field in CALL_FIELDS if field in options}
         try:
-            reward = make_reward(options.pop("kind", name), mesh, **options)
+            kind = options.pop("kind", name)
+            # What computes on the mesh is called once for all, in the main thread: there is nothing to decide about its calls.
+            taken = () if reward_class(kind).on_mesh else CALL_FIELDS
+            calls = {field: options.pop(field) for field in taken if field in options}
+            reward = make_reward(kind, mesh, **options)
             if isinstance(own.get("datasets"), str):
                 raise ValueError(f"datasets is '{own['datasets']}'; write ('{own['datasets']}',).")
             entries[name] = Entry(reward, dataclasses.replace(reward.calls, **calls), **own)
@@ -106,6 +109,8 @@ class Scorer:
         for name, entry in self.entries.items():
             asked = [i for i, record in enumerate(records) if entry.is_about(record)]
             parts = _parts(entry, asked, records)
+            if entry.reward.on_mesh:  # a process that has nothing to ask takes part
+                parts = [asked]
             begin = self._later if entry.reward.on_mesh else self._pools[name].submit
             pending[name] = [
                 (part, begin(self._score, name, [images[i] for i in part], [records[i] for i in part]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,9 +23,15 @@ class ShapesT2IReward(Reward):
 
     Attributes:
       strict_weight: share of the strict verdict (everything right, nothing extra) in the value; partial credit is the rest.
+      noise, seed: see `noisy`.
     """
 
     strict_weight: float = 0.5
+    noise: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_noise(self.noise)
 
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
         partial, correct, extras = [], [], []
@@ -37,7 +44,8 @@ class ShapesT2IReward(Reward):
             partial.append(reward)
             correct.append(right)
             extras.append(verdict.extras)
-        return mix_scores(self.strict_weight, partial, correct, {"extras": np.asarray(extras, np.float64)})
+        scores = mix_scores(self.strict_weight, partial, correct, {"extras": np.asarray(extras, np.float64)})
+        return noisy(scores, images, self.noise, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +53,15 @@ class ShapesEditReward(Reward):
     """Geometric mean of instruction success and preservation, as GEdit-Bench's overall score.
 
     Attributes:
-      strict_weight: as in `ShapesT2IReward`.
+      strict_weight, noise, seed: as in `ShapesT2IReward`.
     """
 
     strict_weight: float = 0.5
+    noise: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_noise(self.noise)
 
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
         verdicts = [
@@ -60,4 +73,31 @@ class ShapesEditReward(Reward):
             "preservation": np.asarray([verdict.preservation for verdict in verdicts], np.float64),
         }
         overall, correct = [v.overall for v in verdicts], [v.correct for v in verdicts]
-        return mix_scores(self.strict_weight, overall, correct, details)
+        return noisy(mix_scores(self.strict_weight, overall, correct, details), images, self.noise, self.seed)
+
+
+# Details that a judge would give; the others are for those who watch, and stay true.
+JUDGED = ("instruction", "preservation")
+
+
+def check_noise(noise: float) -> None:
+    """Raises a ValueError for a deviation that is none."""
+    if not noise >= 0:
+        raise ValueError(f"noise is {noise}; use 0 or more.")
+
+
+def noisy(scores: Scores, images: Sequence[np.ndarray], noise: float, seed: int) -> Scores:
+    """Scores of a verifier as a judge gives them that errs: Gaussian noise of this deviation, clipped to [0, 1].
+
+    It is a function of the seed and the picture: who asks again gets the same answer. Value and `JUDGED` err independently.
+    """
+    if not noise:
+        return scores
+    digests = [hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=8).digest() for image in images]
+    drawn = [
+        np.random.default_rng([seed, int.from_bytes(d, "little")]).normal(0, noise, 1 + len(JUDGED)) for d in digests
+    ]
+    errors = np.asarray(drawn, np.float64).reshape(-1, 1 + len(JUDGED))
+    judged = {name: column for name, column in zip(JUDGED, errors[:, 1:].T) if name in scores.details}
+    details = {name: np.clip(scores.details[name] + column, 0, 1) for name, column in judged.items()}
+    return scores._replace(values=np.clip(scores.values + errors[:, 0], 0, 1), details={**scores.details, **details})

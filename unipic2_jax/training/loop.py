@@ -30,6 +30,7 @@ from unipic2_jax.training.metrics import Metrics, draw_curves, read_evaluations
 from unipic2_jax.training.report import write_report
 from unipic2_jax.training.stage import Stage, StageContext, stage_class
 
+EDIT_REWARD = "edit_reward"  # what config.model says when no picture is drawn but edits are scored
 CURVES_EVERY = 60.0  # seconds; drawing takes about one
 # Seconds after a signal in which the main thread can leave by itself, and in which a signal that comes twice is one.
 GRACE = 5.0
@@ -131,6 +132,8 @@ def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
     """The model a run starts from: the folder `config.init`, or random weights of the size `config.model`."""
     from unipic2_jax.pipelines import bundle
 
+    if config.model == EDIT_REWARD:
+        return load_edit_reward(config, mesh)
     if config.init is not None:
         found = bundle.load_bundle(config.init, mesh=mesh, vlm=config.vlm, vlm_dtype=config.vlm_dtype)
     else:
@@ -148,10 +151,33 @@ def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
+def load_edit_reward(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
+    """The EditReward in the folder `config.init`, or a new one on the Qwen2.5-VL `config.vlm` with `config.settings`."""
+    from unipic2_jax.pipelines.edit_reward import EditRewardModel, Spec
+
+    settings, known = (
+        config.settings.to_dict(),
+        [field.name for field in dataclasses.fields(Spec) if field.name != "base"],
+    )
+    if unknown := [name for name in settings if name not in known]:
+        raise config_lib.ConfigError(
+            f"config.settings.{unknown[0]} is no setting of an EditReward" + config_lib.nearest(unknown[0], known)
+        )
+    if config.init is not None:
+        found = EditRewardModel.load(config.init, mesh, config.vlm_dtype)
+        return dataclasses.replace(found, spec=dataclasses.replace(found.spec, **settings))
+    if not config.vlm:
+        raise config_lib.ConfigError("An EditReward stands on a Qwen2.5-VL; name its folder, as in --config.vlm=DIR.")
+    return EditRewardModel.create(Spec(base=config.vlm, **settings), mesh, config.vlm_dtype)
+
+
 def save_bundle(bundle: Any, folder: Path, with_vlm: bool = True) -> None:
-    """Writes a bundle in diffusers layout."""
+    """Writes a bundle in diffusers layout, or an EditReward in its own."""
     from unipic2_jax.pipelines import bundle as bundle_lib
 
+    if not isinstance(bundle, bundle_lib.Bundle):
+        bundle.save(folder)
+        return
     bundle_lib.save_bundle(bundle, folder, with_vlm=with_vlm)
 
 

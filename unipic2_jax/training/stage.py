@@ -20,6 +20,7 @@ STAGES: dict[str, Any] = {
     "autoencoder": "unipic2_jax.training.autoencoder_stage:AutoencoderStage",
     "flow": "unipic2_jax.training.flow_stage:FlowStage",
     "grpo": "unipic2_jax.training.grpo_stage:GRPOStage",
+    "regression": "unipic2_jax.training.regression_stage:RegressionStage",
     "vlm": "unipic2_jax.training.vlm_stage:VLMStage",
 }
 

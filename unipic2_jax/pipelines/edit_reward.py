@@ -1,0 +1,341 @@
+"""EditReward as a folder and as a function of pictures.
+
+    config.json                                       targets, the language model, how a question is put
+    adapter_model.safetensors, adapter_config.json    LoRA, see weights/edit_reward.py; absent when all was trained
+    head.safetensors
+    vlm/                                              the language model itself, when all was trained
+
+`base` in config.json is the language model's folder, relative to this one, or its id on the hub.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from unipic2_jax.models import edit_reward
+from unipic2_jax.models.edit_reward import DEFAULT_TARGETS, EditReward, variables
+from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig
+from unipic2_jax.parallel.mesh import batch_shards, make_mesh, shard_batch
+from unipic2_jax.parallel.processes import agreed, local_rows, rows_to_host
+from unipic2_jax.parallel.rules import shardings
+from unipic2_jax.pipelines.bundle import VLM_PATTERNS, check_dtype, find_model
+from unipic2_jax.pipelines.vlm import VLMInput, VLMProcessor, user_message
+from unipic2_jax.weights import edit_reward as files
+from unipic2_jax.weights import io, native, qwen, registry, table
+from unipic2_jax.weights.lora import PEFT_FILE
+
+MODEL_TYPE = "edit_reward"
+# The instruction alone is not a question that a language model knows how to take.
+TEMPLATE = (
+    "The second picture is an edit of the first one, made for this instruction: {instruction}\n"
+    "Rate how well it follows the instruction, and its quality."
+)
+# Ways to make one number of several scores; a target's name takes that one.
+COMBINE = {
+    "geometric": lambda scores: np.exp(np.log(np.maximum(scores, 1e-6)).mean(axis=-1)),
+    "mean": lambda scores: scores.mean(axis=-1),
+}
+
+
+def is_edit_reward(folder: str | os.PathLike) -> bool:
+    """Whether a folder says that it is one."""
+    file = Path(folder) / "config.json"
+    return file.is_file() and registry.read_json(file).get("model_type") == MODEL_TYPE
+
+
+def check_combine(how: str, targets: Sequence[str]) -> None:
+    """Raises a ValueError for a way that is none and no target either."""
+    if how not in COMBINE and how not in targets:
+        raise ValueError(f"combine is '{how}'; use one of {', '.join((*COMBINE, *targets))}.")
+
+
+def combine(scores: np.ndarray, how: str, targets: Sequence[str]) -> np.ndarray:
+    """Scores [..., targets] in [0, 1] as one number each."""
+    check_combine(how, targets)
+    return COMBINE[how](scores) if how in COMBINE else scores[..., list(targets).index(how)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What config.json says.
+
+    Attributes:
+      targets: names of the scores.
+      base: folder or hub id of the language model; None: it belongs to this model and lies in its folder.
+      template: the text after the two pictures, with '{instruction}'.
+      pixels: that both pictures are resized to about; None: the image processor's own limits.
+    """
+
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    base: str | None = None
+    template: str = TEMPLATE
+    pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ValueError(
+                f"The targets of an EditReward are {self.targets}; give one name or several different ones."
+            )
+        if "{instruction}" not in self.template:
+            raise ValueError(
+                f"The template {self.template!r} has no '{{instruction}}'; add it where the instruction goes."
+            )
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> Self:
+        """Of an EditReward's folder.
+
+        Raises:
+          FileNotFoundError: there is no such folder, or it has no config.json.
+          ValueError: it is the folder of something else.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no EditReward folder {folder}; check the path.")
+        values = registry.read_json(folder / "config.json")
+        if values.get("model_type") != MODEL_TYPE or not isinstance(values.get("targets"), list):
+            raise ValueError(f"{folder} holds no EditReward; name a folder that a stage of kind 'regression' exported.")
+        fields = {name: values[name] for name in ("template", "pixels") if name in values}
+        base = values.get("base")
+        if base is not None and (folder / base).is_dir():
+            base = os.path.normpath(folder / base)
+        return cls(tuple(values["targets"]), base, **fields)
+
+    def write(self, folder: Path) -> None:
+        """Writes config.json. A base that is a folder is named relative to this one."""
+        base = self.base
+        if base is not None and Path(base).is_dir():
+            base = os.path.relpath(Path(base).resolve(), folder.resolve())
+        values = {"model_type": MODEL_TYPE, **dataclasses.asdict(self), "base": base}
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    def question(self, source: Any, edited: Any, instruction: str) -> list[dict[str, Any]]:
+        """One conversation: both pictures, then the text."""
+        return [user_message([source, edited], self.template.replace("{instruction}", instruction))]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EditRewardModel:
+    """An EditReward, ready to score.
+
+    Attributes:
+      params: {'vlm', 'head'} and, unless all was trained, 'lora'.
+    """
+
+    module: EditReward
+    params: dict[str, Any]
+    processor: VLMProcessor
+    spec: Spec
+
+    @classmethod
+    def create(cls, spec: Spec, mesh: Mesh | None = None, dtype: Any = None) -> Self:
+        """The language model `spec.base` with a head that gives 0.5 to everything.
+
+        Raises:
+          FileNotFoundError, ValueError: as `load`.
+        """
+        folder, config = _vlm_folder(Path("."), spec)
+        return cls._made(folder, config, spec, None, mesh, dtype)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None) -> Self:
+        """Reads a folder.
+
+        Args:
+          mesh: parameters are on it as `parallel.rules` says; None: the default device.
+          dtype: of the language model's weights and arithmetic; None: float32. Head and LoRA are float32.
+
+        Raises:
+          FileNotFoundError: the folder, its language model or a file of either is missing.
+          ValueError: it is no EditReward, or its parts do not fit each other.
+        """
+        spec = cls.check(folder)
+        return cls._made(*_vlm_folder(Path(folder), spec), spec, Path(folder), mesh, dtype)
+
+    @classmethod
+    def check(cls, folder: str | os.PathLike) -> Spec:
+        """What `load` raises, from headers alone."""
+        spec = Spec.read(folder)
+        vlm, config = _vlm_folder(Path(folder), spec)
+        native.check_component(vlm, qwen.rules(config), registry.NETWORKS[config.CLASS_NAME].abstract(config))
+        files.check_head(folder, config, len(spec.targets))
+        if (Path(folder) / PEFT_FILE).is_file():
+            files.check_lora(folder, config)
+        elif spec.base is not None:
+            raise FileNotFoundError(
+                f"{folder} lacks {PEFT_FILE}, without which {spec.base} is no EditReward; copy it there."
+            )
+        return spec
+
+    @classmethod
+    def _made(
+        cls, vlm: Path, config: Qwen2_5_VLConfig, spec: Spec, folder: Path | None, mesh: Mesh | None, dtype: Any
+    ) -> Self:
+        dtype, abstract = check_dtype(dtype), registry.NETWORKS[config.CLASS_NAME].abstract(config)
+        placed = None if mesh is None else shardings(mesh, {"vlm": abstract})["vlm"]
+        processor, alpha = VLMProcessor.load(vlm, config), 64.0
+        params = {"vlm": native.load_component(vlm, qwen.rules(config), abstract, placed, dtype)}
+        if folder is None:
+            shapes = files.abstract_head(config, len(spec.targets))
+            zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+            params["head"] = jax.device_put(zeros, None if mesh is None else shardings(mesh, shapes))
+        else:
+            params["head"] = files.load_head(folder, config, len(spec.targets), mesh)
+            if (folder / PEFT_FILE).is_file():
+                params["lora"], alpha = files.load_lora(folder, config, mesh)
+        module = EditReward(config, len(spec.targets), dtype=dtype, param_dtype=dtype, lora_alpha=alpha)
+        return cls(module, params, processor, spec)
+
+    def save(self, folder: str | os.PathLike, dtype: Any = None) -> Path:
+        """Writes a folder that `load` reads.
+
+        Args:
+          dtype: of the files: float32, float16 or bfloat16; None keeps each parameter's own.
+        """
+        folder, config = Path(folder), self.module.config
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = None if dtype is None else check_dtype(dtype)
+        files.save_head(folder, self.params["head"], dtype)
+        if "lora" in self.params:
+            files.save_lora(folder, self.params["lora"], self.module.lora_alpha, config, dtype)
+        if self.spec.base is None:
+            vlm = folder / "vlm"
+            io.write_folder(vlm, io.TRANSFORMERS_STEM, table.to_torch(qwen.rules(config), self.params["vlm"], dtype))
+            kind = {"architectures": [config.CLASS_NAME], "model_type": config.MODEL_TYPE}
+            (vlm / "config.json").write_text(json.dumps({**kind, **config.to_dict()}, indent=2) + "\n", "utf-8")
+            self.processor.save(vlm)
+        self.spec.write(folder)
+        return folder
+
+    def prepare(self, sources: Sequence[Any], edited: Sequence[Any], instructions: Sequence[str]) -> VLMInput:
+        """Questions about edits as the network takes them; pictures as `data.images.to_pil` does.
+
+        Raises:
+          ValueError: see `VLMProcessor.with_answers`.
+        """
+        asked = [self.spec.question(*row) for row in zip(sources, edited, instructions, strict=True)]
+        return self.processor(asked, system_prompt=False, pixels=self.spec.pixels)
+
+    def apply(self, params: Any, given: VLMInput) -> jax.Array:
+        """Scores float32 [B, targets] in [0, 1] under parameters like the model's own; may be jitted."""
+        return apply(self.module, params, given)
+
+    @functools.cached_property
+    def _apply(self) -> Any:
+        return jax.jit(self.apply)
+
+    @functools.cached_property
+    def _longest(self) -> list[int]:
+        """Tokens and windows of the longest question so far; shorter ones are padded to it, so that they share a program."""
+        return [0, 0]
+
+    def score(
+        self,
+        sources: Sequence[Any],
+        edited: Sequence[np.ndarray],
+        instructions: Sequence[str],
+        batch_size: int = 32,
+        mesh: Mesh | None = None,
+    ) -> np.ndarray:
+        """Scores float64 [B, targets] of edits.
+
+        With several processes each has edits of its own, as many as it likes, and all call this at the same place.
+
+        Args:
+          batch_size: edits at a time on all devices together, rounded up to a multiple of them.
+          mesh: what the parameters are on; None: all devices.
+        """
+        mesh = mesh or make_mesh()
+        batch = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
+        rows = local_rows(mesh, batch)
+        size, count = rows.stop - rows.start, len(edited)
+        made = []
+        # A process that has nothing left goes on with the others, on a question that nobody asks.
+        blank = (Image.new("RGB", (64, 64)),) * 2 + ("",)
+        with jax.set_mesh(mesh):
+            for turn in range(agreed(-(-count // size))):
+                part = range(turn * size, min(count, (turn + 1) * size))
+                asked = [(sources[i], edited[i], instructions[i]) for i in part]
+                asked += [asked[-1] if asked else blank] * (size - len(asked))
+                given, self._longest[:] = same_shape(self.prepare(*zip(*asked)), self._longest)
+                found = self._apply(self.params, shard_batch(given, mesh, local=True))
+                made.append(rows_to_host(found, mesh)[: len(part)])
+        return np.concatenate([*made, np.zeros((0, len(self.spec.targets)))]).astype(np.float64)
+
+
+def same_shape(given: VLMInput, longest: Sequence[int]) -> tuple[VLMInput, list[int]]:
+    """Questions padded to the longest that any process has seen, and its tokens and windows.
+
+    Args:
+      longest: so far.
+    """
+    found = given.input_ids.shape[1], given.vision.frames.shape[1]
+    longest = [agreed(max(pair)) for pair in zip(found, longest)]
+    return pad_to(given, *longest), longest
+
+
+def apply(module: EditReward, params: Any, given: VLMInput) -> jax.Array:
+    """`EditReward` on one tree of parameters and a prepared batch."""
+    positions = given.positions.swapaxes(0, 1)
+    return module.apply(variables(params), given.input_ids, positions, given.valid, given.vision)
+
+
+def pad_to(given: VLMInput, tokens: int, windows: int) -> VLMInput:
+    """The same questions with more padding: tokens on the left, windows behind."""
+    left, behind = tokens - given.input_ids.shape[1], windows - given.vision.frames.shape[1]
+
+    def pad(x: Any, axis: int, before: int, after: int, value: int = 0) -> np.ndarray:
+        widths = [(0, 0)] * np.ndim(x)
+        widths[axis] = (before, after)
+        return np.pad(np.asarray(x), widths, constant_values=value)
+
+    vision = type(given.vision)(
+        *(pad(getattr(given.vision, name), 1, 0, behind) for name in ("patches", "places", "frames")),
+        pad(given.vision.tokens, 1, left, 0, -1),
+    )
+    return VLMInput(
+        pad(given.input_ids, 1, left, 0), pad(given.positions, 2, left, 0), pad(given.valid, 1, left, 0), vision
+    )
+
+
+def _vlm_folder(folder: Path, spec: Spec) -> tuple[Path, Qwen2_5_VLConfig]:
+    """Where the language model is, and its sizes."""
+    try:
+        vlm = folder / "vlm" if spec.base is None else find_model(spec.base, VLM_PATTERNS)
+        name = registry.class_name(vlm)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The language model {spec.base or folder / 'vlm'} of the EditReward {folder} was not found ({error})"
+        ) from error
+    if name != Qwen2_5_VL.__name__ and name != Qwen2_5_VLConfig.CLASS_NAME:
+        raise ValueError(f"{vlm} holds {name or 'a model without a class'}; an EditReward stands on a Qwen2.5-VL.")
+    return vlm, registry.read_network(vlm)[1]
+
+
+def with_lora(model: EditRewardModel, key: jax.Array, rank: int, alpha: float) -> EditRewardModel:
+    """A model whose decoder gets a new LoRA; one that has a LoRA keeps it.
+
+    Raises:
+      ValueError: when it has one of another rank or alpha.
+    """
+    if "lora" not in model.params:
+        lora = edit_reward.init_lora(key, model.module.config, rank)
+        module = model.module.clone(lora_alpha=alpha)
+        return dataclasses.replace(model, module=module, params={**model.params, "lora": lora})
+    had = jax.tree.leaves(model.params["lora"])[0].shape[-1], model.module.lora_alpha
+    if had != (rank, alpha):
+        raise ValueError(
+            f"The EditReward has a LoRA of rank and alpha {had}, and {(rank, alpha)} is asked for; make them equal."
+        )
+    return model

@@ -1,0 +1,288 @@
+"""Teaching a language model that sees to score edits as a judge did: EditReward (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from unipic2_jax.data.images import decode
+from unipic2_jax.data.prepared import PreparedExample
+from unipic2_jax.data.scored_edits import ScoredEdits
+from unipic2_jax.evaluation.regression import Agreement, agreement, reliability_picture
+from unipic2_jax.models.remat import check_policy
+from unipic2_jax.parallel.mesh import check_rows, shard_batch
+from unipic2_jax.parallel.processes import is_main, local_rows, to_host
+from unipic2_jax.parallel.rules import constrain_parameters
+from unipic2_jax.pipelines.bundle import check_dtype
+from unipic2_jax.pipelines.edit_reward import (
+    EditRewardModel,
+    apply,
+    check_combine,
+    combine,
+    pad_to,
+    same_shape,
+    with_lora,
+)
+from unipic2_jax.pipelines.vlm import VLMInput
+from unipic2_jax.training.config import ConfigError, TrainingError, stage_fields
+from unipic2_jax.training.optimizer import make_optimizer
+from unipic2_jax.training.stage import Stage, StageContext
+
+NAME = "edit_reward"  # of its metrics
+PREPARE_BATCH = 256
+
+
+class RegressionState(NamedTuple):
+    """What changes: the head, and the LoRA or the whole language model."""
+
+    trained: Any
+    opt_state: Any
+
+
+class Batch(NamedTuple):
+    """Questions, the judge's marks float32 [B, targets], its overall score [B], and which share prompt and source."""
+
+    given: VLMInput
+    marks: np.ndarray
+    overall: np.ndarray
+    groups: list[str]
+
+
+class RegressionStage(Stage):
+    """Mean squared error on the judge's marks; the model is an `EditRewardModel`, its targets are those of its spec."""
+
+    @classmethod
+    def default_config(cls) -> ConfigDict:
+        config = stage_fields()
+        config.kind = "regression"
+        config.data = ""  # folder of scored edits to train on, see launch.score_edits
+        config.heldout = ""  # of those that are measured; no source picture of theirs is among the others
+        config.measure = 0  # how many of them; 0: all
+        config.overall = "score"  # the mark that the combined prediction is compared with
+        config.combine = "geometric"  # geometric | mean | a target
+        config.gate = 0.0  # the run fails when Spearman's correlation ends below it; 0: it never does
+        config.in_memory = False  # prepare all questions once and keep them
+        config.batch_size = 64
+        config.compute_dtype = "float32"
+        config.remat = "full"
+        config.lora = ConfigDict({"rank": 32, "alpha": 64.0})  # rank 0: the whole language model is trained
+        del config.optimizer["trainable"]
+        return config
+
+    @classmethod
+    def check(cls, config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+        """Opens the data and builds everything that costs nothing."""
+        for field in ("data", "heldout"):
+            if not config[field]:
+                raise ConfigError(f"{field} names no folder of scored edits; make one with launch.score_edits.")
+            ScoredEdits(config[field], (config.overall,))
+        check_dtype(config.compute_dtype)
+        check_policy(config.remat)
+        if config.lora.rank < 0:
+            raise ConfigError(
+                f"lora.rank is {config.lora.rank}; use 1 or more, or 0 to train the whole language model."
+            )
+        make_optimizer(config.optimizer, config.steps)
+        check_rows(config.batch_size, mesh)
+
+    def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
+        super().__init__(config, bundle, context)
+        if not isinstance(bundle, EditRewardModel):
+            raise ConfigError(f"a stage of kind 'regression' trains an EditReward; set config.model to '{NAME}'.")
+        targets = bundle.spec.targets
+        check_combine(config.combine, targets)
+        self.data, self.heldout = (ScoredEdits(config[f], (config.overall, *targets)) for f in ("data", "heldout"))
+        self.model = bundle
+        if config.lora.rank:
+            # The step after the last: no step draws from this key.
+            self.model = with_lora(bundle, context.key(config.steps), config.lora.rank, config.lora.alpha)
+        elif "lora" in bundle.params:
+            raise ConfigError("the EditReward that is continued has a LoRA; give lora.rank its rank instead of 0.")
+        dtype = check_dtype(config.compute_dtype)
+        self.module = self.model.module.clone(dtype=dtype, remat=config.remat)
+        self.trained_groups = ("lora", "head") if config.lora.rank else ("vlm", "head")
+        self.optimizer = make_optimizer(config.optimizer, config.steps)
+        self._step = jax.jit(self._train_step, donate_argnums=0)
+        self._predict = jax.jit(lambda params, given: apply(self.module, params, given))
+        self._pools: dict[str, Batch] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="questions")
+        self._next: dict[int, Future[Batch]] = {}
+        self._shape = [0, 0]  # tokens and windows of the longest questions so far
+        self.last: Agreement | None = None
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        """Parameters that stay as they are."""
+        return {name: tree for name, tree in self.model.params.items() if name not in self.trained_groups}
+
+    def _batch(self, data: ScoredEdits, index: Sequence[int]) -> Batch:
+        """Examples by number."""
+        targets = self.model.spec.targets
+        examples = [data[int(i)] for i in index]
+        pictures = [(decode(e.references[0], e.name), decode(e.image, e.name)) for e in examples]
+        given = self.model.prepare(*zip(*pictures), [example.prompt for example in examples])
+        marks = np.asarray([[e.arrays[name] for name in targets] for e in examples], np.float32)
+        overall = np.asarray([e.arrays[self.config.overall] for e in examples], np.float64)
+        if not (np.isfinite(marks).all() and marks.min() >= 0 and marks.max() <= 1):
+            raise TrainingError(
+                f"A mark of the edits in {self.config.data} is outside 0 to 1; scale the judge's marks."
+            )
+        return Batch(given, marks, overall, [_group(example) for example in examples])
+
+    def _pool(self, what: str, count: int) -> Batch:
+        """The first examples of the data or of the held-out ones, prepared once."""
+        if what not in self._pools:
+            data = getattr(self, what)
+            parts = [
+                self._batch(data, range(start, min(count, start + PREPARE_BATCH)))
+                for start in tqdm(range(0, count, PREPARE_BATCH), desc=f"preparing {what}", disable=None)
+            ]
+            shape = [max(part.given.input_ids.shape[1] for part in parts)]
+            shape += [max(part.given.vision.frames.shape[1] for part in parts)]
+            given = [pad_to(part.given, *shape) for part in parts]
+            self._pools[what] = Batch(
+                jax.tree.map(lambda *leaves: np.concatenate(leaves), *given),
+                *(np.concatenate([getattr(part, name) for part in parts]) for name in ("marks", "overall")),
+                [group for part in parts for group in part.groups],
+            )
+        return self._pools[what]
+
+    def _training_rows(self, step: int) -> Batch:
+        """This process's rows of a step's batch."""
+        rng = np.random.default_rng([self.context.data_seed(), step])
+        index = rng.integers(len(self.data), size=self.config.batch_size)
+        index = index[local_rows(self.context.mesh, self.config.batch_size)]
+        if not self.config.in_memory:
+            return self._batch(self.data, index)
+        pool = self._pool("data", len(self.data))
+        given = jax.tree.map(lambda leaf: leaf[index], pool.given)
+        return Batch(given, pool.marks[index], pool.overall[index], [])
+
+    def _placed(self, given: VLMInput, *arrays: np.ndarray) -> Any:
+        """Rows of this process on the mesh, questions padded to the longest so far of all processes."""
+        given, self._shape = same_shape(given, self._shape)
+        return shard_batch((given, *arrays), self.context.mesh, local=True)
+
+    def _train_step(
+        self, state: RegressionState, frozen: Any, given: VLMInput, marks: jax.Array
+    ) -> tuple[RegressionState, dict[str, jax.Array]]:
+        def loss_fn(trained: Any) -> tuple[jax.Array, jax.Array]:
+            error = apply(self.module, {**frozen, **trained}, given) - marks
+            return jnp.mean(error**2), jnp.mean(jnp.abs(error))
+
+        (loss, error), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trained)
+        gradients = constrain_parameters(gradients)
+        changes, opt_state = self.optimizer.update(gradients, state.opt_state, state.trained)
+        new = constrain_parameters(RegressionState(optax.apply_updates(state.trained, changes), opt_state))
+        return new, {"loss": loss, "absolute_error": error, "gradient_norm": optax.global_norm(gradients)}
+
+    def init(self) -> RegressionState:
+        trained = {name: jax.tree.map(jnp.copy, self.model.params[name]) for name in self.trained_groups}
+        return self.place(RegressionState(trained, self.optimizer.init(trained)))
+
+    def release(self) -> None:
+        if not self.config.lora.rank:
+            for leaf in jax.tree.leaves(self.model.params["vlm"]):
+                leaf.delete()
+
+    def step(self, state: RegressionState, step: int) -> tuple[RegressionState, dict[str, float]]:
+        waiting = self._next.pop(step, None)
+        rows = waiting.result() if waiting else self._training_rows(step)
+        if not self.config.in_memory and step + 1 < self.config.steps:
+            self._next[step + 1] = self._thread.submit(self._training_rows, step + 1)
+        state, metrics = self._step(state, self.frozen, *self._placed(rows.given, rows.marks))
+        return state, jax.device_get(metrics)
+
+    def predict(self, trained: Any) -> tuple[np.ndarray, Batch]:
+        """Scores [N, targets] of the held-out edits, and what the judge gave them."""
+        size, mesh = self.config.batch_size, self.context.mesh
+        count = min(self.config.measure or len(self.heldout), len(self.heldout))
+        rows, params, made, parts = local_rows(mesh, size), {**self.frozen, **trained}, [], []
+        for start in range(0, count, size):
+            # A short last batch is filled up, so that it does not cost another compilation.
+            index = np.minimum(np.arange(start, start + size), count - 1)
+            if self.config.in_memory:
+                pool = self._pool("heldout", count)
+                given = jax.tree.map(lambda leaf, own=index[rows]: leaf[own], pool.given)
+            else:
+                given = self._batch(self.heldout, index[rows]).given
+            made.append(to_host(self._predict(params, self._placed(given)[0])))
+            parts.append(index)
+        return np.concatenate(made)[:count], self._judged(count)
+
+    def _judged(self, count: int) -> Batch:
+        """What the judge gave the held-out edits; the same on every process."""
+        if self.config.in_memory:
+            return self._pool("heldout", count)
+        if "judged" not in self._pools:
+            targets, examples = self.model.spec.targets, (self.heldout[i] for i in range(count))
+            read = [
+                (
+                    [float(e.arrays[name]) for name in targets],
+                    float(e.arrays[self.config.overall]),
+                    _group(e),
+                )
+                for e in examples
+            ]
+            marks, overall, groups = zip(*read)
+            self._pools["judged"] = Batch(None, np.asarray(marks, np.float32), np.asarray(overall), list(groups))
+        return self._pools["judged"]
+
+    def evaluate(self, state: RegressionState, step: int) -> dict[str, Any]:
+        """Agreement with the judge on held-out edits: '{what}' for the combined score, '{what}/{target}' for each."""
+        del step
+        targets = self.model.spec.targets
+        scores, judged = self.predict(state.trained)
+        total = combine(scores, self.config.combine, targets)
+        self.last = agreement(total, judged.overall, judged.groups)
+        metrics = {f"{NAME}/{name}": value for name, value in self.last.numbers().items()}
+        for column, target in enumerate(targets):
+            found = agreement(scores[:, column], judged.marks[:, column], judged.groups).numbers()
+            metrics |= {f"{NAME}/{name}/{target}": value for name, value in found.items()}
+        for number, (predicted, score, count) in enumerate(self.last.bins):
+            row = {"predicted": predicted, "judged": score, "count": count}
+            metrics |= {f"{NAME}/bin/{number}_{name}": value for name, value in row.items()}
+        title = f"held-out edits: calibration error {self.last.calibration_error:.3f}"
+        errors = np.abs(total - judged.overall)
+        picture = {f"{NAME}_reliability": reliability_picture(self.last.bins, title)}
+        return {"metrics": metrics, "scores": {f"{NAME}/error": errors}, "images": picture}
+
+    def finish(self, state: RegressionState) -> EditRewardModel:
+        """The EditReward, unless it misses the gate."""
+        if self.config.gate:
+            if self.last is None:
+                self.evaluate(state, self.config.steps)
+            if not self.last.spearman >= self.config.gate:
+                raise TrainingError(
+                    f"Stage '{self.context.name}' ends with a Spearman correlation of {self.last.spearman:.3f} on held-out edits, "
+                    f"below the gate of {self.config.gate}; train longer or on more edits in a new workdir."
+                )
+        before = self.model.params
+        cast = lambda tree, old: jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), tree, old)
+        trained = {name: cast(tree, before[name]) for name, tree in state.trained.items()}
+        spec = self.model.spec if self.config.lora.rank else dataclasses.replace(self.model.spec, base=None)
+        return dataclasses.replace(self.model, params={**before, **trained}, spec=spec)
+
+    def export(self, state: RegressionState, folder: Path) -> None:
+        """calibration.json: the numbers of the last evaluation, and the reliability table."""
+        del state
+        if is_main() and self.last is not None:
+            text = json.dumps({**self.last.numbers(), "bins": self.last.bins}, indent=2)
+            (folder / "calibration.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _group(example: PreparedExample) -> str:
+    """Equal for edits of one picture by one instruction."""
+    return hashlib.sha1(example.references[0] + example.prompt.encode()).hexdigest()
