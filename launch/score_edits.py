@@ -38,10 +38,12 @@ UNEDITED = flags.DEFINE_float("unedited", 0.0, "Part of the edits that are the s
 HELDOUT = flags.DEFINE_float("heldout", 0.1, "Part of the source pictures whose edits go into OUT/heldout.")
 SEED = flags.DEFINE_integer("seed", 0, "Of prompts, noise and draws.")
 BATCH = flags.DEFINE_integer("batch", 32, "Prompts between two questions to the judge.", lower_bound=1)
+AT_ONCE = flags.DEFINE_integer("at_once", 16, "Edits that are made at a time.", lower_bound=1)
 MAX_CALLS = flags.DEFINE_integer("max_calls", None, "Edits that the judge is asked about, in all runs together.")
 MAX_COST = flags.DEFINE_float("max_cost", None, "What the judge may cost in all runs together; needs the prices.")
 PROMPT_PRICE = flags.DEFINE_float("prompt_price", 0.0, "Of a million tokens that the judge reads.")
 COMPLETION_PRICE = flags.DEFINE_float("completion_price", 0.0, "Of a million tokens that it writes.")
+FREE = ("prompts", "at_once", "heldout")
 flags.mark_flag_as_required("out")
 
 
@@ -56,13 +58,22 @@ def main(argv: list[str]) -> None:
     source, judge = _read_json("source", SOURCE.value), _read_json("judge", JUDGE.value)
     steps, guidance = _numbers("steps", STEPS.value, int), _numbers("guidance", GUIDANCE.value, float)
     shares = {"mismatched": MISMATCHED.value, "unedited": UNEDITED.value, "heldout": HELDOUT.value}
-    variety = Variety(PROMPTS.value, SAMPLES.value, steps, guidance, **shares, seed=SEED.value, batch=BATCH.value)
+    variety = Variety(
+        PROMPTS.value,
+        SAMPLES.value,
+        steps,
+        guidance,
+        **shares,
+        seed=SEED.value,
+        batch=BATCH.value,
+        at_once=AT_ONCE.value,
+    )
     budget = Budget(MAX_CALLS.value, MAX_COST.value, PROMPT_PRICE.value, COMPLETION_PRICE.value)
     prompts = make_source(source, SEED.value)
     scorer = Scorer(make_entries({"judge": judge}))
-    # How the judge is called, how many prompts there are and how they are split may change.
+    # How much is done at a time, how many prompts there are and how they are split may change.
     judged = {name: value for name, value in judge.items() if name not in CALL_FIELDS}
-    made = {name: value for name, value in dataclasses.asdict(variety).items() if name not in ("prompts", "heldout")}
+    made = {name: value for name, value in dataclasses.asdict(variety).items() if name not in FREE}
     settings = {"model": MODEL.value, "source": source, "judge": judged, **made}
     edits = ScoredEdits(OUT.value, settings)
     counts = edits.run(pipelines.load(MODEL.value), prompts, scorer, variety, budget)

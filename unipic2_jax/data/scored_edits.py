@@ -39,6 +39,6 @@ class ScoredEdits:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> PreparedExample:
-        """Example number `index`: pictures as encoded files, marks as scalars in `arrays`."""
+        """Example number `index`: pictures as encoded files, marks in `arrays`, one number each."""
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._parts[part][index - int(self._starts[part])]

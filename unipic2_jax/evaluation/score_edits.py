@@ -51,6 +51,7 @@ class Variety:
       unedited: part that are the source picture itself.
       seed: of noise and draws.
       batch: prompts between two questions to the judge.
+      at_once: edits that are made at a time.
       heldout: part of the source pictures whose edits are kept for measuring.
     """
 
@@ -62,10 +63,11 @@ class Variety:
     unedited: float = 0.0
     seed: int = 0
     batch: int = 32
+    at_once: int = 16
     heldout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "samples", "batch"):
+        for name in ("prompts", "samples", "batch", "at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more.")
         if not self.steps or min(self.steps) < 1 or not self.guidance:
@@ -199,15 +201,17 @@ class ScoredEdits:
         kinds = sorted({(row["steps"], row["guidance"]) for row in how if "steps" in row})
         for steps, guidance in kinds:
             own = [i for i, row in enumerate(how) if (row.get("steps"), row.get("guidance")) == (steps, guidance)]
+            # Filled up, so that all calls share a program.
+            asked = own + own[-1:] * (-len(own) % variety.at_once)
             pictures = pipe(
-                [how[i]["for"] for i in own],
-                image=[[records[i // variety.samples].image] for i in own],
+                [how[i]["for"] for i in asked],
+                image=[[records[i // variety.samples].image] for i in asked],
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                seed=[how[i]["seed"] for i in own],
-                batch_size=variety.batch,
+                seed=[how[i]["seed"] for i in asked],
+                batch_size=variety.at_once,
             ).images
-            edited |= {i: np.asarray(picture) for i, picture in zip(own, pictures, strict=True)}
+            edited |= {i: np.asarray(picture) for i, picture in zip(own, pictures)}
         rows = []
         for i, number in enumerate(numbers):
             record = records[i // variety.samples]

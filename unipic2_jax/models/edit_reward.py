@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig
-from unipic2_jax.models.qwen_vision import VisionInput
+from unipic2_jax.models.qwen_vision import VisionInput, VisionTokens
 
 DEFAULT_TARGETS = ("instruction", "quality")
 # The matrices of every decoder layer that LoRA updates; the vision tower stays as it is.
@@ -43,11 +43,19 @@ class EditReward(nn.Module):
         self.head = nn.Dense(self.targets, kernel_init=nn.initializers.zeros)
 
     def __call__(
-        self, input_ids: jax.Array, positions: jax.Array, valid: jax.Array, vision: VisionInput | None = None
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        vision: VisionInput | VisionTokens | None = None,
     ) -> jax.Array:
         """Prompts that end at the last place (`Qwen2_5_VL.__call__`) to scores float32 [B, targets] in [0, 1]."""
         hidden = self.vlm(input_ids, positions, valid, vision)[:, -1]
         return nn.sigmoid(self.head(hidden.astype(jnp.float32)))
+
+    def look(self, vision: VisionInput) -> VisionTokens:
+        """What the vision tower makes of pictures, to be given instead of them."""
+        return VisionTokens(self.vlm.visual(vision), vision.tokens)
 
 
 def lora_shapes(config: Qwen2_5_VLConfig, rank: int) -> Iterator[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:

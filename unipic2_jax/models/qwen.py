@@ -25,6 +25,7 @@ from unipic2_jax.models.qwen_vision import (
     GatedMLP,
     Qwen2_5_VLVisionConfig,
     VisionInput,
+    VisionTokens,
     VisionTower,
     rotate,
 )
@@ -294,7 +295,11 @@ class Qwen2_5_VL(nn.Module):
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=KERNEL_INIT, **kinds)
 
     def __call__(
-        self, input_ids: jax.Array, positions: jax.Array, valid: jax.Array, vision: VisionInput | None = None
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        vision: VisionInput | VisionTokens | None = None,
     ) -> jax.Array:
         """Token ids [B, T] and their images to the last hidden states [B, T, D], after the final norm.
 
@@ -305,13 +310,14 @@ class Qwen2_5_VL(nn.Module):
             self.logits(hidden)
         return hidden
 
-    def embed(self, input_ids: jax.Array, vision: VisionInput | None = None) -> jax.Array:
+    def embed(self, input_ids: jax.Array, vision: VisionInput | VisionTokens | None = None) -> jax.Array:
         """Token embeddings [B, T, D], with the merged tokens of the images where `vision` puts them."""
         x = self.embed_tokens(input_ids)
         if vision is None:
             return x
         tokens = vision.tokens[..., None]
-        images = jnp.take_along_axis(self.visual(vision), jnp.maximum(tokens, 0), axis=1)
+        found = vision.features if isinstance(vision, VisionTokens) else self.visual(vision)
+        images = jnp.take_along_axis(found, jnp.maximum(tokens, 0), axis=1)
         return jnp.where(tokens >= 0, images.astype(x.dtype), x)
 
     def decode(

@@ -116,6 +116,18 @@ class VisionInput(NamedTuple):
     tokens: jax.Array
 
 
+class VisionTokens(NamedTuple):
+    """What the tower made of a `VisionInput`, kept: a tower that is not trained need not see the same pictures again.
+
+    Attributes:
+      features: [B, N, out_hidden_size], the tower's merged tokens.
+      tokens: as of `VisionInput`.
+    """
+
+    features: jax.Array
+    tokens: jax.Array
+
+
 def window_order(config: Qwen2_5_VLVisionConfig, grid: Sequence[int]) -> np.ndarray:
     """Which merged token stands where in the windows of one image or video: int [W, window_edge ** 2], -1 is empty.
 

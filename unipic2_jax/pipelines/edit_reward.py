@@ -233,7 +233,7 @@ class EditRewardModel:
 
     @functools.cached_property
     def _apply(self) -> Any:
-        return jax.jit(self.apply)
+        return jax.jit(functools.partial(apply, self.module))
 
     @functools.cached_property
     def _longest(self) -> list[int]:

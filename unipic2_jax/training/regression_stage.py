@@ -22,7 +22,7 @@ from unipic2_jax.data.prepared import PreparedExample
 from unipic2_jax.data.scored_edits import ScoredEdits
 from unipic2_jax.evaluation.regression import Agreement, agreement, reliability_picture
 from unipic2_jax.models.remat import check_policy
-from unipic2_jax.parallel.mesh import check_rows, shard_batch
+from unipic2_jax.parallel.mesh import batch_shards, check_rows, shard_batch
 from unipic2_jax.parallel.processes import is_main, local_rows, to_host
 from unipic2_jax.parallel.rules import constrain_parameters
 from unipic2_jax.pipelines.bundle import check_dtype
@@ -73,7 +73,7 @@ class RegressionStage(Stage):
         config.overall = "score"  # the mark that the combined prediction is compared with
         config.combine = "geometric"  # geometric | mean | a target
         config.gate = 0.0  # the run fails when Spearman's correlation ends below it; 0: it never does
-        config.in_memory = False  # prepare all questions once and keep them
+        config.in_memory = False  # prepare all questions once and keep them; with LoRA the vision tower sees them once
         config.batch_size = 64
         config.compute_dtype = "float32"
         config.remat = "full"
@@ -115,6 +115,8 @@ class RegressionStage(Stage):
         self.trained_groups = ("lora", "head") if config.lora.rank else ("vlm", "head")
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self._step = jax.jit(self._train_step, donate_argnums=0)
+        look = lambda vlm, vision: self.module.apply({"params": {"vlm": vlm}}, vision, method="look")
+        self._look = jax.jit(look)
         self._predict = jax.jit(lambda params, given: apply(self.module, params, given))
         self._pools: dict[str, Batch] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="questions")
@@ -133,8 +135,8 @@ class RegressionStage(Stage):
         examples = [data[int(i)] for i in index]
         pictures = [(decode(e.references[0], e.name), decode(e.image, e.name)) for e in examples]
         given = self.model.prepare(*zip(*pictures), [example.prompt for example in examples])
-        marks = np.asarray([[e.arrays[name] for name in targets] for e in examples], np.float32)
-        overall = np.asarray([e.arrays[self.config.overall] for e in examples], np.float64)
+        marks = np.asarray([[_mark(e, name) for name in targets] for e in examples], np.float32)
+        overall = np.asarray([_mark(e, self.config.overall) for e in examples], np.float64)
         if not (np.isfinite(marks).all() and marks.min() >= 0 and marks.max() <= 1):
             raise TrainingError(
                 f"A mark of the edits in {self.config.data} is outside 0 to 1; scale the judge's marks."
@@ -151,13 +153,23 @@ class RegressionStage(Stage):
             ]
             shape = [max(part.given.input_ids.shape[1] for part in parts)]
             shape += [max(part.given.vision.frames.shape[1] for part in parts)]
-            given = [pad_to(part.given, *shape) for part in parts]
+            given = [self._smaller(pad_to(part.given, *shape)) for part in parts]
             self._pools[what] = Batch(
                 jax.tree.map(lambda *leaves: np.concatenate(leaves), *given),
                 *(np.concatenate([getattr(part, name) for part in parts]) for name in ("marks", "overall")),
                 [group for part in parts for group in part.groups],
             )
         return self._pools[what]
+
+    def _smaller(self, given: VLMInput) -> VLMInput:
+        """Questions as they are kept: pictures as a tower sees them that stays as it is, else with half their bytes."""
+        vision, rows = given.vision, len(given.valid)
+        if "vlm" in self.trained_groups:
+            return given._replace(vision=vision._replace(patches=vision.patches.astype(np.float16)))
+        devices = batch_shards(self.context.mesh)
+        index = np.minimum(np.arange(-(-rows // devices) * devices), rows - 1)
+        seen = self._look(self.frozen["vlm"], shard_batch(jax.tree.map(lambda x: x[index], vision), self.context.mesh))
+        return given._replace(vision=jax.tree.map(lambda x: to_host(x)[:rows], seen))
 
     def _training_rows(self, step: int) -> Batch:
         """This process's rows of a step's batch."""
@@ -172,7 +184,8 @@ class RegressionStage(Stage):
 
     def _placed(self, given: VLMInput, *arrays: np.ndarray) -> Any:
         """Rows of this process on the mesh, questions padded to the longest so far of all processes."""
-        given, self._shape = same_shape(given, self._shape)
+        if not self.config.in_memory:
+            given, self._shape = same_shape(given, self._shape)
         return shard_batch((given, *arrays), self.context.mesh, local=True)
 
     def _train_step(
@@ -230,8 +243,8 @@ class RegressionStage(Stage):
             targets, examples = self.model.spec.targets, (self.heldout[i] for i in range(count))
             read = [
                 (
-                    [float(e.arrays[name]) for name in targets],
-                    float(e.arrays[self.config.overall]),
+                    [_mark(e, name) for name in targets],
+                    _mark(e, self.config.overall),
                     _group(e),
                 )
                 for e in examples
@@ -281,6 +294,10 @@ class RegressionStage(Stage):
         if is_main() and self.last is not None:
             text = json.dumps({**self.last.numbers(), "bins": self.last.bins}, indent=2)
             (folder / "calibration.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _mark(example: PreparedExample, name: str) -> float:
+    return float(example.arrays[name].item())
 
 
 def _group(example: PreparedExample) -> str:

@@ -1,0 +1,134 @@
+"""The kind 'editreward': scores of pictures on any number of devices, and what a configuration may say about it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from edit_reward_models import make_model
+
+from unipic2_jax.data.prompts import PromptRecord
+from unipic2_jax.parallel.mesh import make_mesh
+from unipic2_jax.pipelines import edit_scoring
+from unipic2_jax.rewards.base import make_reward
+from unipic2_jax.rewards.scoring import Scorer, make_entries
+from unipic2_jax.rewards.shapes import ShapesEditReward
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD = """
+import json, sys, jax
+from test_rewards_edit_reward import edits, scored
+from unipic2_jax.parallel.mesh import make_mesh
+mesh = make_mesh(preset=sys.argv[2])
+found = scored(sys.argv[1], mesh)
+placed = {leaf.sharding.spec != () and not leaf.is_fully_replicated for leaf in jax.tree.leaves(found[1])}
+print(json.dumps({"devices": mesh.size, "split": sorted(placed), "scores": found[0]}))
+"""
+
+
+def edits(count=5):
+    rng = np.random.default_rng(0)
+    draw = lambda: rng.integers(0, 256, (16, 16, 3), np.uint8)
+    records = [PromptRecord("make it red" + "!" * n, draw(), {"dataset": "ab"[n % 2]}) for n in range(count)]
+    return [draw() for _ in records], records
+
+
+def scored(folder, mesh):
+    """Scores of the edits, and the parameters that gave them."""
+    entries = make_entries({"editreward": {"model": str(folder), "batch_size": 4, "combine": "mean"}}, mesh)
+    found = Scorer(entries).score(*edits())
+    columns = {"score": found.values["editreward"], **found.details["editreward"]}
+    return {name: column.tolist() for name, column in columns.items()}, entries["editreward"].reward._model.params
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("model")
+    return make_model(root / "vlm").save(root / "reward")
+
+
+def test_value_and_details(folder):
+    found, _ = scored(folder, make_mesh(jax.devices()[:1]))
+    scores = np.array([found["instruction"], found["quality"]])
+    np.testing.assert_allclose(found["score"], scores.mean(axis=0))
+    assert np.ptp(scores, axis=1).min() > 0
+
+
+@pytest.mark.parametrize("preset", ["ddp", "fsdp"])
+def test_eight_devices_give_the_scores_of_one(folder, preset):
+    want, _ = scored(folder, make_mesh(jax.devices()[:1]))
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
+    env |= {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/rewards"))),
+    }
+    command = [sys.executable, "-c", CHILD, str(folder), preset]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["devices"] == 8 and found["split"] == ([False] if preset == "ddp" else [False, True])
+    for name, column in want.items():
+        np.testing.assert_allclose(found["scores"][name], column, rtol=1e-5)
+
+
+def test_a_judge_is_in_memory_once_and_reads_when_it_is_asked(folder, monkeypatch):
+    read, load = [], edit_scoring.EditRewardModel.load
+    monkeypatch.setattr(edit_scoring.EditRewardModel, "load", lambda *a: read.append(a) or load(*a))
+    mesh = make_mesh(jax.devices()[:1])
+    one, other = (make_reward("editreward", mesh, model=str(folder), combine=how) for how in ("geometric", "quality"))
+    assert not read
+    images, records = edits(2)
+    geometric, quality = (reward.score(images, records) for reward in (one, other))
+    assert len(read) == 1
+    np.testing.assert_array_equal(quality.values, geometric.details["quality"])
+    np.testing.assert_allclose(geometric.values, np.sqrt(np.prod(list(geometric.details.values()), axis=0)))
+    # A process whose devices have no pictures takes part.
+    assert one.score([], []).values.shape == (0,)
+
+
+def test_only_records_that_it_is_about(folder):
+    entries = make_entries({"editreward": {"model": str(folder), "datasets": ("a",)}}, make_mesh(jax.devices()[:1]))
+    found = Scorer(entries).score(*edits())
+    assert np.isnan(found.values["editreward"]).tolist() == [False, True, False, True, False]
+
+
+def test_what_cannot_be_is_said(folder, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"rewards\.r: combine is 'beauty'; use one of geometric, mean, instruction, quality"
+    ):
+        make_entries({"r": {"kind": "editreward", "model": str(folder), "combine": "beauty"}})
+    with pytest.raises(ValueError, match=r"rewards\.r: .*does not take these options .*timeout"):
+        make_entries({"r": {"kind": "editreward", "model": str(folder), "timeout": 3}})
+    with pytest.raises(FileNotFoundError, match="There is no EditReward folder"):
+        make_entries({"r": {"kind": "editreward", "model": str(tmp_path / "gone")}})
+    with pytest.raises(ValueError, match="batch_size is 0; use 1 or more"):
+        make_reward("editreward", model=str(folder), batch_size=0)
+    reward = make_reward("editreward", make_mesh(jax.devices()[:1]), model=str(folder))
+    with pytest.raises(ValueError, match="'a red circle' comes without a picture to edit"):
+        reward.score(edits(1)[0], [PromptRecord("a red circle")])
+
+
+def test_a_noisy_verifier_errs_the_same_way_each_time():
+    from unipic2_jax.data.shapes.sources import ShapesSource
+
+    records = ShapesSource(0, "edit").batch(0, 64)
+    images = [record.image for record in records]
+    exact, noisy, again, other = (
+        ShapesEditReward(noise=noise, seed=seed).score(images, records)
+        for noise, seed in ((0.0, 0), (0.1, 0), (0.1, 0), (0.1, 1))
+    )
+    np.testing.assert_array_equal(noisy.values, again.values)
+    # A picture's error is its own, whatever else is judged with it.
+    alone = ShapesEditReward(noise=0.1).score(images[5:6], records[5:6])
+    assert alone.values[0] == noisy.values[5] and (noisy.values != other.values).any()
+    for name in ("preservation", "instruction"):
+        assert noisy.details[name].min() >= 0 and noisy.details[name].max() <= 1
+        difference = noisy.details[name] - exact.details[name]
+        assert 0.02 < np.abs(difference).mean() < 0.2
+    np.testing.assert_array_equal(noisy.details["correct"], exact.details["correct"])
+    with pytest.raises(ValueError, match="noise is -1; use 0 or more"):
+        ShapesEditReward(noise=-1)
