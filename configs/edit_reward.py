@@ -50,7 +50,7 @@ def tiny_stage(smoke: bool) -> dict:
         "eval_every": 0 if smoke else 250,
         "log_every": 10,
         "data": f"{DATA}/train",
-        "heldout": f"{DATA}/heldout",
+        "heldout": f"{DATA}_heldout/heldout",
         "in_memory": True,
         "batch_size": 64,
         "gate": 0.0 if smoke else GATE,

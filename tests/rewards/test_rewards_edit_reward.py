@@ -105,6 +105,8 @@ def test_what_cannot_be_is_said(folder, tmp_path):
         make_entries({"r": {"kind": "editreward", "model": str(folder), "timeout": 3}})
     with pytest.raises(FileNotFoundError, match="There is no EditReward folder"):
         make_entries({"r": {"kind": "editreward", "model": str(tmp_path / "gone")}})
+    with pytest.raises(ValueError, match=r"rewards\.r: no EditReward is named; give its folder"):
+        make_entries({"r": {"kind": "editreward"}})
     with pytest.raises(ValueError, match="batch_size is 0; use 1 or more"):
         make_reward("editreward", model=str(folder), batch_size=0)
     reward = make_reward("editreward", make_mesh(jax.devices()[:1]), model=str(folder))

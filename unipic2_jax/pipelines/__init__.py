@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from unipic2_jax.pipelines.bundle import Bundle, init_bundle, load_bundle, save_bundle
 from unipic2_jax.pipelines.pipeline import Pipeline, PipelineOutput
 
-# The pretrained tiny models that ship with the project: with text encoders, with a language model that sees, and what scores
-# their edits.
+# The pretrained tiny models that ship with the project: with text encoders, with a language model that sees, and the EditReward
+# that stands on that language model.
 TINY, TINY_METAQUERY, TINY_EDIT_REWARD = (
     str(Path(__file__).resolve().parents[1] / "assets" / name)
     for name in ("tiny", "tiny_metaquery", "tiny_edit_reward")

@@ -36,12 +36,16 @@ class EditRewardReward(Reward):
 
     def __init__(
         self,
-        model: str,
+        model: str = "",
         batch_size: int = 32,
         combine: str = "geometric",
         dtype: str = "float32",
         mesh: Mesh | None = None,
     ):
+        if not model:
+            raise ValueError(
+                "no EditReward is named; give its folder as `model`, launch.train makes one from configs/edit_reward.py."
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; use 1 or more.")
         self.folder, self.batch_size, self.combine, self.mesh = str(model), batch_size, combine, mesh
