@@ -67,7 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"configs/edit_reward.py has no variant '{unknown.pop()}'; combine tiny, smoke and lora.")
     shared = {"model": "edit_reward", "schedule": ("reward",)}
     if "tiny" in words:
-        settings = {"targets": ("instruction", "preservation"), "template": "{instruction}"}
+        settings = {"targets": ("instruction", "preservation"), "template": "{instruction}{source}{edited}"}
         vlm = str(Path(TINY_METAQUERY) / "vlm")
         return make_config(
             {**shared, "vlm": vlm, "settings": settings, "stages": {"reward": tiny_stage("smoke" in words)}}

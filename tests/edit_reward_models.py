@@ -13,7 +13,7 @@ from unipic2_jax.weights import io, qwen, table
 from unipic2_jax.weights.registry import NETWORKS
 
 NETWORK = NETWORKS[SMALL.CLASS_NAME]
-SPEC = Spec(("instruction", "quality"), template="{instruction}")
+SPEC = Spec(("instruction", "quality"), template="{source}{edited}{instruction}")
 RANK, ALPHA = 3, 7.5
 
 
@@ -35,7 +35,7 @@ def make_model(folder, seed=0, targets=SPEC.targets):
     config = {"architectures": [SMALL.CLASS_NAME], "model_type": SMALL.MODEL_TYPE, **SMALL.to_dict()}
     (folder / "config.json").write_text(json.dumps(config))
     processor(SMALL).save(folder)
-    spec = Spec(targets, str(folder), "{instruction}")
+    spec = Spec(targets, str(folder), SPEC.template)
     model = with_lora(EditRewardModel.create(spec), jax.random.key(seed), RANK, ALPHA)
     head = draw(files.abstract_head(SMALL, len(targets)), seed + 1)
     lora = draw(files.abstract_lora(SMALL, RANK), seed + 2)

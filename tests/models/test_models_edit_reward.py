@@ -96,6 +96,18 @@ def test_a_folder_is_read_as_it_was_written(model, tmp_path, full):
     assert again._apply._cache_size() == 1
 
 
+def test_a_question_has_its_parts_where_the_template_puts_them():
+    (message,) = Spec(template="Do: {instruction}. From{source}{edited}").question(
+        "a.png", "b.png", "use {edited} braces"
+    )
+    assert [part.get("text", part.get("image")) for part in message["content"]] == [
+        "Do: use {edited} braces. From",
+        "a.png",
+        "b.png",
+    ]
+    assert [part["type"] for part in message["content"]] == ["text", "image", "image"]
+
+
 def test_scores_become_one_number():
     scores = np.array([[0.25, 1.0], [0.0, 1.0]])
     np.testing.assert_allclose(combine(scores, "mean", ("a", "b")), [0.625, 0.5])
@@ -129,5 +141,5 @@ def test_what_is_no_edit_reward_is_said(model, tmp_path):
         EditRewardModel.check(out)
     with pytest.raises(ValueError, match="several different ones"):
         Spec(("a", "a"))
-    with pytest.raises(ValueError, match=r"has no .\{instruction\}."):
-        Spec(template="How good is it?")
+    with pytest.raises(ValueError, match=r"must have each of .* once"):
+        Spec(template="{source}{edited} How good is it?")

@@ -53,7 +53,14 @@ def edits(tmp_path_factory):
 
 
 def stage_of(tmp_path, edits, devices=1, model=None, **fields):
-    values = {"kind": "regression", **edits, "batch_size": 16, "steps": 30, "remat": "none", "lora": {"rank": RANK, "alpha": 7.5}}
+    values = {
+        "kind": "regression",
+        **edits,
+        "batch_size": 16,
+        "steps": 30,
+        "remat": "none",
+        "lora": {"rank": RANK, "alpha": 7.5},
+    }
     config = make_stage({**values, "optimizer": {"lr": 1e-2, "weight_decay": 0.0}, **fields})
     mesh = make_mesh(jax.devices()[:devices])
     stage_class("regression").check(config, mesh)

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -30,16 +31,17 @@ from unipic2_jax.parallel.mesh import batch_shards, make_mesh, shard_batch
 from unipic2_jax.parallel.processes import agreed, local_rows, rows_to_host
 from unipic2_jax.parallel.rules import shardings
 from unipic2_jax.pipelines.bundle import VLM_PATTERNS, check_dtype, find_model
-from unipic2_jax.pipelines.vlm import VLMInput, VLMProcessor, user_message
+from unipic2_jax.pipelines.vlm import VLMInput, VLMProcessor
 from unipic2_jax.weights import edit_reward as files
 from unipic2_jax.weights import io, native, qwen, registry, table
 from unipic2_jax.weights.lora import PEFT_FILE
 
 MODEL_TYPE = "edit_reward"
-# The instruction alone is not a question that a language model knows how to take.
+# What a question is made of, in any order. Instruction first: what is looked for is known when the pictures are looked at.
+PARTS = ("instruction", "source", "edited")
 TEMPLATE = (
-    "The second picture is an edit of the first one, made for this instruction: {instruction}\n"
-    "Rate how well it follows the instruction, and its quality."
+    "Instruction for an edit: {instruction}\nThe picture before: {source}\nThe picture after: {edited}\n"
+    "Rate how well the edit follows the instruction, and the quality of the picture after."
 )
 # Ways to make one number of several scores; a target's name takes that one.
 COMBINE = {
@@ -73,7 +75,7 @@ class Spec:
     Attributes:
       targets: names of the scores.
       base: folder or hub id of the language model; None: it belongs to this model and lies in its folder.
-      template: the text after the two pictures, with '{instruction}'.
+      template: of a question, with '{instruction}', '{source}' and '{edited}'.
       pixels: that both pictures are resized to about; None: the image processor's own limits.
     """
 
@@ -87,10 +89,12 @@ class Spec:
             raise ValueError(
                 f"The targets of an EditReward are {self.targets}; give one name or several different ones."
             )
-        if "{instruction}" not in self.template:
-            raise ValueError(
-                f"The template {self.template!r} has no '{{instruction}}'; add it where the instruction goes."
-            )
+        if sorted(self._places()) != sorted(PARTS):
+            named = ", ".join(f"'{{{name}}}'" for name in PARTS)
+            raise ValueError(f"The template {self.template!r} must have each of {named} once; correct it.")
+
+    def _places(self) -> list[str]:
+        return [name for name in re.split(r"\{(\w+)\}", self.template)[1::2] if name in PARTS]
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Self:
@@ -121,8 +125,15 @@ class Spec:
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def question(self, source: Any, edited: Any, instruction: str) -> list[dict[str, Any]]:
-        """One conversation: both pictures, then the text."""
-        return [user_message([source, edited], self.template.replace("{instruction}", instruction))]
+        """One conversation of one message: texts and pictures as the template has them."""
+        pictures = {"source": source, "edited": edited}
+        content: list[dict[str, Any]] = []
+        for piece in re.split(r"(\{source\}|\{edited\})", self.template):
+            if (name := piece.strip("{}")) in pictures:
+                content.append({"type": "image", "image": pictures[name]})
+            elif piece:
+                content.append({"type": "text", "text": piece.replace("{instruction}", instruction)})
+        return [{"role": "user", "content": content}]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
