@@ -42,21 +42,21 @@ def full_stage(lora: bool) -> dict:
 
 def tiny_stage(smoke: bool) -> dict:
     """The shipped tiny EditReward."""
-    steps = 4 if smoke else 1500
+    steps = 4 if smoke else 5000
     return {
         "kind": "regression",
         "steps": steps,
-        "save_every": 250,
-        "eval_every": 0 if smoke else 250,
+        "save_every": 500,
+        "eval_every": 0 if smoke else 500,
         "log_every": 10,
         "data": f"{DATA}/train",
-        "heldout": f"{DATA}_heldout/heldout",
+        "heldout": f"{DATA}/heldout",
         "in_memory": True,
-        "batch_size": 64,
+        "batch_size": 32,
         "gate": 0.0 if smoke else GATE,
         # With more it would not fit beside the other shipped weights.
         "lora": {"rank": 6, "alpha": 12.0},
-        "optimizer": {"lr": 3e-3, "schedule": "cosine", "warmup": min(100, steps // 2), "weight_decay": 0.0},
+        "optimizer": {"lr": 1.2e-3, "schedule": "cosine", "warmup": min(100, steps // 2), "weight_decay": 0.0},
     }
 
 
