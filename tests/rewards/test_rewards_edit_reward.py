@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from unipic2_jax.rewards.scoring import Scorer, make_entries
 from unipic2_jax.rewards.shapes import ShapesEditReward
 
 ROOT = Path(__file__).resolve().parents[2]
+PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "rewards")))
 CHILD = """
 import json, sys, jax
 from test_rewards_edit_reward import edits, scored
@@ -27,6 +29,25 @@ mesh = make_mesh(preset=sys.argv[2])
 found = scored(sys.argv[1], mesh)
 placed = {leaf.sharding.spec != () and not leaf.is_fully_replicated for leaf in jax.tree.leaves(found[1])}
 print(json.dumps({"devices": mesh.size, "split": sorted(placed), "scores": found[0]}))
+"""
+
+SHARE = """
+import json, sys, jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+from unipic2_jax.parallel import processes
+processes.initialize()
+from test_rewards_edit_reward import edits
+from unipic2_jax.parallel.mesh import make_mesh
+from unipic2_jax.rewards.scoring import Scorer, make_entries
+mesh = make_mesh(preset="fsdp")
+scorer = Scorer(make_entries({"editreward": {"model": sys.argv[1], "batch_size": 4, "combine": "mean"}}, mesh))
+found = []
+for split in (5, 0):  # how many of five edits are the first process's
+    own = slice(0, split) if jax.process_index() == 0 else slice(split, 5)
+    images, records = edits()
+    found += [scorer.score(images[own], records[own]).values["editreward"].tolist()]
+print("scores", json.dumps(found))
+processes.wait_for_all("end")
 """
 
 
@@ -62,10 +83,7 @@ def test_value_and_details(folder):
 def test_eight_devices_give_the_scores_of_one(folder, preset):
     want, _ = scored(folder, make_mesh(jax.devices()[:1]))
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
-    env |= {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/rewards"))),
-    }
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": PATHS}
     command = [sys.executable, "-c", CHILD, str(folder), preset]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -73,6 +91,34 @@ def test_eight_devices_give_the_scores_of_one(folder, preset):
     assert found["devices"] == 8 and found["split"] == ([False] if preset == "ddp" else [False, True])
     for name, column in want.items():
         np.testing.assert_allclose(found["scores"][name], column, rtol=1e-5)
+
+
+def test_processes_with_unequal_numbers_of_edits(folder):
+    """All of them are one process's, and the other takes part in every batch with nothing of its own."""
+    want, _ = scored(folder, make_mesh(jax.devices()[:1]))
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+    }
+    env["PYTHONPATH"] = PATHS
+    command = [sys.executable, "-c", SHARE, str(folder)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, env={**env, "JAX_PROCESS_ID": str(n)}, **options) for n in range(2)]
+    try:
+        outputs = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
+    shares = [json.loads(out.split("scores ")[1]) for out, _ in outputs]
+    for turn in range(2):
+        scores = shares[0][turn] + shares[1][turn]
+        np.testing.assert_allclose(scores, want["score"], rtol=1e-5)
 
 
 def test_a_judge_is_in_memory_once_and_reads_when_it_is_asked(folder, monkeypatch):
