@@ -11,11 +11,13 @@ from PIL import Image
 from configs import pdtr
 from unipic2_jax import pipelines
 from unipic2_jax.data.questions import make_questions
+from unipic2_jax.data.shapes.edits import EDIT_TYPES, random_edit
 from unipic2_jax.data.shapes.verify import read_scenes
 from unipic2_jax.data.shapes.world import Scene, Thing, render
 from unipic2_jax.evaluation.vqa import answer_questions, score_answers
-from unipic2_jax.pipelines import TINY, TINY_METAQUERY
+from unipic2_jax.pipelines import TINY, TINY_EDIT_REWARD, TINY_METAQUERY
 from unipic2_jax.pipelines.chat import ChatModel
+from unipic2_jax.pipelines.edit_reward import EditRewardModel, combine
 from unipic2_jax.pipelines.vlm import user_message
 from unipic2_jax.training import loop
 
@@ -112,3 +114,17 @@ def test_reinforcement_takes_it_and_leaves_its_understanding_alone(tmp_path):
         for a, b in zip(*(jax.tree.leaves(bundle.params["transformer"]) for bundle in (before, after)), strict=True)
     ]
     assert any(changed)
+
+
+def test_the_edit_reward_tells_edits_apart():
+    """On held-out instructions: what was asked for against nothing."""
+    rng = np.random.default_rng(0)
+    edits = [random_edit(rng, EDIT_TYPES[i % len(EDIT_TYPES)], "heldout") for i in range(70)]
+    sources, done = ([render(scene) for scene in side] for side in zip(*((e.source, e.target) for e in edits)))
+    model = EditRewardModel.load(TINY_EDIT_REWARD)
+    prompts = [edit.prompt for edit in edits]
+    right, unedited = (
+        combine(model.score(sources, made, prompts), "geometric", model.spec.targets) for made in (done, sources)
+    )
+    assert np.mean(right > unedited) >= 0.9, np.mean(right > unedited)
+    assert right.mean() - unedited.mean() >= 0.4, (right.mean(), unedited.mean())

@@ -143,7 +143,7 @@ def test_what_cannot_be_trained_is_said(tmp_path, edits):
     stage = stage_of(tmp_path, {**edits, "data": str(wide)})
     with pytest.raises(TrainingError, match="outside 0 to 1"):
         stage.step(stage.init(), 0)
-    with pytest.raises(ConfigError, match=r"--config\.vlm=DIR"):
+    with pytest.raises(ValueError, match=r"--config\.vlm=DIR"):
         config = get_config("lora")
         config.vlm = None
         loop.load_bundle(config, mesh)

@@ -160,6 +160,33 @@ class EditRewardModel:
         return cls._made(folder, config, spec, None, mesh, dtype)
 
     @classmethod
+    def start(
+        cls, init: str | None, vlm: str | None, settings: dict[str, Any], mesh: Mesh | None = None, dtype: Any = None
+    ) -> Self:
+        """What a training starts from: the EditReward in the folder `init`, or a new one on the language model `vlm`.
+
+        Args:
+          settings: fields of `Spec` beside its base; they overrule those of `init`.
+
+        Raises:
+          ValueError: for a setting that there is not, or neither folder.
+        """
+        known = [field.name for field in dataclasses.fields(Spec) if field.name != "base"]
+        if unknown := [name for name in settings if name not in known]:
+            raise ValueError(f"config.settings.{unknown[0]} is no setting of an EditReward; it has {', '.join(known)}.")
+        if init is not None:
+            found = cls.load(init, mesh, dtype)
+            spec = dataclasses.replace(found.spec, **settings)
+            if len(spec.targets) != len(found.spec.targets):
+                raise ValueError(
+                    f"The EditReward {init} gives {found.spec.targets} and not {spec.targets}; ask for as many."
+                )
+            return dataclasses.replace(found, spec=spec)
+        if not vlm:
+            raise ValueError("An EditReward stands on a Qwen2.5-VL; name its folder, as in --config.vlm=DIR.")
+        return cls.create(Spec(base=vlm, **settings), mesh, dtype)
+
+    @classmethod
     def load(cls, folder: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None) -> Self:
         """Reads a folder.
 

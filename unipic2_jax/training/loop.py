@@ -133,7 +133,9 @@ def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
     from unipic2_jax.pipelines import bundle
 
     if config.model == EDIT_REWARD:
-        return load_edit_reward(config, mesh)
+        from unipic2_jax.pipelines.edit_reward import EditRewardModel
+
+        return EditRewardModel.start(config.init, config.vlm, config.settings.to_dict(), mesh, config.vlm_dtype)
     if config.init is not None:
         found = bundle.load_bundle(config.init, mesh=mesh, vlm=config.vlm, vlm_dtype=config.vlm_dtype)
     else:
@@ -149,26 +151,6 @@ def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
         transformer=found.transformer.clone(attention_implementation=config.attention),
         conditioner=dataclasses.replace(found.conditioner, **settings),
     )
-
-
-def load_edit_reward(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
-    """The EditReward in the folder `config.init`, or a new one on the Qwen2.5-VL `config.vlm` with `config.settings`."""
-    from unipic2_jax.pipelines.edit_reward import EditRewardModel, Spec
-
-    settings, known = (
-        config.settings.to_dict(),
-        [field.name for field in dataclasses.fields(Spec) if field.name != "base"],
-    )
-    if unknown := [name for name in settings if name not in known]:
-        raise config_lib.ConfigError(
-            f"config.settings.{unknown[0]} is no setting of an EditReward" + config_lib.nearest(unknown[0], known)
-        )
-    if config.init is not None:
-        found = EditRewardModel.load(config.init, mesh, config.vlm_dtype)
-        return dataclasses.replace(found, spec=dataclasses.replace(found.spec, **settings))
-    if not config.vlm:
-        raise config_lib.ConfigError("An EditReward stands on a Qwen2.5-VL; name its folder, as in --config.vlm=DIR.")
-    return EditRewardModel.create(Spec(base=config.vlm, **settings), mesh, config.vlm_dtype)
 
 
 def save_bundle(bundle: Any, folder: Path, with_vlm: bool = True) -> None:
