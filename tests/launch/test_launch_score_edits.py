@@ -40,10 +40,13 @@ def test_a_reward_is_trained_on_what_was_scored(edits, tmp_path):
     rows = [json.loads(line) for line in (edits / "scored.jsonl").read_text().splitlines()]
     assert {"score", "instruction", "preservation"} <= rows[0]["marks"].keys()
     config = get_config("tiny,smoke")
-    config.stages.reward.data, config.stages.reward.heldout = (str(edits / split) for split in ("train", "heldout"))
-    config.stages.reward.batch_size = 4
+    for stage in config.stages.values():
+        stage.data, stage.heldout, stage.batch_size = str(edits / "train"), str(edits / "heldout"), 4
     export = loop.run(config, tmp_path / "run", mesh=make_mesh(jax.devices()[:1]))
-    assert {r["step"] for r in read_evaluations(tmp_path / "run")} == {0, 4}
+    assert [(r["stage"], r["step"]) for r in read_evaluations(tmp_path / "run")] == [
+        *(("reward", 0), ("reward", 4)),
+        *(("hard", 0), ("hard", 4)),
+    ]
     assert list((tmp_path / "run" / "samples").glob("*_edit_reward_reliability.png"))
     half = tmp_path / "half"
     command = [sys.executable, "-m", "launch.export", f"--model={export}", f"--out={half}", "--dtype=float16"]
@@ -65,7 +68,8 @@ def test_mistakes_are_one_sentence(edits, tmp_path):
         assert run.returncode == 2 and run.stderr.startswith("error: ") and sentence in run.stderr
         assert not (tmp_path / "x").exists()
     config = get_config("tiny,smoke")
-    config.stages.reward.data = config.stages.reward.heldout = str(edits / "train")
+    for stage in config.stages.values():
+        stage.data = stage.heldout = str(edits / "train")
     config.vlm = str(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"The language model .* was not found"):
         loop.run(config, tmp_path / "run", mesh=make_mesh(jax.devices()[:1]))

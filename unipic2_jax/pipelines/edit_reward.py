@@ -142,12 +142,14 @@ class EditRewardModel:
 
     Attributes:
       params: {'vlm', 'head'} and, unless all was trained, 'lora'.
+      alpha: of the LoRA that was read or begun; None: there was none.
     """
 
     module: EditReward
     params: dict[str, Any]
     processor: VLMProcessor
     spec: Spec
+    alpha: float | None = None
 
     @classmethod
     def create(cls, spec: Spec, mesh: Mesh | None = None, dtype: Any = None) -> Self:
@@ -222,7 +224,7 @@ class EditRewardModel:
     ) -> Self:
         dtype, abstract = check_dtype(dtype), registry.NETWORKS[config.CLASS_NAME].abstract(config)
         placed = None if mesh is None else shardings(mesh, {"vlm": abstract})["vlm"]
-        processor, alpha = VLMProcessor.load(vlm, config), 64.0
+        processor, alpha = VLMProcessor.load(vlm, config), None
         params = {"vlm": native.load_component(vlm, qwen.rules(config), abstract, placed, dtype)}
         if folder is None:
             shapes = files.abstract_head(config, len(spec.targets))
@@ -232,8 +234,9 @@ class EditRewardModel:
             params["head"] = files.load_head(folder, config, len(spec.targets), mesh)
             if (folder / PEFT_FILE).is_file():
                 params["lora"], alpha = files.load_lora(folder, config, mesh)
-        module = EditReward(config, len(spec.targets), dtype=dtype, param_dtype=dtype, lora_alpha=alpha)
-        return cls(module, params, processor, spec)
+        module = EditReward(config, len(spec.targets), dtype=dtype, param_dtype=dtype)
+        module = module if alpha is None else module.clone(lora_alpha=alpha)
+        return cls(module, params, processor, spec, alpha)
 
     def save(self, folder: str | os.PathLike, dtype: Any = None) -> Path:
         """Writes a folder that `load` reads.
@@ -362,18 +365,17 @@ def _vlm_folder(folder: Path, spec: Spec) -> tuple[Path, Qwen2_5_VLConfig]:
 
 
 def with_lora(model: EditRewardModel, key: jax.Array, rank: int, alpha: float) -> EditRewardModel:
-    """A model whose decoder gets a new LoRA; one that has a LoRA keeps it.
+    """A model whose decoder has a LoRA: a new one, or the one that it has.
 
     Raises:
-      ValueError: when it has one of another rank or alpha.
+      ValueError: when that is of another rank or alpha.
     """
-    if "lora" not in model.params:
-        lora = edit_reward.init_lora(key, model.module.config, rank)
-        module = model.module.clone(lora_alpha=alpha)
-        return dataclasses.replace(model, module=module, params={**model.params, "lora": lora})
-    had = jax.tree.leaves(model.params["lora"])[0].shape[-1], model.module.lora_alpha
+    params = model.params
+    if "lora" not in params:
+        params = {**params, "lora": edit_reward.init_lora(key, model.module.config, rank)}
+    had = jax.tree.leaves(params["lora"])[0].shape[-1], alpha if model.alpha is None else model.alpha
     if had != (rank, alpha):
         raise ValueError(
             f"The EditReward has a LoRA of rank and alpha {had}, and {(rank, alpha)} is asked for; make them equal."
         )
-    return model
+    return dataclasses.replace(model, module=model.module.clone(lora_alpha=alpha), params=params, alpha=alpha)
