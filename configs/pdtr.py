@@ -17,8 +17,8 @@ Words after a colon, with commas between them, change it:
 | `joint` | both tasks in turn in one stage, against which the paper's order can be held |
 | `tiny` | UniPic2-Tiny in the shapes world, in minutes on a CPU; `tiny,long` about half an hour, `tiny,smoke` a few seconds |
 
-At tiny scale edits are rewarded by the exact verifier unless `edit=` says otherwise: `edit=editreward` is the shipped tiny
-EditReward, `edit=judge` the verifier with noise; the verifier is then watched beside them.
+At tiny scale edits are rewarded by the exact verifier unless `edit=` says otherwise: `edit=editreward` is the tiny EditReward
+that `make tiny-edit-reward` trains, `edit=judge` the verifier with noise; the verifier is then watched beside them.
 """
 
 from ml_collections import ConfigDict

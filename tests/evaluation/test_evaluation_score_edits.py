@@ -15,7 +15,7 @@ from unipic2_jax.rewards.base import Calls, Reward, RewardError, Scores
 from unipic2_jax.rewards.scoring import Entry, Scorer
 
 VARIETY = Variety(
-    prompts=6, samples=2, steps=(2, 3), guidance=(1.0,), mismatched=0.3, unedited=0.2, batch=4, heldout=0.4
+    prompts=6, samples=2, steps=(2, 3), guidance=(1.0,), mismatched=0.3, unedited=0.2, batch=4, heldout=0.4, at_once=1
 )
 SETTINGS = {"model": "toy"}
 UNLIMITED = Budget()

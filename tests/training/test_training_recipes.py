@@ -18,15 +18,8 @@ TINY = {
     "tiny_vlm": ("", "smoke"),
     "tiny_metaquery": ("", "smoke"),
     "pdtr": (
-        *(
-            "tiny",
-            "tiny,long",
-            "tiny,smoke",
-            "tiny,model=metaquery",
-            "tiny,edit=judge",
-            "tiny,edit=editreward,t2i=none",
-        ),
-        *("tiny,edit=none,guard", "tiny,joint,edit=judge", "tiny,edit=editreward,model=metaquery,fast"),
+        *("tiny", "tiny,long", "tiny,smoke", "tiny,model=metaquery", "tiny,edit=judge", "tiny,edit=none,guard"),
+        *("tiny,joint,edit=judge", "tiny,edit=judge,t2i=none,model=metaquery,fast"),
     ),
     "connector": ("tiny", "tiny,smoke"),
     "kontext": ("tiny", "tiny,smoke"),
