@@ -75,13 +75,14 @@ tiny-metaquery: $(VENV)/.run
 	cmp runs/tiny_vlm/half/vlm/model.safetensors $(ASSETS)/tiny_metaquery/vlm/model.safetensors
 
 # Edits by the shipped model with few steps, a part of them for another instruction or not edited at all, so that the verifier's
-# scores vary; then more of what is learned last. Training fails below its gate, and then nothing is replaced.
+# scores vary; then more of what is learned last. Both hold out the same source pictures. Training fails below its gate, and then
+# nothing is replaced.
 SCORED := --steps=1,2,3,6 --guidance=1 --mismatched=0.3 --unedited=0.08 --batch=64 --at_once=32
 HARD := ["background", "move", "arrange", "add", "background", "move", "remove", "replace", "background", "move", "arrange", "recolor"]
 
 tiny-edit-reward: $(VENV)/.run
 	$(RUN) -m launch.score_edits $(SCORED) --prompts=10240 --heldout=0.1 --out=runs/edit_reward
-	$(RUN) -m launch.score_edits $(SCORED) --prompts=8192 --heldout=0 --out=runs/edit_reward_hard --seed=1 \
+	$(RUN) -m launch.score_edits $(SCORED) --prompts=8192 --heldout=0.1 --out=runs/edit_reward_hard --seed=1 \
 	  --source='{"kind": "shapes", "task": "edit", "tags": $(HARD)}'
 	$(TRAIN) --config=configs/edit_reward.py:tiny --workdir=runs/tiny_edit_reward
 	$(RUN) -m launch.export --model=runs/tiny_edit_reward/export --out=$(ASSETS)/tiny_edit_reward --dtype=float16

@@ -52,6 +52,7 @@ def tiny_stage(smoke: bool, data: str, lr: float, gate: float = 0.0) -> dict:
         "data": f"{data}/train",
         "heldout": f"{DATA}/heldout",
         "in_memory": True,
+        "combine": "score",
         "batch_size": 32,
         "gate": 0.0 if smoke else gate,
         # With more it would not fit beside the other shipped weights.
@@ -67,7 +68,8 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"configs/edit_reward.py has no variant '{unknown.pop()}'; combine tiny, smoke and lora.")
     shared = {"model": "edit_reward", "schedule": ("reward",)}
     if "tiny" in words:
-        settings = {"targets": ("instruction", "preservation"), "template": "{instruction}{source}{edited}"}
+        # The verifier's score gives part marks to edits that failed, which its other two marks do not.
+        settings = {"targets": ("instruction", "preservation", "score"), "template": "{instruction}{source}{edited}"}
         vlm = str(Path(TINY_METAQUERY) / "vlm")
         smoke = "smoke" in words
         stages = {

@@ -56,7 +56,7 @@ WATCHED = {"shapes_edit": {"weight": 0.0}}
 TINY_REWARDS = {
     "edit": {
         "verifier": {"shapes_edit": {"weight": 1.0}},
-        "editreward": {"editreward": {"weight": 1.0, "model": TINY_EDIT_REWARD}, **WATCHED},
+        "editreward": {"editreward": {"weight": 1.0, "model": TINY_EDIT_REWARD, "combine": "score"}, **WATCHED},
         "judge": {"judge": {"kind": "shapes_edit", "noise": JUDGE_NOISE, "weight": 1.0}, **WATCHED},
     },
     "t2i": {"geneval": {"shapes_t2i": {"weight": 1.0}}},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import eight_devices
 import jax
 import numpy as np
 import pytest
@@ -82,8 +83,7 @@ def test_value_and_details(folder):
 @pytest.mark.parametrize("preset", ["ddp", "fsdp"])
 def test_eight_devices_give_the_scores_of_one(folder, preset):
     want, _ = scored(folder, make_mesh(jax.devices()[:1]))
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": PATHS}
+    env = {**eight_devices.ENVIRONMENT, "PYTHONPATH": PATHS}
     command = [sys.executable, "-c", CHILD, str(folder), preset]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
