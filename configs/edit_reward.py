@@ -56,7 +56,7 @@ def tiny_stage(smoke: bool, data: str, lr: float, gate: float = 0.0) -> dict:
         "batch_size": 32,
         "gate": 0.0 if smoke else gate,
         # With more it would not fit beside the other shipped weights.
-        "lora": {"rank": 6, "alpha": 12.0},
+        "lora": {"rank": 3, "alpha": 6.0},
         "optimizer": {"lr": lr, "schedule": "cosine", "warmup": min(100, steps // 2), "weight_decay": 0.0},
     }
 

@@ -14,12 +14,15 @@ Words after a colon, with commas between them, change it:
 | `model=kontext`, `model=metaquery` | which model: text encoders, or Qwen2.5-VL (`--config.vlm=DIR`) |
 | `fast` | two steps of a rollout are stochastic and trained, without guidance; the others are deterministic |
 | `guard` | GRPO-Guard's ratios |
+| `watch=editreward`, `watch=judge` | a second reward of edits that is only watched, so that it shows when the trained one is learned instead of the task |
 | `joint` | both tasks in turn in one stage, against which the paper's order can be held |
 | `tiny` | UniPic2-Tiny in the shapes world, in minutes on a CPU; `tiny,long` about half an hour, `tiny,smoke` a few seconds |
 
 At tiny scale edits are rewarded by the exact verifier unless `edit=` says otherwise: `edit=editreward` is the tiny EditReward
 that `make tiny-edit-reward` trains, `edit=judge` the verifier with noise; the verifier is then watched beside them.
 """
+
+import math
 
 from ml_collections import ConfigDict
 
@@ -65,6 +68,7 @@ CHOICES = {
     "edit": ("editreward", "judge", "none"),
     "t2i": ("geneval", "none"),
     "model": ("kontext", "metaquery"),
+    "watch": ("editreward", "judge"),
 }
 FLAGS = ("tiny", "long", "smoke", "fast", "guard", "joint")
 
@@ -99,6 +103,8 @@ ROLLOUT = {
     "edit": {"num_steps": 6, "window": {"size": 1, "low": 0, "high": 4}},
     # A stronger KL than the paper's 0.04 keeps what editing has gained.
     "t2i": {"num_steps": 8, "window": {"size": 1, "low": 3, "high": 6}, "kl_beta": 1.0},
+    # Any step that either of them trains.
+    "joint": {"num_steps": 8, "window": {"size": 1, "low": 0, "high": 6}, "kl_beta": 0.2},
 }
 
 
@@ -127,8 +133,11 @@ def tiny_stage(task: str, rewards: dict, steps: int, lr: float, num_prompts: int
     }
 
 
-def joined(stages: dict[str, dict]) -> dict:
-    """Both stages as one in which they take turns: the steps of both, everything else as in the second."""
+def joined(stages: dict[str, dict], tiny: bool) -> dict:
+    """Both stages as one in which they take turns: the steps of both, everything else as in the second.
+
+    At tiny scale the stages' own settings differ; one that serves both lies between them and was not searched for.
+    """
     rewards = {
         name: {**fields, "datasets": (task,)}
         for task, stage in stages.items()
@@ -136,7 +145,11 @@ def joined(stages: dict[str, dict]) -> dict:
     }
     source = {"kind": "turns", "sources": {task: stage["source"] for task, stage in stages.items()}}
     steps = sum(stage["steps"] for stage in stages.values())
-    return {**stages["t2i"], "steps": steps, "source": source, "rewards": rewards}
+    joint = {**stages["t2i"], "steps": steps, "source": source, "rewards": rewards}
+    if tiny:
+        lr = math.prod(stage["optimizer"]["lr"] for stage in stages.values()) ** 0.5
+        joint |= {"grpo": {**joint["grpo"], **ROLLOUT["joint"]}, "optimizer": {**joint["optimizer"], "lr": lr}}
+    return joint
 
 
 def read_words(arg: str) -> tuple[set[str], dict[str, str]]:
@@ -159,6 +172,9 @@ def read_words(arg: str) -> tuple[set[str], dict[str, str]]:
     without = [task for task in ("edit", "t2i") if made.get(task) == "none"]
     if len(without) == 2 or (without and "joint" in flags):
         raise ValueError(f"configs/pdtr.py:{arg} leaves out what it is about; leave out {without[0]}=none instead.")
+    watched = made.get("watch")
+    if watched and ("tiny" in flags or made.get("edit", "editreward") in ("none", watched)):
+        raise ValueError(f"configs/pdtr.py:{arg} has nothing new for watch={watched} to watch; leave it out.")
     return flags, made
 
 
@@ -169,6 +185,8 @@ def get_config(arg: str = "") -> ConfigDict:
     known = TINY_REWARDS if tiny else REWARDS
     # What rewards each task; the first is the default.
     rewards = {task: known[task][made.get(task, next(iter(known[task])))] for task in known if made.get(task) != "none"}
+    if watched := made.get("watch"):
+        rewards["edit"] = {**rewards["edit"], watched: {**known["edit"][watched][watched], "weight": 0.0}}
     if tiny:
         length = LENGTH["smoke" if smoke else "long" if "long" in flags else "demo"]
         stages = {task: tiny_stage(task, own, *length[task], 2 if smoke else 14) for task, own in rewards.items()}
@@ -179,7 +197,7 @@ def get_config(arg: str = "") -> ConfigDict:
         model = {"model": "unipic2_metaquery", "vlm_dtype": "bfloat16"} if metaquery else {"model": "sd35_medium"}
         model["init"] = None
     if "joint" in flags:
-        stages = {"joint": joined(stages)}
+        stages = {"joint": joined(stages, tiny)}
     for stage in stages.values():
         if "fast" in flags and not tiny:  # tiny rollouts are that already
             stage["grpo"] |= {"window": {"size": 2, "low": 0, "high": 5}, "cfg_in_window": False}

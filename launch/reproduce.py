@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -70,14 +71,22 @@ def train(run: str, workdir: Path, seed: int, cores: set[int] | None = None) -> 
       cores: of a run beside others, those that it may use, or none where that cannot be said; None: the run is alone.
 
     Raises:
+      ConfigError: what is done is another run, as one of another scale.
       RuntimeError: when it fails.
     """
+    changes: dict[str, Any] = {"seed": seed}
+    if run in REINFORCED and (before := run_before(run)):
+        changes["init"] = str(folder_of(before, workdir.parent, seed) / "export")
     if (workdir / "export").is_dir():
+        from configs.ablations import get_config
+        from unipic2_jax.training.config import check_same_run, validate
+
+        config = get_config(words(run, workdir.parent))
+        config.update(changes)
+        check_same_run(validate(config), workdir / "config.json")
         return
     command = [sys.executable, "-m", "launch.train", f"--config=configs/ablations.py:{words(run, workdir.parent)}"]
-    command += [f"--config.seed={seed}"]
-    if run in REINFORCED and (before := run_before(run)):
-        command += [f"--config.init={folder_of(before, workdir.parent, seed) / 'export'}"]
+    command += [f"--config.{name}={value}" for name, value in changes.items()]
     devices = _CPU_DEVICES.value if cores is None else max(1, _CPU_DEVICES.value // _JOBS.value)
     command += [f"--workdir={workdir}", f"--cpu_devices={devices}"]
     workdir.parent.mkdir(parents=True, exist_ok=True)

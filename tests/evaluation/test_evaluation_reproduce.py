@@ -6,11 +6,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from configs.ablations import get_config
 from launch import reproduce
+from unipic2_jax.training.config import ConfigError, validate, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +49,23 @@ def test_what_a_run_goes_on_from_is_done_before_it():
     first, second = reproduce.waves(["judge_geneval", "geneval", "joint"], Path("x"), 1)
     assert [run for run, *_ in first] == ["geneval", "joint", "judge"]
     assert second == [("judge_geneval", Path("x/judge_geneval-seed0"), 0)]
+
+
+def test_a_finished_run_of_another_scale_is_not_taken(monkeypatch, tmp_path):
+    """Two steps of everything are no row of the table."""
+    for name, value in (("_SCALE", "smoke"), ("_WORKDIR", str(tmp_path))):
+        monkeypatch.setattr(reproduce, name, SimpleNamespace(value=value))
+    workdir = tmp_path / "judge-seed1"
+    (workdir / "export").mkdir(parents=True)
+    config = get_config(reproduce.words("judge", tmp_path))
+    config.seed = 1
+    write_config(validate(config), workdir / "config.json")
+    reproduce.train("judge", workdir, 1)
+    with pytest.raises(ConfigError, match=r"config\.seed = 1, and this command asks for 0"):
+        reproduce.train("judge", workdir, 0)
+    monkeypatch.setattr(reproduce, "_SCALE", SimpleNamespace(value="tiny"))
+    with pytest.raises(ConfigError, match="holds a run with config"):
+        reproduce.train("judge", workdir, 1)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from unipic2_jax.data.scored_edits import ScoredEdits as Data
 from unipic2_jax.evaluation.score_edits import Budget, ScoredEdits, Variety
 from unipic2_jax.rewards.base import Calls, Reward, RewardError, Scores
 from unipic2_jax.rewards.scoring import Entry, Scorer
+from unipic2_jax.rewards.shapes import ShapesEditReward
 
 VARIETY = Variety(
     prompts=6, samples=2, steps=(2, 3), guidance=(1.0,), mismatched=0.3, unedited=0.2, batch=4, heldout=0.4, at_once=1
@@ -50,13 +51,15 @@ class Judge(Reward):
     """Brightness of the red; `trouble` comes before an answer."""
 
     calls = Calls(batch_size=1)
+    counts = True  # its tokens
 
     def __init__(self, trouble=None):
         self.asked, self.trouble = [], trouble
 
     @property
     def usage(self):
-        return types.SimpleNamespace(prompt_tokens=1000 * len(self.asked), completion_tokens=100 * len(self.asked))
+        count = len(self.asked) * self.counts
+        return types.SimpleNamespace(answers=len(self.asked), prompt_tokens=1000 * count, completion_tokens=100 * count)
 
     def score(self, images, records):
         if self.trouble:
@@ -153,6 +156,17 @@ def test_the_budget_is_kept_over_all_runs(tmp_path):
     priced = Budget(cost=0.031, prompt_price=2.0, completion_price=10.0)
     _, judge, edits = run(tmp_path / "cost", budget=priced)
     assert len(judge.asked) == 10 and priced.price(edits.spent) == pytest.approx(0.03)
+    silent, untold = Judge(), ShapesEditReward()
+    silent.counts = False
+    with pytest.raises(ValueError, match="do not say how many tokens they cost, so a largest cost cannot be kept"):
+        run(tmp_path / "silent", silent, budget=priced)
+    with pytest.raises(ValueError, match="counts no tokens, so a largest cost cannot be kept; limit its calls"):
+        run(tmp_path / "untold", untold, budget=priced)
+
+
+def test_what_a_budget_leaves_unmade_is_unasked_too(tmp_path):
+    counts, judge, _ = run(tmp_path, budget=Budget(calls=8))
+    assert counts["made"] < 12 and counts["unasked"] == 12 - len(judge.asked)
 
 
 def test_more_prompts_may_be_asked_for_later(tmp_path):

@@ -124,7 +124,7 @@ def test_the_edit_reward_tells_edits_apart():
     model = EditRewardModel.load(TINY_EDIT_REWARD)
     prompts = [edit.prompt for edit in edits]
     right, unedited = (
-        combine(model.score(sources, made, prompts), "geometric", model.spec.targets) for made in (done, sources)
+        combine(model.score(sources, made, prompts), "score", model.spec.targets) for made in (done, sources)
     )
     assert np.mean(right > unedited) >= 0.9, np.mean(right > unedited)
     assert right.mean() - unedited.mean() >= 0.4, (right.mean(), unedited.mean())

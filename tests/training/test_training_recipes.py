@@ -19,13 +19,14 @@ TINY = {
     "tiny_metaquery": ("", "smoke"),
     "pdtr": (
         *("tiny", "tiny,long", "tiny,smoke", "tiny,model=metaquery", "tiny,edit=judge", "tiny,edit=none,guard"),
-        *("tiny,joint,edit=judge", "tiny,edit=judge,t2i=none,model=metaquery,fast"),
+        *("tiny,joint,edit=judge", "tiny,edit=judge,t2i=none,model=metaquery,fast", "tiny,edit=editreward,t2i=none"),
+        "tiny,edit=editreward,model=metaquery,fast",
     ),
     "connector": ("tiny", "tiny,smoke"),
     "kontext": ("tiny", "tiny,smoke"),
     "unified": ("tiny", "tiny,smoke"),
     "unipic2": ("tiny", "tiny,smoke"),
-    "ablations": ("connector,x", "mllm,x", "connector_only,x,smoke"),
+    "ablations": ("connector,x", "mllm,x", "connector_only,x,smoke", "joint,x", "judge_geneval,x,smoke"),
 }
 
 
@@ -88,6 +89,8 @@ def test_the_words_of_pdtr():
         assert stage.grpo.guard and not stage.grpo.cfg_in_window
     assert list(recipe("pdtr", "").stages.edit.rewards) == ["editreward"]
     assert recipe("pdtr", "edit=none").schedule == ("t2i",) and recipe("pdtr", "t2i=none").schedule == ("edit",)
+    watched = recipe("pdtr", "watch=judge").stages.edit.rewards
+    assert {name: fields.weight for name, fields in watched.items()} == {"editreward": 1.0, "judge": 0.0}
     tiny = recipe("pdtr", "tiny,edit=editreward,joint").stages.joint
     rewards = {name: (fields.weight, fields.datasets) for name, fields in tiny.rewards.items()}
     assert rewards == {
@@ -102,6 +105,8 @@ def test_the_words_of_pdtr():
         "long": "write 'tiny' too",
         "edit=none,t2i=none": "leaves out what it is about",
         "joint,edit=none": "leaves out what it is about",
+        "watch=editreward": "nothing new for watch=editreward",
+        "tiny,watch=judge": "nothing new for watch=judge",
     }
     for words, sentence in wrong.items():
         with pytest.raises(ValueError, match=sentence):

@@ -9,7 +9,7 @@
     OUT/train/, heldout/    the same as ArrayRecord shards with the pictures inside, for stages of kind 'regression': no source
                             picture is in both
 
-Everything is appended when it is known, so a run that is killed goes on where it was. An edit whose judgement failed has no
+Everything is appended when a batch is done, so a run that is killed goes on where it was. An edit whose judgement failed has no
 line in scores.jsonl: it is no edit of score 0, and the next run asks again.
 """
 
@@ -161,8 +161,15 @@ class ScoredEdits:
           judge: of one reward.
 
         Returns:
-          Counts: 'made', 'duplicates', 'scored', 'failed' (of this run) and 'unasked' (the budget was used up).
+          Counts: 'made', 'duplicates', 'scored', 'failed' (of this run) and 'unasked' (the budget was used up), of which some may
+          not have been made.
+
+        Raises:
+          ValueError: for a largest cost and a judge that does not say what it costs.
         """
+        ((_, entry),) = judge.entries.items()
+        if budget.cost is not None and not hasattr(entry.reward, "usage"):
+            raise ValueError("This judge counts no tokens, so a largest cost cannot be kept; limit its calls instead.")
         asked: set[str] = set()
         failed, batches = 0, -(-variety.prompts // variety.batch)
         old = self._waiting(asked)
@@ -176,7 +183,8 @@ class ScoredEdits:
         keys = {row["key"] for row in self.made.values()}
         scored = len(keys & self.scores.keys())
         self._write_results(pipe.bundle.edit_size, pipe.bundle.patch_pixels, variety.heldout)
-        unasked = len(keys - self.scores.keys()) - failed
+        unmade = variety.prompts * variety.samples - len(self.made)
+        unasked = len(keys - self.scores.keys()) - failed + max(0, unmade)
         counts = {"made": len(self.made), "duplicates": len(self.made) - len(keys), "scored": scored}
         return {**counts, "failed": failed, "unasked": unasked}
 
@@ -268,6 +276,10 @@ class ScoredEdits:
         _write(self.out / "spent.json", json.dumps(self.spent) + "\n")
         for sentence in dict.fromkeys(scored.errors[name].values()):
             tqdm.write(f"The judge failed: {sentence}")
+        if budget.cost is not None and entry.reward.usage.answers and not any(_tokens(entry.reward).values()):
+            raise ValueError(
+                "The judge's answers do not say how many tokens they cost, so a largest cost cannot be kept; limit its calls instead."
+            )
         return len(rows) - len(lines)
 
     def _write_results(self, resolution: int, multiple: int, heldout: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -229,7 +230,16 @@ class TextConditioner:
         """Writes `tokenizer/`, `tokenizer_2/` and, with T5, `tokenizer_3/` into `folder` in Hugging Face format."""
         for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
             if (tokenizer := getattr(self, name)) is not None:
-                tokenizer.save_pretrained(Path(folder) / name)
+                save_tokenizer(tokenizer, Path(folder) / name)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Hugging Face format; tokenizer.json without the indentation, which is half of it."""
+    tokenizer.save_pretrained(folder)
+    file = Path(folder) / "tokenizer.json"
+    if file.is_file():
+        held = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(held, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def load_tokenizers(folder: str | Path) -> dict[str, Any]:

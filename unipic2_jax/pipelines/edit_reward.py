@@ -276,11 +276,6 @@ class EditRewardModel:
     def _apply(self) -> Any:
         return jax.jit(functools.partial(apply, self.module))
 
-    @functools.cached_property
-    def _longest(self) -> list[int]:
-        """Tokens and windows of the longest question so far; shorter ones are padded to it, so that they share a program."""
-        return [0, 0]
-
     def score(
         self,
         sources: Sequence[Any],
@@ -309,21 +304,24 @@ class EditRewardModel:
                 part = range(turn * size, min(count, (turn + 1) * size))
                 asked = [(sources[i], edited[i], instructions[i]) for i in part]
                 asked += [asked[-1] if asked else blank] * (size - len(asked))
-                given, self._longest[:] = same_shape(self.prepare(*zip(*asked)), self._longest)
+                given = to_bucket(self.prepare(*zip(*asked)))
                 found = self._apply(self.params, shard_batch(given, mesh, local=True))
                 made.append(rows_to_host(found, mesh)[: len(part)])
         return np.concatenate([*made, np.zeros((0, len(self.spec.targets)))]).astype(np.float64)
 
 
-def same_shape(given: VLMInput, longest: Sequence[int]) -> tuple[VLMInput, list[int]]:
-    """Questions padded to the longest that any process has seen, and its tokens and windows.
+def to_bucket(given: VLMInput) -> VLMInput:
+    """Questions padded to one of few lengths, the same on all processes, so that batches share programs.
 
-    Args:
-      longest: so far.
+    A function of the batch alone: what was asked before changes no rounding, nor does going on after an interruption.
     """
-    found = given.input_ids.shape[1], given.vision.frames.shape[1]
-    longest = [agreed(max(pair)) for pair in zip(found, longest)]
-    return pad_to(given, *longest), longest
+    return pad_to(given, *(_bucket(agreed(size)) for size in (given.input_ids.shape[1], given.vision.frames.shape[1])))
+
+
+def _bucket(size: int) -> int:
+    """At most an eighth more: a multiple of an eighth of the power of two below."""
+    step = max(1, 2 ** (size.bit_length() - 1) // 8)
+    return -(-size // step) * step
 
 
 def apply(module: EditReward, params: Any, given: VLMInput) -> jax.Array:

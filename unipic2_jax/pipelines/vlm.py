@@ -17,6 +17,7 @@ from PIL import Image
 from unipic2_jax.data.images import to_pil
 from unipic2_jax.models.qwen import Qwen2_5_VLConfig, mrope_positions, text_positions
 from unipic2_jax.models.qwen_vision import VisionInput, pack_images
+from unipic2_jax.pipelines.conditioner import save_tokenizer
 
 ROLES = ("system", "user", "assistant")
 IMAGE_TOKEN, END_OF_TURN = "<|image_pad|>", "<|im_end|>"
@@ -111,7 +112,7 @@ class VLMProcessor:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes what `load` reads."""
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         self.image_processor.save_pretrained(folder)
 
     def __call__(

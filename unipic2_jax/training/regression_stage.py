@@ -32,7 +32,7 @@ from unipic2_jax.pipelines.edit_reward import (
     check_combine,
     combine,
     pad_to,
-    same_shape,
+    to_bucket,
     with_lora,
 )
 from unipic2_jax.pipelines.vlm import VLMInput
@@ -121,7 +121,6 @@ class RegressionStage(Stage):
         self._pools: dict[str, Batch] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="questions")
         self._next: dict[int, Future[Batch]] = {}
-        self._shape = [0, 0]  # tokens and windows of the longest questions so far
         self.last: Agreement | None = None
 
     @property
@@ -129,8 +128,9 @@ class RegressionStage(Stage):
         """Parameters that stay as they are."""
         return {name: tree for name, tree in self.model.params.items() if name not in self.trained_groups}
 
-    def _batch(self, data: ScoredEdits, index: Sequence[int]) -> Batch:
-        """Examples by number."""
+    def _batch(self, what: str, index: Sequence[int]) -> Batch:
+        """Examples by number, of the 'data' or the 'heldout' ones."""
+        data: ScoredEdits = getattr(self, what)
         targets = self.model.spec.targets
         examples = [data[int(i)] for i in index]
         pictures = [(decode(e.references[0], e.name), decode(e.image, e.name)) for e in examples]
@@ -139,16 +139,15 @@ class RegressionStage(Stage):
         overall = np.asarray([_mark(e, self.config.overall) for e in examples], np.float64)
         if not (np.isfinite(marks).all() and marks.min() >= 0 and marks.max() <= 1):
             raise TrainingError(
-                f"A mark of the edits in {self.config.data} is outside 0 to 1; scale the judge's marks."
+                f"A mark of the edits in {self.config[what]} is outside 0 to 1; scale the judge's marks."
             )
         return Batch(given, marks, overall, [_group(example) for example in examples])
 
     def _pool(self, what: str, count: int) -> Batch:
         """The first examples of the data or of the held-out ones, prepared once."""
         if what not in self._pools:
-            data = getattr(self, what)
             parts = [
-                self._batch(data, range(start, min(count, start + PREPARE_BATCH)))
+                self._batch(what, range(start, min(count, start + PREPARE_BATCH)))
                 for start in tqdm(range(0, count, PREPARE_BATCH), desc=f"preparing {what}", disable=None)
             ]
             shape = [max(part.given.input_ids.shape[1] for part in parts)]
@@ -177,15 +176,14 @@ class RegressionStage(Stage):
         index = rng.integers(len(self.data), size=self.config.batch_size)
         index = index[local_rows(self.context.mesh, self.config.batch_size)]
         if not self.config.in_memory:
-            return self._batch(self.data, index)
+            return self._batch("data", index)
         pool = self._pool("data", len(self.data))
         given = jax.tree.map(lambda leaf: leaf[index], pool.given)
         return Batch(given, pool.marks[index], pool.overall[index], [])
 
     def _placed(self, given: VLMInput, *arrays: np.ndarray) -> Any:
-        """Rows of this process on the mesh, questions padded to the longest so far of all processes."""
-        if not self.config.in_memory:
-            given, self._shape = same_shape(given, self._shape)
+        """Rows of this process on the mesh; those that are not kept are padded to few lengths."""
+        given = given if self.config.in_memory else to_bucket(given)
         return shard_batch((given, *arrays), self.context.mesh, local=True)
 
     def _train_step(
@@ -230,7 +228,7 @@ class RegressionStage(Stage):
                 pool = self._pool("heldout", count)
                 given = jax.tree.map(lambda leaf, own=index[rows]: leaf[own], pool.given)
             else:
-                given = self._batch(self.heldout, index[rows]).given
+                given = self._batch("heldout", index[rows]).given
             made.append(to_host(self._predict(params, self._placed(given)[0])))
             parts.append(index)
         return np.concatenate(made)[:count], self._judged(count)
