@@ -52,6 +52,7 @@ def tiny_stage(smoke: bool, data: str, lr: float, gate: float = 0.0) -> dict:
         "data": f"{data}/train",
         "heldout": f"{DATA}/heldout",
         "in_memory": True,
+        "remat": "none",
         "combine": "score",
         "batch_size": 32,
         "gate": 0.0 if smoke else gate,
