@@ -24,7 +24,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 # What has a colour: no 'red person'.
 COLORED = tuple(name for name in CLASSES if name != "person")
 AXES = {"left of": "beside", "right of": "beside", "above": "over", "below": "over"}
-DIGEST_LENGTH = 16  # hexadecimal digits
+DIGEST_LENGTH = 8  # hexadecimal digits
 
 # Of each tag, how many values each of the numbers has that `metadata` takes. Of two different things, the second number skips
 # the first thing.
