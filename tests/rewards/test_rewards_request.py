@@ -77,7 +77,8 @@ def test_retry_after_as_seconds_and_as_date():
     assert retry_after(" 12 ") == 12
     assert retry_after(email.utils.format_datetime(_ahead(40), usegmt=True)) == pytest.approx(40, abs=5)
     assert retry_after(email.utils.format_datetime(_ahead(-40), usegmt=True)) == 0
-    for nonsense in ("soon", "-3", "", "1e9", "9" * 40):
+    assert retry_after("Fri, 31 Dec 9999 23:59:59 GMT") > 1e9
+    for nonsense in ("soon", "-3", "", "1e9", "9" * 40, f"Fri, 31 Dec 9999 23:59:59 -{'9' * 16}"):
         assert retry_after(nonsense) is None
 
 

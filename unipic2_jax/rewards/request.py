@@ -140,17 +140,17 @@ class Endpoint(requests.auth.AuthBase):
 
 
 def retry_after(text: str) -> float | None:
-    """Seconds of a Retry-After header, which has seconds or a date (RFC 9110, 10.2.3); None: neither."""
+    """Seconds of a Retry-After header, which has seconds or a date (RFC 9110, 10.2.3); None: it is neither."""
     text = text.strip()
     if text.isascii() and text.isdigit() and len(text) < 10:
         return float(text)
     try:
         date = email.utils.parsedate_to_datetime(text)
-    except ValueError:
+        if date.tzinfo is None:  # '-0000'
+            date = date.replace(tzinfo=datetime.UTC)
+        return max(0.0, (date - datetime.datetime.now(datetime.UTC)).total_seconds())
+    except (ValueError, OverflowError):
         return None
-    if date.tzinfo is None:  # '-0000'
-        date = date.replace(tzinfo=datetime.UTC)
-    return max(0.0, (date - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
 def _message(answer: bytes) -> str | bytes:
