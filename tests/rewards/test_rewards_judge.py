@@ -249,11 +249,33 @@ def test_the_pace_holds_over_threads():
         spread = np.sort(server.times)
         assert len(spread) == 6 and spread[-1] - spread[0] > 0.45  # five pauses of a tenth of a second, and some jitter
         assert reward.usage.answers == 6 and reward.usage.prompt_tokens == 600
-    assert reward.calls.timeout == pytest.approx(120 + 8 * 0.1)  # who waits for its turn is not late
+    # Who waits for its turn is not late.
+    assert reward.calls.timeout == 120 and reward.longest_wait(reward.calls, 1) == pytest.approx(8 * 0.1)
     started = time.monotonic()
     for _ in range(100):
         Pace(0).wait()
     assert time.monotonic() - started < 0.5
+
+
+def test_the_wait_for_the_pace_is_no_part_of_a_call_s_time():
+    with scripted(says(DRAWING_MARKS)) as server:
+        fields = {"base_url": server.url, "model": "m", "requests_per_minute": 1200, "retries": 0}
+        entries = make_entries({"judge": {**fields, "concurrency": 24, "request_timeout": 0.4, "timeout": 0.5}})
+        scored = Scorer(entries).score([PICTURE] * 24, [DRAWING] * 24)  # the last waits for more than a second
+        assert len(server.requests) == 24
+    assert not scored.errors["judge"] and scored.values["judge"] == pytest.approx([0.6] * 24)
+    for options, requests in (({}, 1), ({"batch_size": 3}, 3), ({"groupwise": True}, 1)):
+        entry = make_entries({"judge": {**fields, **options, "concurrency": 24}})["judge"]
+        assert entry.reward.longest_wait(entry.calls, requests) == pytest.approx(24 * requests * 0.05)
+
+
+def test_a_request_has_less_time_than_its_call():
+    for kind, fields in (("judge", {"base_url": "http://a", "model": "m"}), ("remote", {"url": "http://a"})):
+        made = make_reward(kind, **fields)
+        assert made.request_timeout == made.endpoint.timeout < made.calls.timeout
+        with pytest.raises(ValueError, match=r"rewards.r: timeout is 40 and request_timeout .*make timeout the longer"):
+            make_entries({"r": {"kind": kind, **fields, "timeout": 40}})
+        make_entries({"r": {"kind": kind, **fields, "timeout": 40, "request_timeout": 30}})
 
 
 def test_what_is_missing_is_said_when_the_judge_is_made(monkeypatch, tmp_path):

@@ -69,7 +69,7 @@ def test_the_scorer_goes_on_after_faults():
 
 def test_the_breaker_opens_when_the_server_is_away():
     with scripted(reply("no", 500)) as server:
-        fields = {"url": server.url, "batch_size": 1, "concurrency": 1, "retries": 1, "backoff": 0.01, "breaker": 4}
+        fields = {"url": server.url, "batch_size": 1, "concurrency": 1, "retries": 1, "backoff": 0.01, "breaker": 2}
         scored = Scorer(make_entries({"remote": fields})).score(PICTURES * 3, RECORDS * 3)
         assert len(server.requests) == 4
     assert "status 500" in scored.errors["remote"][0] and "left alone" in scored.errors["remote"][5]

@@ -129,6 +129,97 @@ def test_after_failures_in_a_row_no_more_calls_are_made_until_the_pause_is_over(
     assert scorer.score(IMAGES, RECORDS).values["it"].tolist() == list(range(8))
 
 
+@pytest.mark.parametrize("breaker", [0, 3])
+def test_calls_overlap_with_a_breaker_and_without(breaker):
+    together = threading.Barrier(4)
+    found = scored(Pixel(lambda images: together.wait(20)), calls=Calls(batch_size=1, concurrency=4, breaker=breaker))
+    assert found.values["it"].tolist() == list(range(8))
+
+
+def test_a_breaker_counts_calls_whose_tries_are_used_up():
+    reward = Pixel(lambda images: (_ for _ in ()).throw(RewardError("The server is down.")))
+    found = scored(reward, calls=Calls(batch_size=1, retries=2, backoff=0.01, breaker=3))
+    assert len(reward.sizes) == 9 and found.errors["it"][2] == "The server is down."
+    assert found.errors["it"][3] == "It failed 3 times in a row and is left alone for 60 seconds."
+
+
+def test_a_long_queue_outlives_a_short_outage(monkeypatch):
+    """A judge's defaults with a twentieth of their pauses: 256 calls, and nobody answers for what would be three seconds."""
+    monkeypatch.setattr(scoring, "LONGEST_PAUSE", 3.0)
+    up = time.monotonic() + 0.15
+
+    def trouble(images):
+        if time.monotonic() < up:
+            raise RewardError("The server is down.")
+        time.sleep(0.002)
+
+    calls = Calls(batch_size=1, concurrency=8, retries=4, backoff=0.05, breaker=10)
+    found = scored(Pixel(trouble), IMAGES * 32, RECORDS * 32, calls)
+    # One of 25 calls draws pauses that are shorter than the outage, and eight at a time meet it.
+    assert np.isnan(found.values["it"]).sum() < 10 and not any("left alone" in e for e in found.errors["it"].values())
+
+
+def test_a_success_ends_the_pause_and_another_failure_begins_it_again():
+    breaker = scoring.Breaker(Calls(breaker=2, pause=0.2))
+    outcomes = []
+    for failed in (True, False, True, True, False, True, True):
+        breaker.count(failed)
+        outcomes.append(breaker.is_open())
+    assert outcomes == [False, False, False, True, False, False, True]
+    time.sleep(0.25)
+    assert not breaker.is_open()
+    breaker.count(failed=True)
+    assert breaker.is_open()
+
+
+@pytest.mark.parametrize("asked", [0.31, 86400.0, 1e12, float("inf"), float("nan")])
+def test_who_asks_for_more_time_than_there_is_has_failed(asked):
+    def trouble(images):
+        raise RewardError("Too many requests.", retry_after=asked)
+
+    reward = Pixel(trouble)
+    found = scored(reward, calls=Calls(batch_size=1, retries=3, patience=0.3, breaker=2))
+    sentence = f"Too many requests, and asks for {asked:g} seconds, more than its patience of 0.3."
+    assert found.errors["it"][0] == sentence and len(reward.sizes) == 2  # the others meet the breaker
+
+
+def test_an_error_ends_what_is_queued_or_waits_for_another_try(monkeypatch):
+    monkeypatch.setattr(scoring, "LONGEST_PAUSE", 60.0)
+    tried, release = threading.Event(), threading.Event()
+
+    def down(images):
+        tried.set()
+        raise RewardError("The server is down.", retry_after=60)
+
+    def mistake(images):
+        assert tried.wait(20)
+        raise KeyError("source")
+
+    waits, blocked, calls = Pixel(down), Pixel(lambda images: release.wait(20)), Calls(batch_size=1, retries=3)
+    wrong = Entry(Pixel(mistake), Calls())
+    scorer, over = (
+        Scorer({"wrong": wrong, "waits": Entry(waits, calls), "blocked": Entry(blocked, calls)}),
+        threading.Event(),
+    )
+    first, _ = (scorer.start(IMAGES, RECORDS, over) for _ in range(2))
+    with pytest.raises(KeyError):
+        first()
+    release.set()
+    started = time.monotonic()
+    for pool in scorer._pools.values():
+        pool.shutdown()  # as the interpreter's end does
+    assert time.monotonic() - started < 20 and waits.sizes == [1] and len(blocked.sizes) == 1
+
+
+def test_a_call_is_given_more_time_than_its_requests():
+    reward = Pixel()
+    reward.request_timeout = 50.0
+    for timeout in (50.0, 20.0):
+        with pytest.raises(ValueError, match=f"timeout is {timeout:g} and request_timeout 50 seconds"):
+            Entry(reward, Calls(timeout=timeout))
+    assert Entry(reward, Calls(timeout=51)).calls.timeout == 51 and Entry(reward, Calls()).calls.timeout == 0
+
+
 def test_wrong_numbers_of_scores_are_failures_and_mistakes_are_not():
     class Short(Reward):
         def score(self, images, records):

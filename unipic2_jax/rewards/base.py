@@ -70,11 +70,12 @@ class Calls:
     Attributes:
       batch_size: images in a call; 0: all at once. A groupwise reward gets one group.
       concurrency: calls at a time.
-      timeout: seconds a call may take; 0: as long as it likes.
+      timeout: seconds a call may take, beside `Reward.longest_wait`; 0: as long as it likes.
       retries: further tries of a call that failed, with growing pauses.
       backoff: seconds before the first of these; doubles, with jitter, up to a minute.
-      breaker: so many calls failing one after the other, and for `pause` seconds no more are made; 0: never.
+      breaker: so many calls failing one after the other, each after all its tries, and for `pause` seconds no more are made; 0: never.
       pause: seconds.
+      patience: seconds that the other side may ask to be left alone before another try; a call fails when it asks for more.
     """
 
     batch_size: int = 0
@@ -84,12 +85,13 @@ class Calls:
     backoff: float = 1.0
     breaker: int = 0
     pause: float = 60.0
+    patience: float = 300.0
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 0, "concurrency": 1, "timeout": 0, "retries": 0, "backoff": 0, "breaker": 0, "pause": 0}
-        for field, low in least.items():
-            if getattr(self, field) < low:
-                raise ValueError(f"A reward's {field} is {getattr(self, field)}; use {low} or more.")
+        for field in dataclasses.fields(self):
+            low = 1 if field.name == "concurrency" else 0
+            if getattr(self, field.name) < low:
+                raise ValueError(f"A reward's {field.name} is {getattr(self, field.name)}; use {low} or more.")
 
 
 class Reward:
@@ -101,11 +103,18 @@ class Reward:
         process's devices, perhaps none, and is called by all processes at the same place instead of in the background, once
         and without `calls`: it splits its work itself.
       calls: how it is called by default.
+      request_timeout: seconds that it waits for an answer itself; a call's timeout has to be longer.
     """
 
     groupwise: bool = False
     on_mesh: bool = False
     calls: Calls = Calls()
+    request_timeout: float = 0.0
+
+    def longest_wait(self, calls: Calls, count: int) -> float:
+        """Seconds that a call about so many images may wait for its turn, which are not counted as its time."""
+        del calls, count
+        return 0.0
 
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
         """uint8 [H, W, 3] images with the record that each was made for: its prompt, source image and metadata.

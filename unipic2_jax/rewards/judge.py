@@ -106,14 +106,17 @@ class JudgeReward(Reward):
         self.pace = Pace(requests_per_minute)
         self.cache = AnswerCache(cache) if cache else None
         self._usage, self._counting = Usage(), threading.Lock()
-        calls = Calls(batch_size=0 if groupwise else 1, concurrency=8, timeout=120, retries=4, breaker=10)
-        # Waiting for one's turn is no silence of the judge's.
-        self.calls = dataclasses.replace(calls, timeout=calls.timeout + calls.concurrency * self.pace.seconds)
+        self.calls = Calls(batch_size=0 if groupwise else 1, concurrency=8, timeout=120, retries=4, breaker=10)
+        self.request_timeout = request_timeout
 
     @property
     def usage(self) -> Usage:
         """So far, of all threads."""
         return self._usage
+
+    def longest_wait(self, calls: Calls, count: int) -> float:
+        """Each of its requests waits for those of all other calls at most."""
+        return calls.concurrency * self.pace.seconds * (1 if self.groupwise else count)
 
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
         parts = [list(range(len(images)))] if self.groupwise else [[i] for i in range(len(images))]

@@ -46,6 +46,7 @@ class RemoteReward(Reward):
         path = "/score" if dialect == "json" else "/"
         self.endpoint = Endpoint("reward server", url.rstrip("/") + path, request_timeout, api_key_env)
         self.dialect, self.groupwise, self.only_strict = dialect, groupwise, only_strict
+        self.request_timeout = request_timeout
         self.calls = Calls(batch_size=0 if groupwise else 16, concurrency=4, timeout=60, retries=4, breaker=10)
 
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import pybreaker
 import tenacity
 
 from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.rewards.base import Calls, Reward, RewardError, Scores, make_reward, reward_class
 from unipic2_jax.rl.advantages import NORMALIZATIONS
 
-LONGEST_PAUSE = 60.0  # between two tries; a server that asks for more gets what it asks for
+LONGEST_PAUSE = 60.0  # between two tries; a server that asks for more gets what it asks for, within `Calls.patience`
 CALL_FIELDS = tuple(field.name for field in dataclasses.fields(Calls))
 
 
@@ -45,6 +45,11 @@ class Entry:
             raise ValueError(f"normalize is '{self.normalize}'; use one of {', '.join(NORMALIZATIONS)}.")
         if self.reward.groupwise and self.calls.batch_size:
             raise ValueError("a reward of whole groups has no batch_size; leave it out.")
+        if 0 < self.calls.timeout <= self.reward.request_timeout:
+            raise ValueError(
+                f"timeout is {self.calls.timeout:g} and request_timeout {self.reward.request_timeout:g} seconds, so that calls "
+                "are given up before their requests; make timeout the longer one."
+            )
 
     def is_about(self, record: PromptRecord) -> bool:
         """Whether the reward is asked about what was made for this record."""
@@ -95,17 +100,24 @@ class Scorer:
     """Asks all rewards about a batch.
 
     A call that raises `RewardError`, or takes too long, is tried again; when that does not help its samples have no score.
-    Any other error ends the run. Threads that hang in a call after its time stay behind and keep no one from leaving.
+    Any other error ends the run, and calls that are still queued are not made. Threads that hang in a call after its time stay
+    behind and keep no one from leaving.
     """
 
     def __init__(self, entries: Mapping[str, Entry]):
         self.entries = dict(entries)
         self._pools = {name: ThreadPoolExecutor(entry.calls.concurrency) for name, entry in self.entries.items()}
-        self._breakers = {name: _breaker(entry.calls) for name, entry in self.entries.items()}
+        self._breakers = {name: Breaker(entry.calls) for name, entry in self.entries.items()}
 
-    def start(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Callable[[], Scored]:
-        """Begins to score uint8 [H, W, 3] images, those of a group side by side; the result waits for all scores."""
-        pending = {}
+    def start(
+        self, images: Sequence[np.ndarray], records: Sequence[PromptRecord], over: threading.Event | None = None
+    ) -> Callable[[], Scored]:
+        """Begins to score uint8 [H, W, 3] images, those of a group side by side; the result waits for all scores.
+
+        Args:
+          over: ends what is queued or waits for another try, once it is set; an error sets it. Batches may share one.
+        """
+        pending, over = {}, over or threading.Event()
         for name, entry in self.entries.items():
             asked = [i for i, record in enumerate(records) if entry.is_about(record)]
             parts = _parts(entry, asked, records)
@@ -113,10 +125,18 @@ class Scorer:
                 parts = [asked]
             begin = self._later if entry.reward.on_mesh else self._pools[name].submit
             pending[name] = [
-                (part, begin(self._score, name, [images[i] for i in part], [records[i] for i in part]))
+                (part, begin(self._score, name, [images[i] for i in part], [records[i] for i in part], over))
                 for part in parts
             ]
-        return lambda: self._collect(len(images), pending)
+
+        def result() -> Scored:
+            try:
+                return self._collect(len(images), pending)
+            except BaseException:
+                over.set()
+                raise
+
+        return result
 
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scored:
         """`start` and its result."""
@@ -126,24 +146,37 @@ class Scorer:
         """Like `submit`, for what all processes have to do in the same order: it is done when it is asked for."""
         return _Later(call, arguments)
 
-    def _score(self, name: str, images: list[np.ndarray], records: list[PromptRecord]) -> Scores | str:
+    def _score(
+        self, name: str, images: list[np.ndarray], records: list[PromptRecord], over: threading.Event
+    ) -> Scores | str:
         """Scores of one call, or the sentence that says why there are none."""
         entry, breaker = self.entries[name], self._breakers[name]
+        calls = entry.calls
+        if breaker.is_open():
+            return f"It failed {calls.breaker} times in a row and is left alone for {calls.pause:g} seconds."
 
         def ask() -> Scores:
-            scores = _in_time(entry.calls.timeout, lambda: entry.reward.score(images, records))
+            if over.is_set():
+                raise RewardError("Nobody waited for its score.")
+            allowed = calls.timeout and calls.timeout + entry.reward.longest_wait(calls, len(images))
+            scores = _in_time(allowed, lambda: entry.reward.score(images, records))
             if np.shape(scores.values) != (len(images),):
                 raise RewardError(f"{np.shape(scores.values)} scores came for {len(images)} images.")
             return scores
 
         try:
-            return _tries(entry.calls)(breaker.call if breaker else (lambda call: call()), ask)
-        except pybreaker.CircuitBreakerError:
-            return (
-                f"It failed {entry.calls.breaker} times in a row and is left alone for {entry.calls.pause:g} seconds."
-            )
+            scores = _tries(calls, over)(ask)
         except RewardError as error:
-            return str(error)
+            if over.is_set():
+                return str(error)
+            # Who asks for time is alive, unless it asks for more than there is.
+            breaker.count(failed=error.retry_after is None or not _has_time(calls, error))
+            if _has_time(calls, error):
+                return str(error)
+            asked = f"asks for {error.retry_after:g} seconds, more than its patience of {calls.patience:g}"
+            return f"{str(error).rstrip('.')}, and {asked}."
+        breaker.count(failed=False)
+        return scores
 
     def _collect(self, count: int, pending: Mapping[str, list[tuple[list[int], Any]]]) -> Scored:
         found = Scored({}, {}, {}, {})
@@ -183,19 +216,34 @@ def _parts(entry: Entry, asked: list[int], records: Sequence[PromptRecord]) -> l
     return [asked[start : start + size] for start in range(0, len(asked), size)]
 
 
-def _breaker(calls: Calls) -> pybreaker.CircuitBreaker | None:
-    if not calls.breaker:
-        return None
-    # Who asks for time is alive, and a mistake of ours says nothing about the other side.
-    return pybreaker.CircuitBreaker(
-        fail_max=calls.breaker,
-        reset_timeout=calls.pause,
-        exclude=[lambda error: not isinstance(error, RewardError) or error.retry_after is not None],
-        throw_new_error_on_trip=False,
-    )
+class Breaker:
+    """Calls of all threads that failed one after the other: after `breaker` of them none is made for `pause` seconds.
+
+    One more failure then begins another pause, a success ends it. Only the count is locked, calls overlap.
+    """
+
+    def __init__(self, calls: Calls):
+        self._most, self._pause = calls.breaker, calls.pause
+        self._lock, self._failed, self._until = threading.Lock(), 0, 0.0
+
+    def is_open(self) -> bool:
+        """Whether no calls are to be made now."""
+        return time.monotonic() < self._until
+
+    def count(self, failed: bool) -> None:
+        """Takes notice of a call whose tries are over."""
+        with self._lock:
+            self._failed = self._failed + 1 if failed else 0
+            opens = 0 < self._most <= self._failed
+            self._until = time.monotonic() + self._pause if opens else 0.0
 
 
-def _tries(calls: Calls) -> tenacity.Retrying:
+def _has_time(calls: Calls, error: RewardError) -> bool:
+    """Whether the calls can give the other side the time that it asks for, if it does."""
+    return error.retry_after is None or error.retry_after <= calls.patience
+
+
+def _tries(calls: Calls, over: threading.Event) -> tenacity.Retrying:
     grows = tenacity.wait_random_exponential(calls.backoff, max=LONGEST_PAUSE)
 
     def wait(state: tenacity.RetryCallState) -> float:
@@ -203,9 +251,10 @@ def _tries(calls: Calls) -> tenacity.Retrying:
         return grows(state) if asked is None else asked
 
     return tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(calls.retries + 1),
+        stop=tenacity.stop_any(tenacity.stop_after_attempt(calls.retries + 1), tenacity.stop_when_event_set(over)),
         wait=wait,
-        retry=tenacity.retry_if_exception_type(RewardError),
+        sleep=tenacity.sleep_using_event(over),
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, RewardError) and _has_time(calls, error)),
         reraise=True,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -350,12 +351,12 @@ class GRPOStage(Stage):
         """Rollouts, rewards, updates."""
         started = time.perf_counter()
         records = self.source.batch(step, self.config.num_prompts)
-        key, sampled, scoring = self.context.key(step), [], []
+        key, sampled, scoring, over = self.context.key(step), [], [], threading.Event()
         for part in range(self.config.sampling_batches):
             own = records[part * self.prompts_at_once :][: self.prompts_at_once]
             made, images = self._sample(state, own, key, part)
             sampled.append(made)
-            scoring.append(self._start_scoring(images, own, step, part))
+            scoring.append(self._start_scoring(images, own, step, part, over))
         trajectory, inputs = sampled[0] if len(sampled) == 1 else self._join(sampled)
         del sampled, made
         rolled_out = time.perf_counter()
@@ -384,13 +385,16 @@ class GRPOStage(Stage):
         return state, metrics
 
     def _start_scoring(
-        self, images: np.ndarray, records: list[PromptRecord], step: int, part: int
+        self, images: np.ndarray, records: list[PromptRecord], step: int, part: int, over: threading.Event
     ) -> Callable[[], Scored]:
-        """Scores of a part's samples from all processes, each of which begins now with its own pictures."""
+        """Scores of a part's samples from all processes, each of which begins now with its own pictures.
+
+        An error in a reward sets `over`, which the parts of a step share.
+        """
         mesh, count = self.context.mesh, self.samples_at_once
         rows = local_rows(mesh, count)
         repeated = [record for record in records for _ in range(self.grpo.group_size)][rows]
-        result = self.scorer.start(list(images), repeated)
+        result = self.scorer.start(list(images), repeated, over)
         audited = self.config.audit_every and step % self.config.audit_every == 0
 
         def scored() -> Scored:
