@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unipic2_jax.data.prompts import JSONLSource, PromptRecord, make_source
+from unipic2_jax.data.prompts import FinitePromptSource, JSONLSource, PromptRecord, make_source
 
 
 def write(path, rows, end="\n"):
@@ -56,6 +56,9 @@ def test_edits_bring_their_image_and_group_by_it(tmp_path):
         ([{"prompt": "x", "image": "bad.png"}], "bad.png cannot be decoded"),
         ([{"prompt": "x"}, {"prompt": "x", "image": "bad.png"}], "some have none"),
         ([], "holds no prompts"),
+        ([{"prompt": "x"}, {"prompt": "y", "image": 5}], "Line 2 .* has 5 as its image; write a path"),
+        ([{"prompt": "x", "image": ["bad.png"]}], r"Line 1 .* has \['bad.png'\] as its image"),
+        ([{"prompt": "x"}, '{"prompt": "y", "n": ' + "9" * 5000 + "}"], "Line 2 .* is not JSON"),
     ],
 )
 def test_bad_files_get_one_sentence(tmp_path, rows, words):
@@ -63,6 +66,32 @@ def test_bad_files_get_one_sentence(tmp_path, rows, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
         JSONLSource(write(tmp_path / "a.jsonl", rows)).batch(0, 1)
     assert "\n" not in str(error.value)
+
+
+def test_bytes_that_are_no_text_are_found_in_their_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"prompt": "Café"}\r\n{"prompt": "b"}\n'.encode() + '{"prompt": "Café"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"^Line 3 of .*a.jsonl is not text in UTF-8; save"):
+        JSONLSource(str(path))
+    path.write_bytes(path.read_bytes()[:36])
+    assert [row["prompt"] for row in JSONLSource(str(path)).rows] == ["Café", "b"]
+
+
+def test_the_tasks_of_finite_sources_can_be_looked_through_without_their_pictures(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "a.png")
+    edits = write(
+        tmp_path / "edits.jsonl", [{"prompt": "add a cat", "image": "a.png"}, {"prompt": "b", "image": "a.png"}]
+    )
+    (tmp_path / "a.png").write_bytes(b"nothing that could be decoded")
+    texts = write(tmp_path / "texts.jsonl", [{"prompt": "c", "n": 1}])
+    sources = {"e": {"kind": "jsonl", "path": edits}, "s": {"kind": "shapes"}, "t": {"kind": "jsonl", "path": texts}}
+    found = list(make_source({"kind": "turns", "sources": sources}, 0).tasks())
+    assert [place for place, _ in found] == [f"Line 1 of {edits}", f"Line 2 of {edits}", f"Line 1 of {texts}"]
+    records = [record for _, record in found]
+    assert [record.prompt for record in records] == ["add a cat", "b", "c"]
+    assert [record.image is None for record in records] == [False, False, True]
+    assert records[2].metadata == {"index": 0, "prompt": "c", "n": 1, "dataset": "t"}
+    assert not isinstance(make_source({"kind": "shapes"}, 0), FinitePromptSource)
 
 
 def test_unknown_sources_and_options_get_one_sentence(tmp_path):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,8 @@ SOURCES: dict[str, Any] = {
     "turns": "unipic2_jax.data.prompts:TurnsSource",
     "blank": "unipic2_jax.data.blank:BlankSource",
 }
+
+UNREAD = np.zeros((1, 1, 3), np.uint8)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +44,15 @@ class PromptSource(Protocol):
 
     def batch(self, step: int, count: int) -> list[PromptRecord]:
         """The tasks of a step. All of a batch have an image, or none has."""
+        ...
+
+
+@runtime_checkable
+class FinitePromptSource(PromptSource, Protocol):
+    """A source whose tasks can be looked through before a run."""
+
+    def tasks(self) -> Iterator[tuple[str, PromptRecord]]:
+        """Each task once, with its place for messages. Pictures are not read: `UNREAD` is that of every edit."""
         ...
 
 
@@ -76,7 +87,11 @@ class JSONLSource:
         self.path, self.seed, self.shuffle = Path(path), seed, shuffle
         if not self.path.is_file():
             raise FileNotFoundError(f"The prompt file {path} does not exist; check the path.")
-        text = self.path.read_text(encoding="utf-8").rstrip()
+        try:
+            text = (content := self.path.read_bytes()).decode().rstrip()
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise ValueError(f"Line {line} of {path} is not text in UTF-8; save the file as UTF-8.") from error
         if not text:
             raise ValueError(f"The prompt file {path} holds no prompts; give one JSON object per line.")
         # `splitlines` would also split at separators that JSON allows inside of a text.
@@ -90,25 +105,36 @@ class JSONLSource:
             )
 
     def _row(self, number: int, line: str) -> dict[str, Any]:
-        where = f"Line {number + 1} of {self.path}"
+        where = self.place(number)
         if not line.strip():
             raise ValueError(f"{where} is empty; remove it or write the prompt that belongs there.")
         try:
             metadata = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{where} is not JSON ({error}); correct it.") from error
         prompt = metadata.get("prompt", metadata.get("instruction")) if isinstance(metadata, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{where} has no prompt; add a text called 'prompt'.")
         image = metadata.get("image")
         if image is not None:
+            if not isinstance(image, str):
+                raise ValueError(f"{where} has {image!r} as its image; write a path, or leave 'image' out.")
             image = self.path.parent / image
             if not image.is_file():
                 raise FileNotFoundError(f"{where} names the image {image}, which does not exist; check the path.")
         return {"prompt": prompt, "image": image, "metadata": {"index": number, **metadata}}
 
+    def place(self, row: int) -> str:
+        """Of a row in the file, for messages: 'Line 3 of train.jsonl'."""
+        return f"Line {row + 1} of {self.path}"
+
     def __len__(self) -> int:
         return len(self.rows)
+
+    def tasks(self) -> Iterator[tuple[str, PromptRecord]]:
+        """See `FinitePromptSource`."""
+        for number, row in enumerate(self.rows):
+            yield self.place(number), PromptRecord(row["prompt"], row["image"] and UNREAD, row["metadata"])
 
     def batch(self, step: int, count: int) -> list[PromptRecord]:
         """Tasks step * count ... of the endless sequence of (shuffled) passes through the file."""
@@ -136,8 +162,19 @@ class TurnsSource:
             raise ValueError("A prompt source of turns has no sources; name at least one.")
         self.sources = [(name, make_source(fields, seed)) for name, fields in sources.items()]
 
+    def tasks(self) -> Iterator[tuple[str, PromptRecord]]:
+        """Those of its finite sources."""
+        for name, source in self.sources:
+            if isinstance(source, FinitePromptSource):
+                for place, record in source.tasks():
+                    yield place, _of_dataset(name, record)
+
     def batch(self, step: int, count: int) -> list[PromptRecord]:
         """The next batch of the source whose turn it is."""
         name, source = self.sources[step % len(self.sources)]
         records = source.batch(step // len(self.sources), count)
-        return [dataclasses.replace(record, metadata={**record.metadata, "dataset": name}) for record in records]
+        return [_of_dataset(name, record) for record in records]
+
+
+def _of_dataset(name: str, record: PromptRecord) -> PromptRecord:
+    return dataclasses.replace(record, metadata={**record.metadata, "dataset": name})
