@@ -168,6 +168,9 @@ def test_written_prompts_are_read_by_the_source_and_can_be_excluded(tmp_path, ge
     path.write_text('{"prompt": "a cat"}\n')
     with pytest.raises(ValueError, match=r"Line 1 of .* has no 'include'"):
         read_digests(path)
+    path.write_text(json.dumps(generated[0]) + '\n{"prompt": "a cat", "include": [{"class": "cat"}]}\n')
+    with pytest.raises(ValueError, match=r"Line 2 of .*: Clause 0 of 'a cat' has no 'class' or no 'count'"):
+        read_digests(path)
 
 
 def test_names_that_detectors_use():

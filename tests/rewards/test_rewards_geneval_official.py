@@ -8,6 +8,8 @@ from unipic2_jax.data.coco import CLASSES
 from unipic2_jax.data.geneval_prompts import generate
 from unipic2_jax.rewards.geneval import COLORS, RELATIONS, Detection, Rules, counted, score
 
+CUP = {"class": "cup", "count": 1}
+
 
 def seen(name, box, color, confidence):
     return Detection(name, box, color, confidence=confidence)
@@ -104,6 +106,36 @@ def test_confidence_decides_what_counts_and_in_which_order():
         ({"prompt": "x"}, "says nothing of what to find"),
         ({"prompt": "x", "include": [{"class": "cup"}]}, "no 'count'"),
         ({"prompt": "x", "include": [{"class": "cup", "count": 0}]}, "use 1 or more"),
+        ({"prompt": "x", "include": [{"class": "cup", "count": "2"}]}, "Clause 0 of 'x' wants '2' cup; use 1 or more"),
+        ({"prompt": "x", "include": [{"class": "cup", "count": 2.0}]}, "wants 2.0 cup"),
+        ({"prompt": "x", "include": [{"class": "cup", "count": True}]}, "wants True cup"),
+        ({"prompt": "x", "include": [{"class": ["cup"], "count": 1}]}, r"has the class \['cup'\]; write its name"),
+        ({"prompt": "x", "include": "cat"}, "'x' has as 'include' is no list of clauses"),
+        ({"prompt": "x", "include": ["cat"]}, "'x' has as 'include' is no list of clauses"),
+        ({"prompt": "x", "include": {"class": "cup", "count": 1}}, "'x' has as 'include' is no list of clauses"),
+        ({"prompt": "x", "include": [CUP], "exclude": None}, "'x' has as 'exclude' is no list of clauses"),
+        (
+            {"prompt": "x", "include": [CUP], "exclude": [{"class": "cup"}]},
+            "Clause 1 of 'x' has no 'class' or no 'count'",
+        ),
+        (
+            {"prompt": "x", "include": [CUP], "exclude": [{"class": "cup", "count": "3"}]},
+            "Clause 1 of 'x' wants '3' cup",
+        ),
+        ({"prompt": "x", "include": [CUP | {"color": "crimson"}]}, "the color 'crimson'; use one of red, orange"),
+        ({"prompt": "x", "include": [CUP | {"color": ["red"]}]}, r"the color \['red'\]"),
+        (
+            {"prompt": "x", "include": [CUP, CUP | {"position": ["to the right of", 0]}]},
+            "'to the right of', 0.*left of",
+        ),
+        ({"prompt": "x", "include": [CUP, CUP | {"position": ["above"]}]}, "Clause 1 of 'x' has the position"),
+        ({"prompt": "x", "include": [CUP, CUP | {"position": "above"}]}, "the position 'above'"),
+        (
+            {"prompt": "x", "include": [CUP, CUP | {"position": ["above", "0"]}]},
+            "clause '0', which does not come before",
+        ),
+        ({"prompt": "x", "include": [CUP, CUP | {"position": ["above", 1]}]}, "clause 1, which does not come before"),
+        ({"prompt": "x", "include": [CUP, CUP | {"position": ["above", -1]}]}, "clause -1, which does not come before"),
     ],
 )
 def test_metadata_without_rules_gets_one_sentence(row, words):

@@ -18,7 +18,7 @@ import numpy as np
 
 from unipic2_jax.data.coco import ASSETS, CLASSES
 from unipic2_jax.data.prompts import JSONLSource
-from unipic2_jax.rewards.geneval import COLORS, RELATIONS, TAGS
+from unipic2_jax.rewards.geneval import COLORS, RELATIONS, TAGS, check_metadata
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 # What has a colour: no 'red person'.
@@ -106,12 +106,15 @@ def read_digests(path: str | Path) -> frozenset[str]:
 
     Raises:
       FileNotFoundError: when there is no such file.
-      ValueError: for a line that says nothing of what is to be seen.
+      ValueError: for a line that is not in that format.
     """
-    rows = [row["metadata"] for row in JSONLSource(str(path)).rows]
+    source = JSONLSource(str(path))
+    rows = [row["metadata"] for row in source.rows]
     for number, row in enumerate(rows):
-        if not row.get("include"):
-            raise ValueError(f"Line {number + 1} of {path} has no 'include' list; give prompts in GenEval's format.")
+        try:
+            check_metadata(row)
+        except ValueError as error:
+            raise ValueError(f"{source.place(number)}: {error}") from error
     return frozenset(digests(rows))
 
 

@@ -88,16 +88,36 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
     """
     prompt = repr(metadata.get("prompt"))
     if not metadata.get("include"):
-        raise ValueError(f"The prompt {prompt} says nothing of what to find; give it GenEval's 'include' list.")
-    for place, clause in enumerate(metadata["include"]):
+        raise ValueError(
+            f"The prompt {prompt} says nothing of what to find, it has no 'include' list; give it GenEval's."
+        )
+    include, exclude = metadata["include"], metadata.get("exclude", ())
+    for name, clauses in {"include": include, "exclude": exclude}.items():
+        if not isinstance(clauses, (list, tuple)) or not all(isinstance(clause, Mapping) for clause in clauses):
+            raise ValueError(f"What {prompt} has as '{name}' is no list of clauses; write it as GenEval's.")
+    for place, clause in enumerate((*include, *exclude)):
+        where = f"Clause {place} of {prompt}"
         if not {"class", "count"} <= clause.keys():
-            raise ValueError(f"Clause {place} of {prompt} has no 'class' or no 'count'; give it both.")
-        if clause["count"] < 1:
-            raise ValueError(f"Clause {place} of {prompt} wants {clause['count']} {clause['class']}; use 1 or more.")
-        if "position" in clause and not 0 <= clause["position"][1] < place:
-            raise ValueError(
-                f"Clause {place} of {prompt} is placed relative to clause {clause['position'][1]}, which does not come before it."
-            )
+            raise ValueError(f"{where} has no 'class' or no 'count'; give it both.")
+        if not isinstance(clause["class"], str):
+            raise ValueError(f"{where} has the class {clause['class']!r}; write its name.")
+        if type(clause["count"]) is not int or clause["count"] < 1:
+            raise ValueError(f"{where} wants {clause['count']!r} {clause['class']}; use 1 or more, a whole number.")
+    for place, clause in enumerate(include):
+        where = f"Clause {place} of {prompt}"
+        if "color" in clause and clause["color"] not in COLORS:
+            raise ValueError(f"{where} has the color {clause['color']!r}; use one of {', '.join(COLORS)}.")
+        if "position" in clause:
+            _check_position(where, place, clause["position"])
+
+
+def _check_position(where: str, place: int, position: Any) -> None:
+    if not isinstance(position, (list, tuple)) or len(position) != 2 or position[0] not in RELATIONS:
+        raise ValueError(
+            f"{where} has the position {position!r}; write a list of one of {', '.join(RELATIONS)} and the number of a clause."
+        )
+    if type(position[1]) is not int or not 0 <= position[1] < place:
+        raise ValueError(f"{where} is placed relative to clause {position[1]!r}, which does not come before it.")
 
 
 def overlap(a: Detection, b: Detection) -> float:
