@@ -19,7 +19,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(name, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "SERVER_KEY": "sesame"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('MORE_PATH', '')}",
+        "JAX_PLATFORMS": "cpu",
+        "SERVER_KEY": "sesame",
+    }
     line = [sys.executable, "-m", f"launch.{name}", *(f"--{a}" for a in arguments)]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
 
@@ -59,6 +64,18 @@ def test_a_reward_s_server_and_its_client(key):
             make_reward("remote", url=url).score(pictures, records)
 
 
+def test_a_reward_of_one_s_own_is_imported_and_served(tmp_path, monkeypatch):
+    """As docs/rl.md has it."""
+    page = (ROOT / "docs/rl.md").read_text()
+    (example,) = (part.split("```")[0] for part in page.split("```python") if "REWARDS[" in part)
+    (tmp_path / "my_rewards.py").write_text(example)
+    (tmp_path / "more.py").write_text("")
+    monkeypatch.setenv("MORE_PATH", str(tmp_path))
+    with serving("serve_reward", "import=more", "import=my_rewards", "reward=bright", 'options={"target": 1}') as url:
+        found = make_reward("remote", url=url).score([np.full((4, 4, 3), 51, np.uint8)], [PromptRecord("a")])
+    assert found.values == pytest.approx([-0.8]) and found.details["brightness"] == pytest.approx([0.2])
+
+
 def test_a_judge_asks_the_vlm_s_server(key, tmp_path):
     (tmp_path / "question.txt").write_text("$prompt")
     with serving("serve_vlm", f"model={TINY_METAQUERY}", f"api_key_env={key}") as url:
@@ -76,6 +93,8 @@ def test_a_judge_asks_the_vlm_s_server(key, tmp_path):
     "arguments, sentence",
     [
         (("serve_reward", "reward=shapes_t2i", "options={"), "--options is not JSON"),
+        (("serve_reward", "reward=bright", "import=nowhere"), "--import=nowhere cannot be imported (No module named"),
+        (("serve_reward", "reward=bright", "import="), "--import= cannot be imported"),
         (("serve_reward", "reward=shapes_t2i", "api_key_env=NOT_SET_HERE"), "NOT_SET_HERE, which is not set"),
         (("serve_reward", "reward=shapes_t2i", "host=192.0.2.1"), "192.0.2.1:0 cannot be listened on"),
     ],
