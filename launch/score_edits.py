@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     from unipic2_jax import pipelines
     from unipic2_jax.data.prompts import make_source
     from unipic2_jax.evaluation.score_edits import Budget, ScoredEdits, Variety
-    from unipic2_jax.rewards.scoring import CALL_FIELDS, Scorer, make_entries
+    from unipic2_jax.rewards.scoring import CALL_FIELDS, Scorer, check_tasks, make_entries
 
     source, judge = _read_json("source", SOURCE.value), _read_json("judge", JUDGE.value)
     steps, guidance = _numbers("steps", STEPS.value, int), _numbers("guidance", GUIDANCE.value, float)
@@ -70,7 +70,9 @@ def main(argv: list[str]) -> None:
     )
     budget = Budget(MAX_CALLS.value, MAX_COST.value, PROMPT_PRICE.value, COMPLETION_PRICE.value)
     prompts = make_source(source, SEED.value)
-    scorer = Scorer(make_entries({"judge": judge}))
+    entries = make_entries({"judge": judge})
+    check_tasks(entries, prompts)
+    scorer = Scorer(entries)
     # How much is done at a time, how many prompts there are and how they are split may change.
     judged = {name: value for name, value in judge.items() if name not in CALL_FIELDS}
     made = {name: value for name, value in dataclasses.asdict(variety).items() if name not in FREE}

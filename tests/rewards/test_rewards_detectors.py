@@ -103,10 +103,16 @@ def test_threads_share_one_interpreter(photographs):
 
 def test_a_boxes_only_detector_refuses_colours(photographs):
     reward = make_reward("geneval", detector={"kind": "tflite", "model": str(efficientdet(0))})
-    with pytest.raises(ValueError, match="cannot tell; name a CLIP"):
-        reward.score([photographs["coffee"]], [asking("a red cup", one("cup", color="red"))])
-    with pytest.raises(ValueError, match="knows no 'lamp'"):
-        reward.score([photographs["coffee"]], [asking("a lamp", one("lamp"))])
+    red, lamp = asking("a red cup", one("cup", color="red")), asking("a lamp", one("lamp"))
+    for refuse in (
+        lambda record: reward.score([photographs["coffee"]], [record]),
+        lambda record: reward.check([record]),
+    ):
+        with pytest.raises(ValueError, match="cannot tell; name a CLIP"):
+            refuse(red)
+        with pytest.raises(ValueError, match="knows no 'lamp'"):
+            refuse(lamp)
+    reward.check([asking("a cup", one("cup"))])
 
 
 def test_labels_from_a_file(tmp_path, photographs):
@@ -163,6 +169,21 @@ def test_shapes_detector_refuses_what_is_not_of_its_world():
         make_reward("geneval", detector="shapes").score(
             [render(Scene("white", ()))], [asking("a photo of a cat", one("cat"))]
         )
+
+
+def test_prompts_that_cannot_be_scored_are_found_before_a_run():
+    cat, plain = asking("a photo of a cat", one("cat")), PromptRecord("a cat on a mat")
+    for reward in (make_reward("geneval", detector="shapes"), make_reward("shapes_t2i")):
+        reward.check(make_source({"kind": "shapes"}, 0).batch(0, 60))
+        with pytest.raises(ValueError, match="knows no 'cat'"):
+            reward.check([cat])
+        with pytest.raises(ValueError, match="'a cat on a mat' says nothing of what to find"):
+            reward.check([plain])
+    edits = make_reward("shapes_edit")
+    edits.check(make_source({"kind": "shapes", "task": "edit"}, 0).batch(0, 60))
+    for metadata in ({}, {"source": 5}, {"source": {"background": "white", "things": []}, "type": "fly"}):
+        with pytest.raises(ValueError, match="'make it blue' has as metadata is no edit of the shapes world"):
+            edits.check([PromptRecord("make it blue", metadata=metadata)])
 
 
 def test_crops_are_grey_outside_of_the_mask_and_stay_inside_of_the_picture():

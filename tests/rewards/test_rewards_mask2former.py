@@ -212,6 +212,9 @@ def test_a_class_that_the_network_does_not_have(folders):
     detector = make_detector({**MODEL, "model": folders[0], "clip": folders[1]})
     with pytest.raises(ValueError, match="knows no 'lamp'"):
         detector.detect(pictures((32, 32)), [Wanted(frozenset({"lamp", "cat"}))])
+    with pytest.raises(ValueError, match="knows no 'lamp'"):
+        detector.check([Wanted(frozenset({"cat"})), Wanted(frozenset({"lamp"}))])
+    detector.check([Wanted(frozenset(CLASSES), frozenset(CLASSES))])
 
 
 def test_what_is_missing_gets_one_sentence(folders, tmp_path, monkeypatch):

@@ -103,6 +103,13 @@ def test_what_is_to_be_written():
 
 
 @needs_reader
+def test_prompts_without_text_are_found_before_a_run(reward):
+    reward.check([PromptRecord('a "door"'), PromptRecord("a door", metadata={"text": "open"})])
+    with pytest.raises(ValueError, match="'a door' names no text to write"):
+        reward.check([PromptRecord('a "door"'), PromptRecord("a door")])
+
+
+@needs_reader
 def test_options_out_of_range():
     with pytest.raises(ValueError, match="min_confidence=2"):
         make_reward("ocr", min_confidence=2)

@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 
-from unipic2_jax.data.prompts import PromptRecord
+from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.rewards import scoring
 from unipic2_jax.rewards.base import REWARDS, Calls, Reward, RewardError, Scores
-from unipic2_jax.rewards.scoring import Entry, Scorer, make_entries
+from unipic2_jax.rewards.scoring import Entry, Scorer, check_tasks, make_entries
 
 IMAGES = [np.full((2, 2, 3), value, np.uint8) for value in range(8)]
 RECORDS = [PromptRecord(f"prompt {index // 4}", metadata={"dataset": "ab"[index // 4]}) for index in range(8)]
@@ -218,6 +218,24 @@ def test_a_call_is_given_more_time_than_its_requests():
         with pytest.raises(ValueError, match=f"timeout is {timeout:g} and request_timeout 50 seconds"):
             Entry(reward, Calls(timeout=timeout))
     assert Entry(reward, Calls(timeout=51)).calls.timeout == 51 and Entry(reward, Calls()).calls.timeout == 0
+
+
+def test_tasks_of_a_file_are_shown_to_the_rewards_that_are_about_them(tmp_path):
+    class Cats(Reward):
+        def check(self, records):
+            if wrong := [record.prompt for record in records if "cat" not in record.prompt]:
+                raise ValueError(f"The prompt {wrong[0]!r} has no cat; add one.")
+
+    entries = {"any": Entry(Pixel(), Calls()), "cats": Entry(Cats(), Calls(), datasets=("cats",))}
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("cats", "dogs")}
+    sources = {name: {"kind": "jsonl", "path": str(path)} for name, path in files.items()}
+    make = lambda: make_source({"kind": "turns", "sources": {**sources, "endless": {"kind": "shapes"}}}, 0)
+    files["dogs"].write_text('{"prompt": "a dog"}')
+    files["cats"].write_text('{"prompt": "a cat"}\n{"prompt": "a wildcat"}')
+    check_tasks(entries, make())
+    files["cats"].write_text('{"prompt": "a cat"}\n{"prompt": "a mouse"}')
+    with pytest.raises(ValueError, match=r"^rewards.cats: Line 2 of .*cats.jsonl: The prompt 'a mouse' has no cat"):
+        check_tasks(entries, make())
 
 
 def test_wrong_numbers_of_scores_are_failures_and_mistakes_are_not():

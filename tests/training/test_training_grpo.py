@@ -173,6 +173,11 @@ def test_a_stage_that_cannot_work_is_refused_before_any_work(tmp_path):
     assert "'toi'" in sentence(source={"kind": "toi"})
     assert "cannot be split" in sentence(num_prompts=3, grpo={"updates_per_rollout": 5})
     assert "'sampels'" in sentence(evaluations={"x": {"sampels": 3}})
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a cat on a mat"}\n')
+    unscorable = {"source": {"kind": "jsonl", "path": str(prompts)}, "rewards": {"shapes_t2i": {}}}
+    wanted = f"rewards.shapes_t2i: Line 1 of {prompts}: The prompt 'a cat on a mat' says nothing of what to find"
+    assert wanted in sentence(**unscorable) and wanted in sentence(evaluations={"x": unscorable})
 
 
 DEVICES = """

@@ -62,16 +62,19 @@ class EditRewardReward(Reward):
             _LOADED[key] = self._model
         return self._model
 
+    def check(self, records: Sequence[PromptRecord]) -> None:
+        if missing := [record.prompt for record in records if record.image is None]:
+            raise ValueError(
+                f"EditReward judges edits, and {missing[0]!r} comes without a picture to edit; use another reward."
+            )
+
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
         """Of edits; see `EditRewardModel.score` about several processes.
 
         Raises:
           ValueError: for a record without a source picture.
         """
-        if missing := [record.prompt for record in records if record.image is None]:
-            raise ValueError(
-                f"EditReward judges edits, and {missing[0]!r} comes without a picture to edit; use another reward."
-            )
+        self.check(records)
         sources, prompts = [record.image for record in records], [record.prompt for record in records]
         scores = self._loaded().score(sources, images, prompts, self.batch_size, self.mesh)
         details = {name: scores[:, column] for column, name in enumerate(self.targets)}

@@ -116,6 +116,16 @@ class Reward:
         del calls, count
         return 0.0
 
+    def check(self, records: Sequence[PromptRecord]) -> None:
+        """Whether what is made for these records can be scored; called before a run, and then no picture is read yet.
+
+        `records` of edits have some picture as their image, not their own.
+
+        Raises:
+          ValueError: one sentence with the prompt, when it cannot.
+        """
+        del records
+
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
         """uint8 [H, W, 3] images with the record that each was made for: its prompt, source image and metadata.
 

@@ -13,6 +13,18 @@ from unipic2_jax.rewards.detectors.base import Wanted, make_detector
 from unipic2_jax.rewards.geneval import Rules, check_metadata, score
 
 
+def geneval_tasks(records: Sequence[PromptRecord]) -> list[dict[str, Any]]:
+    """Metadata of records, with their prompts.
+
+    Raises:
+      ValueError: when GenEval's rules cannot be applied to it.
+    """
+    tasks = [{"prompt": record.prompt, **record.metadata} for record in records]
+    for task in tasks:
+        check_metadata(task)
+    return tasks
+
+
 class GenEvalReward(Reward):
     """Partial credit by default; `correct`, GenEval's own verdict, is among the details, and so is `extras`.
 
@@ -36,10 +48,11 @@ class GenEvalReward(Reward):
         self.exact, self.strict_weight, self.rules = exact, strict_weight, Rules(**rules)
         self.detector = make_detector(detector)
 
+    def check(self, records: Sequence[PromptRecord]) -> None:
+        self.detector.check([self._wanted(task) for task in geneval_tasks(records)])
+
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
-        tasks = [{"prompt": record.prompt, **record.metadata} for record in records]
-        for task in tasks:
-            check_metadata(task)
+        tasks = geneval_tasks(records)
         found = self.detector.detect(images, [self._wanted(task) for task in tasks])
         verdicts = [
             score(detections, task, exact=self.exact, rules=self.rules)

@@ -74,6 +74,10 @@ class OCRReward(Reward):
                 "to 1 and at least one thread."
             )
 
+    def check(self, records: Sequence[PromptRecord]) -> None:
+        for record in records:
+            target_text(record.prompt, record.metadata)
+
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
         wanted = [target_text(record.prompt, record.metadata) for record in records]
         values = np.array([similarity(self.read(image), text) for image, text in zip(images, wanted, strict=True)])

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tenacity
 
-from unipic2_jax.data.prompts import PromptRecord
+from unipic2_jax.data.prompts import FinitePromptSource, PromptRecord, PromptSource
 from unipic2_jax.rewards.base import Calls, Reward, RewardError, Scores, make_reward, reward_class
 from unipic2_jax.rl.advantages import NORMALIZATIONS
 
@@ -78,6 +78,23 @@ def make_entries(rewards: Mapping[str, Mapping[str, Any]], mesh: jax.sharding.Me
         except ValueError as error:
             raise ValueError(f"rewards.{name}: {error}") from error
     return entries
+
+
+def check_tasks(entries: Mapping[str, Entry], source: PromptSource) -> None:
+    """Whether the rewards can score what a finite source asks for; an endless one is not looked through.
+
+    Raises:
+      ValueError: one sentence with the name of the reward and the place of the task.
+    """
+    if not isinstance(source, FinitePromptSource):
+        return
+    for place, record in source.tasks():
+        for name, entry in entries.items():
+            try:
+                if entry.is_about(record):
+                    entry.reward.check([record])
+            except ValueError as error:
+                raise ValueError(f"rewards.{name}: {place}: {error}") from error
 
 
 class Scored(NamedTuple):

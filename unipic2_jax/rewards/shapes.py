@@ -15,6 +15,7 @@ from unipic2_jax.data.shapes.sources import scene_from_dict
 from unipic2_jax.data.shapes.verify import read_scenes
 from unipic2_jax.rewards.base import Reward, Scores, mix_scores
 from unipic2_jax.rewards.geneval import score
+from unipic2_jax.rewards.geneval_reward import GenEvalReward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,9 @@ class ShapesT2IReward(Reward):
 
     def __post_init__(self) -> None:
         check_noise(self.noise)
+
+    def check(self, records: Sequence[PromptRecord]) -> None:
+        GenEvalReward("shapes").check(records)
 
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
         partial, correct, extras = [], [], []
@@ -62,6 +66,16 @@ class ShapesEditReward(Reward):
 
     def __post_init__(self) -> None:
         check_noise(self.noise)
+
+    def check(self, records: Sequence[PromptRecord]) -> None:
+        for record in records:
+            try:
+                source = scene_from_dict(record.metadata["source"])
+                score_edit(source, source, record.metadata)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"What {record.prompt!r} has as metadata is no edit of the shapes world; use its own prompts."
+                ) from error
 
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
         verdicts = [

@@ -18,7 +18,7 @@ from unipic2_jax.parallel.processes import gather_json, own_share, to_host
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.conditioner import tokenize_negative
-from unipic2_jax.rewards.scoring import Scorer, make_entries
+from unipic2_jax.rewards.scoring import Scorer, check_tasks, make_entries
 from unipic2_jax.training.config import ConfigError, nearest
 
 
@@ -57,10 +57,10 @@ def read_evaluation(name: str, values: Mapping[str, Any]) -> ConfigDict:
 
 
 def check_evaluation(name: str, values: Mapping[str, Any]) -> None:
-    """Makes the source and the rewards of an evaluation, which say what is wrong with them."""
+    """Makes the source and the rewards of an evaluation, which say what is wrong with them, and with the source for the rewards."""
     config = read_evaluation(name, values)
-    make_source(config.source, config.seed)
-    make_entries(config.rewards)
+    source = make_source(config.source, config.seed)
+    check_tasks(make_entries(config.rewards), source)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

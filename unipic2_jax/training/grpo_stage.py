@@ -35,7 +35,7 @@ from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.bundle import check_dtype
 from unipic2_jax.pipelines.conditioner import tokenize_negative
 from unipic2_jax.rewards.audit import write_audit
-from unipic2_jax.rewards.scoring import Scored, Scorer, make_entries
+from unipic2_jax.rewards.scoring import Scored, Scorer, check_tasks, make_entries
 from unipic2_jax.rl.advantages import combine_rewards, group_advantages, normalize
 from unipic2_jax.rl.config import GRPOConfig
 from unipic2_jax.rl.rollout import Trajectory, guided_policies, once_per_group
@@ -165,8 +165,8 @@ class GRPOStage(Stage):
         if config.lora.rank < 1:
             raise ConfigError(f"lora.rank is {config.lora.rank}; it must be at least 1.")
         make_optimizer(config.optimizer, config.steps * grpo.updates_per_rollout)
-        make_source(config.source, 0)
         entries = make_entries(config.rewards, mesh)
+        check_tasks(entries, make_source(config.source, 0))
         whole = [name for name, entry in entries.items() if entry.reward.groupwise]
         if whole and config.num_prompts // config.sampling_batches % jax.process_count():
             raise ConfigError(

@@ -41,11 +41,19 @@ class Wanted:
 class Detector:
     """Finds objects. A subclass has `detect`; weights are loaded when it is first called."""
 
+    def check(self, wanted: Sequence[Wanted]) -> None:
+        """Whether it can look for this; weights are not loaded.
+
+        Raises:
+          ValueError: for a class that it does not know, or colours that it cannot tell.
+        """
+        del wanted
+
     def detect(self, images: Sequence[np.ndarray], wanted: Sequence[Wanted]) -> list[list[Detection]]:
         """What is seen in each uint8 [H, W, 3] image, of any class that the detector knows.
 
         Raises:
-          ValueError: for a class that it does not know, or colours that it cannot tell.
+          ValueError: for what `check` refuses.
         """
         raise NotImplementedError
 

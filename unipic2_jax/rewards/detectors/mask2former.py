@@ -11,7 +11,13 @@ import numpy as np
 from unipic2_jax.data.coco import class_name
 from unipic2_jax.rewards.detectors.base import Detector, Wanted, check_classes, once
 from unipic2_jax.rewards.detectors.colors import add_colors, load_colors
-from unipic2_jax.rewards.detectors.torch_models import check_folder, check_torch, load_network, load_processor
+from unipic2_jax.rewards.detectors.torch_models import (
+    check_folder,
+    check_torch,
+    load_network,
+    load_part,
+    load_processor,
+)
 from unipic2_jax.rewards.geneval import Detection
 
 if TYPE_CHECKING:
@@ -107,6 +113,16 @@ class Mask2Former:
 load_mask2former = once(Mask2Former)
 
 
+def read_names(model: str) -> frozenset[str]:
+    """Classes of the network, from its configuration alone."""
+    from transformers import AutoConfig
+
+    return frozenset(map(class_name, load_part(AutoConfig, model).id2label.values()))
+
+
+load_names = once(read_names)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mask2FormerDetector(Detector):
     """Mask2Former of `transformers`, in GenEval with a Swin-S.
@@ -130,9 +146,12 @@ class Mask2FormerDetector(Detector):
         if self.batch_size < 1:
             raise ValueError(f"The detector's batch_size is {self.batch_size}; use 1 or more.")
 
+    def check(self, wanted: Sequence[Wanted]) -> None:
+        check_classes(wanted, load_names(self.model), f"The detector {self.model}")
+
     def detect(self, images: Sequence[np.ndarray], wanted: Sequence[Wanted]) -> list[list[Detection]]:
+        self.check(wanted)
         network = load_mask2former(self.model, self.device)
-        check_classes(wanted, network.names.values(), f"The detector {self.model}")
         found: list[list[Detection]] = []
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)

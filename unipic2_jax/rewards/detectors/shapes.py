@@ -18,6 +18,9 @@ from unipic2_jax.rewards.geneval import Detection
 class ShapesDetector(Detector):
     """Sees everything with full confidence, with its colour and size; what is no object is of the class 'unknown'."""
 
-    def detect(self, images: Sequence[np.ndarray], wanted: Sequence[Wanted]) -> list[list[Detection]]:
+    def check(self, wanted: Sequence[Wanted]) -> None:
         check_classes(wanted, CLASSES, "The verifier of the shapes world")
+
+    def detect(self, images: Sequence[np.ndarray], wanted: Sequence[Wanted]) -> list[list[Detection]]:
+        self.check(wanted)
         return [detections(scene) for scene in read_scenes(np.stack(images))]

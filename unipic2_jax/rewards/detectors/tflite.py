@@ -21,7 +21,7 @@ from unipic2_jax.rewards.geneval import Detection
 NO_CLASS = "???"  # stands in label files for the gaps in COCO's numbers
 
 
-def read_labels(model: Path, labels: str | None) -> list[str]:
+def read_labels(model: str, labels: str | None) -> list[str]:
     """Class names by number, from a file with one on each line, or from the one that is packed into the model.
 
     Raises:
@@ -37,6 +37,9 @@ def read_labels(model: Path, labels: str | None) -> list[str]:
     raise ValueError(f"The detector {model} does not hold the names of its classes; give a file of them as 'labels'.")
 
 
+load_labels = once(read_labels)
+
+
 class TFLiteModel:
     """An interpreter, which serves one thread at a time.
 
@@ -47,7 +50,7 @@ class TFLiteModel:
     def __init__(self, model: str, labels: str | None, threads: int):
         from ai_edge_litert.interpreter import Interpreter
 
-        self.names = read_labels(Path(model), labels)
+        self.names = load_labels(model, labels)
         try:
             self.interpreter = Interpreter(model, num_threads=threads)
         except ValueError as error:
@@ -116,15 +119,18 @@ class TFLiteDetector(Detector):
                 f"The detector has threads={self.threads} and batch_size={self.batch_size}; use 1 or more of each."
             )
 
-    def detect(self, images: Sequence[np.ndarray], wanted: Sequence[Wanted]) -> list[list[Detection]]:
-        network = load_tflite(self.model, self.labels, self.threads)
-        check_classes(wanted, set(network.names) - {NO_CLASS}, f"The detector {self.model}")
-        asked = any(one.colors for one in wanted)
-        if asked and self.clip is None:
+    def check(self, wanted: Sequence[Wanted]) -> None:
+        names = load_labels(self.model, self.labels)
+        check_classes(wanted, set(names) - {NO_CLASS}, f"The detector {self.model}")
+        if self.clip is None and any(one.colors for one in wanted):
             raise ValueError(
                 f"A prompt asks for colours, which the detector {self.model} cannot tell; name a CLIP as its 'clip'."
             )
+
+    def detect(self, images: Sequence[np.ndarray], wanted: Sequence[Wanted]) -> list[list[Detection]]:
+        self.check(wanted)
+        network = load_tflite(self.model, self.labels, self.threads)
         found = [network(image, one.threshold) for image, one in zip(images, wanted, strict=True)]
-        if not asked:
+        if not any(one.colors for one in wanted):
             return found
         return add_colors(images, found, wanted, load_colors(self.clip, self.device), self.batch_size)
