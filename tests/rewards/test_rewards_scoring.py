@@ -160,13 +160,13 @@ def test_a_long_queue_outlives_a_short_outage(monkeypatch):
 
 
 def test_a_success_ends_the_pause_and_another_failure_begins_it_again():
-    breaker = scoring.Breaker(Calls(breaker=2, pause=0.2))
+    breaker = scoring.Breaker(Calls(breaker=2, pause=0.5))
     outcomes = []
     for failed in (True, False, True, True, False, True, True):
         breaker.count(failed)
         outcomes.append(breaker.is_open())
     assert outcomes == [False, False, False, True, False, False, True]
-    time.sleep(0.25)
+    time.sleep(0.6)
     assert not breaker.is_open()
     breaker.count(failed=True)
     assert breaker.is_open()

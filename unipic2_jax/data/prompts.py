@@ -22,6 +22,7 @@ SOURCES: dict[str, Any] = {
     "blank": "unipic2_jax.data.blank:BlankSource",
 }
 
+# Stands for a picture that is not needed yet.
 UNREAD = np.zeros((1, 1, 3), np.uint8)
 
 

@@ -117,9 +117,10 @@ class Reward:
         return 0.0
 
     def check(self, records: Sequence[PromptRecord]) -> None:
-        """Whether what is made for these records can be scored; called before a run, and then no picture is read yet.
+        """Whether what is made for these records can be scored; asked before a run, when pictures are not read yet.
 
-        `records` of edits have some picture as their image, not their own.
+        Args:
+          records: those of edits have `data.prompts.UNREAD` as their image.
 
         Raises:
           ValueError: one sentence with the prompt, when it cannot.
