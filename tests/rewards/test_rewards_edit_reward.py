@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from edit_reward_models import make_model
 
-from unipic2_jax.data.prompts import PromptRecord
+from unipic2_jax.data.prompts import UNREAD, PromptRecord
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.pipelines import edit_scoring
 from unipic2_jax.rewards.base import make_reward
@@ -158,6 +158,9 @@ def test_what_cannot_be_is_said(folder, tmp_path):
     reward = make_reward("editreward", make_mesh(jax.devices()[:1]), model=str(folder))
     with pytest.raises(ValueError, match="'a red circle' comes without a picture to edit"):
         reward.score(edits(1)[0], [PromptRecord("a red circle")])
+    with pytest.raises(ValueError, match="'a red circle' comes without a picture to edit"):
+        reward.check([PromptRecord("a red circle")])
+    reward.check([PromptRecord("make it red", UNREAD)])
 
 
 def test_a_noisy_verifier_errs_the_same_way_each_time():
