@@ -75,6 +75,7 @@ def main(argv: list[str]) -> None:
     scorer = Scorer(entries)
     # How much is done at a time, how many prompts there are and how they are split may change.
     judged = {name: value for name, value in judge.items() if name not in CALL_FIELDS}
+    judged = entries["judge"].reward.deciding(judged)
     made = {name: value for name, value in dataclasses.asdict(variety).items() if name not in FREE}
     settings = {"model": MODEL.value, "source": source, "judge": judged, **made}
     edits = ScoredEdits(OUT.value, settings)

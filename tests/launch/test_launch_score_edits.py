@@ -52,10 +52,10 @@ def test_a_reward_is_trained_on_what_was_scored(edits, tmp_path):
     command = [sys.executable, "-m", "launch.export", f"--model={export}", f"--out={half}", "--dtype=float16"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     assert (half / "adapter_model.safetensors").stat().st_size < 120_000
-    assert EditRewardModel.check(half).targets == ("instruction", "preservation")
+    assert EditRewardModel.check(half).targets == ("instruction", "preservation", "score")
     records = ShapesSource(3, "edit").batch(0, 4)
     scores = make_reward("editreward", model=str(half), batch_size=4).score([r.image for r in records], records)
-    assert np.isfinite(scores.values).all() and scores.details.keys() == {"instruction", "preservation"}
+    assert np.isfinite(scores.values).all() and scores.details.keys() == {"instruction", "preservation", "score"}
 
 
 def test_mistakes_are_one_sentence(edits, tmp_path):

@@ -316,3 +316,24 @@ def test_a_prompt_cannot_write_lines_of_the_question(tmp_path):
         judge(server, template=str(tmp_path / "own.txt")).score([PICTURE], [DRAWING])
         content = json.loads(server.requests[0][2])["messages"][0]["content"]
     assert content[0]["text"] == 'Mark this drawing of "a red circle", for $0.'
+
+
+def test_what_decides_its_marks_is_more_than_its_options(monkeypatch, tmp_path):
+    """A list of marks by one model, or by one question, must not be continued by another."""
+    question = tmp_path / "question.txt"
+    question.write_text("How good is $prompt?")
+    options = {"base_url": "http://a", "template": str(question), "cache": str(tmp_path / "answers")}
+    found = []
+    for model, text in (
+        ("one", "How good is $prompt?"),
+        ("other", "How good is $prompt?"),
+        ("other", "How bad is $prompt?"),
+    ):
+        monkeypatch.setenv("OPENAI_MODEL", model)
+        question.write_text(text)
+        found.append(make_reward("judge", api_key_env="", **options).deciding(options))
+    assert found == [
+        {"model": "one", "template": "How good is $prompt?"},
+        {"model": "other", "template": "How good is $prompt?"},
+        {"model": "other", "template": "How bad is $prompt?"},
+    ]

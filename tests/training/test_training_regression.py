@@ -39,7 +39,9 @@ def write_edits(folder, count, seed=0, marks=("instruction", "quality", "score")
         level = rng.random()
         source, edited = (np.full((16, 16, 3), v, np.uint8) for v in (number % 8, int(level * 255)))
         own = {name: np.float32(level * scale) for name in marks}
-        writer.write(pack(PreparedExample(png(edited), prompts[number % len(prompts)], (png(source),), own, str(number))))
+        writer.write(
+            pack(PreparedExample(png(edited), prompts[number % len(prompts)], (png(source),), own, str(number)))
+        )
     writer.close()
     shard = Shard("1x1-ref1-00000.array_record", Bucket("1:1", 1), count)
     (folder / INDEX).write_text(PreparedIndex(16, 8, (shard,), tuple(marks)).to_json())

@@ -104,12 +104,20 @@ class Reward:
         and without `calls`: it splits its work itself.
       calls: how it is called by default.
       request_timeout: seconds that it waits for an answer itself; a call's timeout has to be longer.
+      identity: what decides its scores and is not said by its options, as what it read from the environment or a file.
+      transport: names of options that decide nothing about its scores.
     """
 
     groupwise: bool = False
     on_mesh: bool = False
     calls: Calls = Calls()
     request_timeout: float = 0.0
+    identity: Mapping[str, str] = MappingProxyType({})
+    transport: tuple[str, ...] = ()
+
+    def deciding(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the options that it was made with, those that decide its scores, and `identity`."""
+        return {name: value for name, value in options.items() if name not in self.transport} | dict(self.identity)
 
     def longest_wait(self, calls: Calls, count: int) -> float:
         """Seconds that a call about so many images may wait for its turn, which are not counted as its time."""

@@ -81,6 +81,8 @@ class JudgeReward(Reward):
       ValueError: for an option that is missing or wrong.
     """
 
+    transport = ("base_url", "api_key_env", "request_timeout", "requests_per_minute", "cache")
+
     def __init__(
         self,
         base_url: str = "",
@@ -108,6 +110,7 @@ class JudgeReward(Reward):
         self._usage, self._counting = Usage(), threading.Lock()
         self.calls = Calls(batch_size=0 if groupwise else 1, concurrency=8, timeout=120, retries=4, breaker=10)
         self.request_timeout = request_timeout
+        self.identity = {"model": self.model, "template": self.template or ""}
 
     @property
     def usage(self) -> Usage:

@@ -32,6 +32,8 @@ class RemoteReward(Reward):
       ValueError: for an option that is missing or wrong.
     """
 
+    transport = ("api_key_env", "request_timeout")
+
     def __init__(
         self,
         url: str = "",
