@@ -110,7 +110,7 @@ class JudgeReward(Reward):
         self._usage, self._counting = Usage(), threading.Lock()
         self.calls = Calls(batch_size=0 if groupwise else 1, concurrency=8, timeout=120, retries=4, breaker=10)
         self.request_timeout = request_timeout
-        self.identity = {"model": self.model, "template": self.template or ""}
+        self.identity = {"model": self.model, "template": self.template.template if self.template else ""}
 
     @property
     def usage(self) -> Usage:
