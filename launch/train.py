@@ -37,16 +37,17 @@ def main(argv: list[str]) -> None:
     from unipic2_jax.parallel import processes
     from unipic2_jax.training import loop
 
-    jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
-    try:
-        processes.initialize(_DISTRIBUTED.value)
-    except ValueError as error:
-        sys.exit(str(error))
-    try:
-        with processes.together():
-            loop.run(CONFIG.value, _WORKDIR.value, own_process=True)
-    except (ConfigError, loop.TrainingError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    with processes.ending():
+        jax.config.update("jax_num_cpu_devices", _CPU_DEVICES.value)
+        try:
+            processes.initialize(_DISTRIBUTED.value)
+        except ValueError as error:
+            sys.exit(str(error))
+        try:
+            with processes.together():
+                loop.run(CONFIG.value, _WORKDIR.value, own_process=True)
+        except (ConfigError, loop.TrainingError, FileNotFoundError) as error:
+            sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -158,6 +158,43 @@ def test_sigterm_saves_and_says_so(processes, reference, tmp_path):
     assert contents(tmp_path / "run") == reference
 
 
+RECIPE = """
+import toy_stage
+
+def get_config(arg=''):
+    return toy_stage.toy_config(save_every=1)
+"""
+
+
+@pytest.mark.parametrize(
+    "trouble, flag, code, words",
+    [
+        ({"term_at": 7}, "seed=0", 128 + signal.SIGTERM, "Stopped by a signal after step 8 of 'first'"),
+        ({}, "stages.first.nan_at=7", 1, "Step 7 of stage 'first' gave loss = nan"),
+        ({"error_at": 7}, "seed=0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_however_a_run_ends_its_process_waits_for_no_compilation(processes, tmp_path, trouble, flag, code, words):
+    """A compilation of a minute is under way, and two more are to come; what was recorded is written."""
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    flags = [f"--config={tmp_path}/recipe.py", f"--workdir={tmp_path}/run", f"--config.{flag}"]
+    arguments = (flags, {"compile_at": 6, **trouble}, tmp_path / "said")
+    process = processes.Process(target=toy_stage.command, args=arguments, daemon=True)
+    process.start()
+    states = tmp_path / "run/checkpoints/states"
+    wait_until(lambda: 7 in complete(states), process)
+    saved = time.monotonic()
+    process.join(PATIENCE)
+    assert time.monotonic() - saved < toy_stage.COMPILE / 2
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == code and words in said, said
+    steps = max(complete(states))
+    assert steps == (8 if code > 1 else 7)
+    assert read_rows(tmp_path / "run/metrics.jsonl")[-1]["step"] == steps
+    events = b"".join(path.read_bytes() for path in (tmp_path / "run/tensorboard").iterdir())
+    assert events.count(b"first/loss") == steps
+
+
 @pytest.mark.parametrize(
     "trouble, fields, saved",
     [

@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import signal
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ import optax
 from PIL import Image
 
 from unipic2_jax.training import loop
+from unipic2_jax.training.ahead import Ahead
 from unipic2_jax.training.config import make_config, stage_fields
 from unipic2_jax.training.optimizer import make_optimizer, merge_params, split_params
 from unipic2_jax.training.stage import STAGES, Stage
@@ -34,7 +37,15 @@ def hang(workdir):
     library.pthread_mutex_lock(mutex)
 
 
+def compile_long(number, x):
+    """As a compilation, this cannot be interrupted."""
+    time.sleep(COMPILE)
+    return x + number
+
+
 class ToyStage(Stage):
+    ahead = None
+
     @classmethod
     def default_config(cls):
         config = stage_fields()
@@ -70,10 +81,18 @@ class ToyStage(Stage):
     def step(self, state, step):
         if step == TROUBLE.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == TROUBLE.get("error_at"):
+            raise ZeroDivisionError
         if step == TROUBLE.get("term_at"):
             os.kill(os.getpid(), signal.SIGTERM)
         if step == TROUBLE.get("hang_at"):
             hang(self.context.workdir)
+        if step == TROUBLE.get("compile_at"):
+            self.ahead = Ahead(self.context.mesh, self.context.log)
+            for number in range(3):
+                self.ahead.ask(
+                    number, "what is never used", jax.jit(functools.partial(compile_long, number)), jnp.ones(())
+                )
         if step == TROUBLE.get("full_at"):
             # No file can become larger than this, as on a disk without room.
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
@@ -93,6 +112,10 @@ class ToyStage(Stage):
         params = {**self.bundle.params, "transformer": merge_params(state["trained"], frozen)}
         return dataclasses.replace(self.bundle, params=params)
 
+    def close(self):
+        if self.ahead:
+            self.ahead.close()
+
     def export(self, state, folder):
         (folder / "toy.json").write_text(json.dumps({"seen": int(state["seen"])}))
 
@@ -100,6 +123,7 @@ class ToyStage(Stage):
 STAGES["toy"] = ToyStage
 # A step may take longer than a run gives it after a signal, on a loaded machine, and be that of the tests' own process.
 loop.GRACE = 600.0
+COMPILE = 60.0  # seconds
 # What the process does to itself; no part of the configuration, which must be the same when the run continues.
 TROUBLE = {}
 
@@ -131,11 +155,28 @@ def run(workdir, own_process=False, **fields):
     return loop.run(toy_config(**fields), workdir, load=load, save=save, own_process=own_process)
 
 
+def say_in(output):
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
+
+
+def command(flags, trouble, output):
+    """`launch.train` with a recipe of toys; its flags are not those of the tests' own process."""
+    from absl import app
+
+    from launch import train
+
+    TROUBLE.update(trouble)
+    say_in(output)
+    loop.load_bundle, loop.save_bundle = load, save
+    sys.argv = ["train", *flags]
+    app.run(train.main, flags_parser=train.parse_flags)
+
+
 def child(workdir, fields, trouble, output=None, asynchronous=False, grace=None):
     """The same in a process of its own, with what it says in a file."""
     TROUBLE.update(trouble)
     if output is not None:
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
+        say_in(output)
     loop.GRACE = grace or loop.GRACE
     loop.Checkpoints = functools.partial(loop.Checkpoints, asynchronous=asynchronous)
     run(Path(workdir), own_process=True, **fields)

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ from unipic2_jax.parallel.mesh import batch_sharding
 # its connections are closed with it.
 HEARTBEAT_SECONDS = 60
 LOST_PEER = 75  # exit code of those that are left: EX_TEMPFAIL, start again
+PARTING_SECONDS = 10.0  # in which processes that end together wait for each other
 # What a process can do to itself, and would do again.
 OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND", "FAILED_PRECONDITION")
 WHEN = ("auto", "on", "off")
@@ -115,6 +117,44 @@ def _leave(reason: str) -> NoReturn:
     )
     print(sentence, file=sys.stderr, flush=True)
     os._exit(LOST_PEER)
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process now. Python would wait for its threads: a compilation takes minutes, and cannot be interrupted.
+
+    Processes that end together part in order, or the first would look lost to the others; one that ends alone waits a moment.
+    """
+    _LEAVING.acquire()  # who is lost from here on does not change how this process ends
+    parting = threading.Thread(target=_part, daemon=True)
+    parting.start()
+    parting.join(PARTING_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _part() -> None:
+    with contextlib.suppress(Exception):  # the others are gone
+        jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """Around all that a process does: it then ends at once, with the words and the code with which Python would end it."""
+    code: Any = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as left:
+        code = left.code or 0
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    end(code)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)

@@ -437,6 +437,9 @@ class FlowStage(Stage):
                 result[part] |= values
         return result
 
+    def close(self) -> None:
+        self.ahead.close()
+
     def finish(self, state: FlowState) -> Any:
         """The averaged weights in the dtypes they had."""
         kept = jax.tree.map(lambda average, leaf: average.astype(leaf.dtype), state.ema, self.trained)

@@ -477,6 +477,9 @@ class GRPOStage(Stage):
                 result[part] |= values
         return result
 
+    def close(self) -> None:
+        self.ahead.close()
+
     def finish(self, state: PolicyState) -> Any:
         """Merges the LoRA, unless the next stage continues it."""
         lora, following = self._kept(state), self.context.following

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from unipic2_jax.models.attention import check_implementation
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.parallel.processes import agreed, is_main, tree_to_host, wait_for_all
+from unipic2_jax.parallel.processes import agreed, end, is_lost_peer, is_main, tree_to_host, wait_for_all
 from unipic2_jax.training import config as config_lib
 from unipic2_jax.training.checkpoints import Checkpoints
 from unipic2_jax.training.config import TrainingError, TrainingPaused
@@ -57,7 +58,8 @@ def run(
         report.md and export/ (plus export/ extras of each stage under stages/).
       mesh: devices; all of them in the shape of `config.parallel` by default.
       load, save: how a bundle is made from the configuration, and written; diffusers layout by default.
-      own_process: the process is for this run alone, so that a signal may end it where Python cannot be interrupted.
+      own_process: the process is for this run alone, so that a signal may end it where Python cannot be interrupted, and
+        without waiting for what still compiles.
 
     Returns:
       The folder of the exported model.
@@ -86,8 +88,13 @@ def run(
     # A language model that came from a folder of its own stays there.
     with_vlm = model_config(config, config.stages[config.schedule[-1]].model).vlm is None
     save = save or functools.partial(save_bundle, with_vlm=with_vlm)
-    with jax.set_mesh(mesh):
-        return _Run(config, workdir, mesh, load or load_bundle, save, own_process).go()
+    try:
+        with jax.set_mesh(mesh):
+            return _Run(config, workdir, mesh, load or load_bundle, save, own_process).go()
+    except SystemExit as left:
+        if own_process:
+            end(left.code)
+        raise
 
 
 def check_writable(workdir: Path) -> None:
@@ -298,19 +305,29 @@ class _Run:
         if is_main():
             config_lib.write_config(self.config, self.workdir / "config.json")
         self.metrics = Metrics(self.workdir, self.offsets[first] + step, writes=is_main())
-        with _Signals(self.checkpoints.saving, self.own_process) as self.signals:
-            bundle = None
-            for index in range(first, len(self.names)):
-                stage = stage or self.stage_at(index)
-                state = stage.init() if state is None else state
-                stage.release()
-                state = self.train(stage, step, state)
-                # What the next stage needs is saved; in memory there is one full-size model at a time.
-                bundle = self.finish(stage, state)
-                stage, step, state = None, 0, None
-                if index + 1 < len(self.names):
-                    bundle = None
-        self.metrics.close()
+        try:
+            with _Signals(self.checkpoints.saving, self.own_process) as self.signals:
+                bundle = None
+                for index in range(first, len(self.names)):
+                    stage = stage or self.stage_at(index)
+                    state = stage.init() if state is None else state
+                    stage.release()
+                    try:
+                        state = self.train(stage, step, state)
+                        # What the next stage needs is saved; in memory there is one full-size model at a time.
+                        bundle = self.finish(stage, state)
+                    finally:
+                        stage.close()
+                    stage, step, state = None, 0, None
+                    if index + 1 < len(self.names):
+                        bundle = None
+        except Exception as error:
+            if not is_lost_peer(error):  # what is being written ends well whatever went wrong here
+                with contextlib.suppress(Exception):
+                    self.checkpoints.wait()
+            raise
+        finally:
+            self.metrics.close()
         self.checkpoints.close()
         if not agreed(is_main() and export.exists()):
             whole = dataclasses.replace(bundle, params=self.whole(bundle.params))
@@ -373,8 +390,6 @@ class _Run:
                     state, metrics = stage.step(state, step)
                 except TrainingPaused:
                     self.save(place(), state)
-                    self.checkpoints.wait()
-                    self.metrics.close()
                     raise
                 metrics = {name: float(value) for name, value in metrics.items()}
                 metrics["seconds_step"] = time.perf_counter() - started
@@ -446,7 +461,6 @@ class _Run:
         """Saves and leaves after a signal."""
         self.save(place, state)
         self.checkpoints.wait()
-        self.metrics.close()
         self.say(f"Stopped by a signal after step {place['step']} of '{place['stage']}'; the same command continues.")
         raise SystemExit(128 + agreed(self.signals.received))
 

@@ -270,6 +270,9 @@ class RegressionStage(Stage):
         picture = {f"{NAME}_reliability": reliability_picture(self.last.bins, title)}
         return {"metrics": metrics, "scores": {f"{NAME}/error": errors}, "images": picture}
 
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def finish(self, state: RegressionState) -> EditRewardModel:
         """The EditReward, unless it misses the gate."""
         if self.config.gate:

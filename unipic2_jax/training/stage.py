@@ -140,6 +140,9 @@ class Stage:
     def export(self, state: Any, folder: Path) -> None:
         """Writes what the stage leaves besides its bundle, a LoRA file for example; `folder` exists."""
 
+    def close(self) -> None:
+        """Called when the run leaves the stage, however it does: what was asked of threads and not begun is given up here."""
+
 
 def stage_class(kind: str) -> type[Stage]:
     """The class of a kind.
