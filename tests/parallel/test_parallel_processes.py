@@ -10,10 +10,11 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from unipic2_jax.parallel.processes import LOST_PEER, several_processes_expected
+from unipic2_jax.parallel.processes import LOST_PEER, is_lost_peer, several_processes_expected
 from unipic2_jax.training.metrics import read_evaluations, read_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -147,6 +148,42 @@ def test_a_signal_to_one_stops_all_and_saves(reference, tmp_path):
     assert codes == [128 + signal.SIGTERM] * 2, outputs
     assert "after step 2 of 'edit'" in outputs[0]
     assert_equal(run(tmp_path / "run", 1), reference)
+
+
+@pytest.mark.parametrize(
+    "error, lost",
+    [
+        ("UNKNOWN: Gloo all-reduce failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:1234", True),
+        ("INTERNAL: Gloo ReduceScatter failed: Timed out waiting 30000ms for recv operation to complete", True),
+        ("UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats): /job:jax_worker/task:1", True),
+        ("DEADLINE_EXCEEDED: Barrier timed out. Id: export::0", True),
+        ("INTERNAL: Barrier failed because task 1 left", True),
+        ("ABORTED: Coordination service is shutting down.", True),
+        ("INTERNAL: Coordination service agent is in error state", True),
+        (
+            "INTERNAL: NCCL operation ncclAllReduce(...) failed: remote process exited or there was a network error",
+            True,
+        ),
+        ("INTERNAL: NCCL operation ncclCommInitRankConfig failed: unhandled system error", True),
+        (
+            "INTERNAL: NCCL operation ncclGroupEnd() failed: unhandled cuda error. Last NCCL warning(error) log entry: "
+            "'Cuda failure 'an illegal memory access was encountered'' aborted",
+            False,
+        ),
+        ("INTERNAL: CUDA error: Failed to end stream capture: CUDA_ERROR_ILLEGAL_ADDRESS", False),
+        ("INTERNAL: CUDA error ...ILLEGAL_ADDRESS: an illegal memory access was encountered", False),
+        ("UNKNOWN: CUDNN_STATUS_EXECUTION_FAILED in external/xla/xla/stream_executor/cuda/cuda_dnn.cc(1)", False),
+        ("INTERNAL: Mosaic failed to compile TPU kernel: 'nvgpu.mbarrier.create' op is not supported", False),
+        ("INTERNAL: Core halted unexpectedly", False),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 6442450944 bytes; gloo", False),
+        ("INVALID_ARGUMENT: Argument 1 of the barrier differs", False),
+    ],
+)
+def test_which_errors_say_that_another_process_is_lost(monkeypatch, error, lost):
+    error = jax.errors.JaxRuntimeError(error)
+    assert not is_lost_peer(error)  # there are no others
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert is_lost_peer(error) is lost
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -29,8 +30,15 @@ from unipic2_jax.parallel.mesh import batch_sharding
 HEARTBEAT_SECONDS = 60
 LOST_PEER = 75  # exit code of those that are left: EX_TEMPFAIL, start again
 PARTING_SECONDS = 10.0  # in which processes that end together wait for each other
-# What a process can do to itself, and would do again.
+# How an error begins that says what a process did to itself, and would do again.
 OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND", "FAILED_PRECONDITION")
+# How one begins, or what it speaks of, that comes of others which do not answer. NCCL also tells of errors of CUDA.
+LOST_ERRORS = re.compile(
+    r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b|gloo|heartbeat|coordination ?service"
+    r"|\bbarrier (timed out|failed)|connection (closed|reset|refused)|socket closed"
+    r"|nccl(?!.*cuda).*(remote process|network|system error|connection|time(d )?out|abort)",
+    re.IGNORECASE | re.DOTALL,
+)
 WHEN = ("auto", "on", "off")
 
 
@@ -100,9 +108,10 @@ def together() -> Iterator[None]:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error says that processes could not talk to each other."""
-    lost = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN_ERRORS)
-    return lost and jax.process_count() > 1
+    """Whether an error says that processes could not talk to each other; what is not known to say so does not."""
+    if not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
+        return False
+    return not str(error).startswith(OWN_ERRORS) and LOST_ERRORS.search(str(error)) is not None
 
 
 _LEAVING = threading.Lock()
