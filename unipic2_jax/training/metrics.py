@@ -30,7 +30,6 @@ class Metrics:
             if json.loads(record.read_text())["total_step"] > resumed_at:
                 record.unlink()
         self._truncate(resumed_at)
-        self.file = self.path.open("a", buffering=1)
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
 
     def _truncate(self, resumed_at: int) -> None:
@@ -69,14 +68,14 @@ class Metrics:
         write_text(path, json.dumps(record) + "\n")
 
     def _row(self, kind: str, place: dict[str, Any], values: dict[str, float]) -> None:
-        self.file.write(json.dumps({"kind": kind, **place, **values}) + "\n")
+        with self.path.open("a") as file:  # mounted buckets have what is closed
+            file.write(json.dumps({"kind": kind, **place, **values}) + "\n")
         for key, value in values.items():
             self.events.add_scalar(f"{place['stage']}/{key}", value, place["total_step"])
 
     def close(self) -> None:
         """Flushes everything."""
         if self.writes:
-            self.file.close()
             self.events.close()
 
 
