@@ -205,3 +205,17 @@ def test_which_errors_say_that_another_process_is_lost(monkeypatch, error, lost)
 )
 def test_who_expects_others(environment, expected):
     assert several_processes_expected(environment) is expected
+
+
+def test_kubernetes_without_its_package_is_named():
+    """JAX finds the other pods of a Job with the package `kubernetes`, and only warns where it is missing."""
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0", "JAX_PLATFORMS": "cpu"}
+    script = "import sys\nsys.modules['kubernetes'] = None\nfrom unipic2_jax.parallel import processes\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script + "processes.initialize()"],
+        env={**os.environ, **pod, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("ValueError: The other processes of this run were not found (") and "jax[k8s]" in said

@@ -285,6 +285,14 @@ def test_a_workdir_that_cannot_be_written_is_named_before_any_work():
         toy_stage.run("/sys/run")
 
 
+@pytest.mark.parametrize("workdir", ["gs://bucket/run", Path("s3://bucket/run")])
+def test_an_address_is_no_workdir(workdir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(loop.config_lib.ConfigError, match=r"^The workdir \w\w:/.*bucket/run is an address and not a"):
+        toy_stage.run(workdir)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_that_reads_back_damaged_does_not_replace_an_older_one(tmp_path, monkeypatch, capsys):
     from unipic2_jax.training.checkpoints import Checkpoints
 

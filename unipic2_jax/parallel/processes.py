@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import re
@@ -86,9 +87,11 @@ def initialize(when: str = "auto", heartbeat: int = HEARTBEAT_SECONDS) -> None:
             shutdown_timeout_seconds=heartbeat,
         )
     except (ValueError, RuntimeError) as error:
+        alone = "KUBERNETES_SERVICE_HOST" in os.environ and importlib.util.find_spec("kubernetes") is None
         raise ValueError(
-            f"The other processes of this run were not found ({str(error).splitlines()[0]}); set JAX_COORDINATOR_ADDRESS, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or --distributed=off."
+            f"The other processes of this run were not found ({str(error).splitlines()[0]}); "
+            + ("install jax[k8s], with which JAX asks Kubernetes for them, or " * alone)
+            + "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or --distributed=off."
         ) from error
     _leave_instead_of_aborting()
 

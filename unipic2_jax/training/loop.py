@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -101,8 +102,12 @@ def check_writable(workdir: Path) -> None:
     """Makes the folder of a run, before anything is computed.
 
     Raises:
-      ConfigError: when nothing can be written there.
+      ConfigError: when nothing can be written there, or it is the address of a bucket.
     """
+    if re.match(r"\w{2,}:/", str(workdir)):  # Path makes one slash of two
+        raise config_lib.ConfigError(
+            f"The workdir {workdir} is an address and not a folder; mount it, and give the path as --workdir."
+        )
     probe = workdir / f".writable{os.getpid()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
