@@ -1,6 +1,6 @@
 """One process of a toy run, a flow stage and then PDTR, which may kill itself; started by test_parallel_processes.py.
 
-python process_child.py WORKDIR DEVICES [WHO STAGE STEP SIGNAL]: process WHO sends itself the signal before this step.
+python process_child.py WORKDIR DEVICES [WHO STAGE STEP SIGNAL]: process WHO sends itself the signal before this step, or fails (0).
 """
 
 import os
@@ -45,6 +45,8 @@ def killing(stage, who, name, kill_step, number):
     def run(self, state, at):
         if (jax.process_index(), self.context.name, at) == (int(who), name, int(kill_step)):
             print(f"signal at {time.time()}", flush=True)
+            if not int(number):
+                raise ZeroDivisionError("of its own")
             os.kill(os.getpid(), int(number))
         return step(self, state, at)
 
@@ -70,6 +72,6 @@ if __name__ == "__main__":
     smooth = {"lr": 0.03, "eps": 0.1}  # Adam makes large differences of small ones where gradients are next to nothing
     edit = toy_grpo.stage(edit=True, steps=4, eval_every=2, optimizer=smooth)
     t2i = toy_grpo.stage(steps=3, optimizer=smooth)
-    with processes.together():
+    with processes.ending(), processes.together():
         config = toy_grpo.config(flow=flow, edit=edit, t2i=t2i)
         loop.run(config, sys.argv[1], load=toy_grpo.load, save=toy_grpo.save, own_process=True)

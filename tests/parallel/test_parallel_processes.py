@@ -143,6 +143,14 @@ def test_a_process_that_is_lost_stops_the_others(tmp_path, lost, number):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fails", [0, 1])
+def test_an_error_of_one_is_said_by_it_and_stops_the_others(tmp_path, fails):
+    found = finish(start(tmp_path / "run", 2, fails, "flow", 3, 0))
+    assert found[0][fails] == 1 and "ZeroDivisionError: of its own" in found[1][fails], found
+    assert_left(found, fails)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_saves(reference, tmp_path):
     codes, outputs, _ = finish(start(tmp_path / "run", 2, 1, "edit", 1, int(signal.SIGTERM)))
     assert codes == [128 + signal.SIGTERM] * 2, outputs

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -314,6 +315,42 @@ def test_a_checkpoint_that_reads_back_damaged_does_not_replace_an_older_one(tmp_
     assert "states/8 was written and reads back damaged" in capsys.readouterr().err
     left = sorted(int(path.name) for path in (tmp_path / "run/checkpoints/states").iterdir())
     assert left == [17, 18, 19]
+
+
+def test_training_goes_on_while_a_checkpoint_is_read_back(tmp_path, monkeypatch):
+    from unipic2_jax.training.checkpoints import Checkpoints
+
+    stepped, waited, verify, step = threading.Event(), [], Checkpoints._damaged, toy_stage.ToyStage.step
+
+    def read(self, number):
+        if number == 8:
+            waited.append(stepped.wait(60))
+        return verify(self, number)
+
+    def run(self, state, at):
+        if (self.context.index, at) == (0, 8):
+            stepped.set()
+        return step(self, state, at)
+
+    monkeypatch.setattr(Checkpoints, "_damaged", read)
+    monkeypatch.setattr(toy_stage.ToyStage, "step", run)
+    toy_stage.run(tmp_path / "run", **FIELDS)
+    assert waited == [True]
+    assert complete(tmp_path / "run/checkpoints/states") == {17, 18, 19}
+
+
+def test_sigterm_does_not_wait_for_a_checkpoint_to_be_read_back(processes, reference, tmp_path):
+    """Nor does a kill there: the older checkpoints are left, and what is continued from has been read."""
+    workdir = tmp_path / "run"
+    process = start(processes, workdir, {"term_at": 8, "read_for": 60.0}, output=tmp_path / "said")
+    wait_until(lambda: 8 in complete(workdir / "checkpoints/states"), process)
+    saved = time.monotonic()
+    process.join(PATIENCE)
+    assert time.monotonic() - saved < 30
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert complete(workdir / "checkpoints/states") == {5, 6, 7, 8, 9}
+    toy_stage.run(workdir, **FIELDS)
+    assert contents(workdir) == reference
 
 
 def test_which_checkpoints_stay(tmp_path):

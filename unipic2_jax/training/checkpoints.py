@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ class Checkpoints:
     A checkpoint is a directory that appears whole or not at all (Orbax writes beside it and commits at the end), so a
     process may die at any moment. It holds the state, a JSON record, and a checksum per leaf, because storage damage
     in array data is otherwise read back in silence. `keep` of them stay; an older one goes when a newer one has been read
-    back and found right, so there is room for `keep` + 1. Those of multiples of `keep_every` never go.
+    back and found right, so there must be room for `keep` + 1, and one more for what is saved while the last is being read.
+    Those of multiples of `keep_every` never go.
 
     An asynchronous save copies the state and is written while training goes on; what it could not write is said at the
     next save. On a CPU saves are synchronous unless `asynchronous` says otherwise: the copy costs what writing does there.
+    In both cases the first process reads back what was written while training goes on, and the next save waits for it.
     """
 
     def __init__(
@@ -49,6 +52,9 @@ class Checkpoints:
         self.folder, self.log = Path(folder).absolute(), log
         (self.folder / "states").mkdir(parents=True, exist_ok=True)
         self.keep, self.keep_every, self.verified = keep, keep_every, set()
+        self.written: int | None = None  # a checkpoint that is not being read back yet
+        self.readings: dict[int, Future[str | None]] = {}
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="read back")
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=jax.default_backend() != "cpu" if asynchronous is None else asynchronous,
             cleanup_tmp_directories=True,
@@ -57,13 +63,16 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager(self.folder / "states", options=options)
 
-    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, record: dict[str, Any], *, last: bool = False) -> None:
         """Saves `state` (a pytree of arrays) and `record` (JSON) as number `step`, replacing what that number had.
+
+        Args:
+          last: the process leaves then, and waits for nothing to be read back: the next start reads what it continues from.
 
         Raises:
           TrainingError: when it, or the one before, could not be written.
         """
-        self._settle()
+        self._settle(patient=not last)
         if step in self.manager.all_steps():
             self.manager.delete(step)
             self.verified.discard(step)
@@ -73,14 +82,24 @@ class Checkpoints:
         }
         with self._writing():
             self.manager.save(step, args=ocp.args.Composite(**args), force=True)
+        if not last:
+            self.written = step
+            self.read_back()
+
+    def read_back(self) -> None:
+        """Begins to read back in a thread what has been written, and does nothing while it is; call it between two steps."""
+        if self.written is not None and is_main() and not self.saving():
+            self.readings[self.written] = self.reader.submit(self._damaged, self.written)
+            self.written = None
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk, has been read back, and what it replaces is gone.
+        """Returns when what was saved is on disk.
 
         Raises:
           TrainingError: when it could not be written.
         """
-        self._settle()
+        with self._writing():
+            self.manager.wait_until_finished()
 
     def saving(self) -> bool:
         """Whether a save is being written in the background."""
@@ -101,13 +120,21 @@ class Checkpoints:
                 "storage, then run the same command."
             ) from error
 
-    def _settle(self) -> None:
-        """Waits for the last save, reads it back, and drops what is older than the ones to keep."""
-        with self._writing():
-            self.manager.wait_until_finished()
+    def _settle(self, patient: bool = True) -> None:
+        """Waits for the last save and its being read back, and drops what is older than the ones to keep.
+
+        Without patience it does nothing when what was saved is still being read.
+        """
+        self.wait()
+        self.read_back()
         steps = self.steps()
         if steps and steps[-1] not in self.verified:
-            wrong = self._damaged(steps[-1]) if is_main() else None
+            reading = self.readings.pop(steps[-1], None)
+            if not patient and agreed(is_main() and not (reading and reading.done())):
+                return
+            wrong = None
+            if is_main():
+                wrong = reading.result() if reading else self._damaged(steps[-1])
             if agreed(wrong is not None):
                 self.log(
                     f"Checkpoint {self.path(steps[-1])} was written and reads back damaged ({wrong}); it is removed."
@@ -268,8 +295,9 @@ class Checkpoints:
         return traverse_util.unflatten_dict(known | ours, sep="/"), carried
 
     def close(self) -> None:
-        """Finishes pending saves and stops the writer's threads."""
+        """Finishes pending saves and stops the threads that write and read."""
         self._settle()
+        self.reader.shutdown()
         self.manager.close()
 
 

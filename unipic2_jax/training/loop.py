@@ -385,6 +385,8 @@ class _Run:
             while True:
                 if agreed(self.signals.received):
                     self.stop(place(), state)
+                if step % config.save_every == 0 or step == config.steps:
+                    self.save(place(), state)
                 if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
                     self.save(place(), state)  # an evaluation can take long, and can then be left at once
                     self.evaluate(stage, state, place())
@@ -394,7 +396,7 @@ class _Run:
                 try:
                     state, metrics = stage.step(state, step)
                 except TrainingPaused:
-                    self.save(place(), state)
+                    self.save(place(), state, last=True)
                     raise
                 metrics = {name: float(value) for name, value in metrics.items()}
                 metrics["seconds_step"] = time.perf_counter() - started
@@ -405,13 +407,13 @@ class _Run:
                     self.metrics.train(place(), metrics)
                     bar.set_postfix(_shown(metrics), refresh=False)
                 bar.update()
-                if step % config.save_every == 0 or step == config.steps:
-                    self.save(place(), state)
+                self.checkpoints.read_back()
 
-    def save(self, place: dict[str, Any], state: Any) -> None:
-        """Saves, unless no step was taken since."""
+    def save(self, place: dict[str, Any], state: Any, *, last: bool = False) -> None:
+        """Saves, unless no step was taken since; `last`: the run leaves then."""
         if self.signals.unsaved:
-            self.checkpoints.save(place["total_step"], state, {**place, "seed": self.config.seed})
+            self.checkpoints.save(place["total_step"], state, {**place, "seed": self.config.seed}, last=last)
+            self.metrics.flush()
             self.signals.unsaved = False
 
     def evaluate(self, stage: Stage, state: Any, place: dict[str, Any]) -> None:
@@ -464,7 +466,7 @@ class _Run:
 
     def stop(self, place: dict[str, Any], state: Any) -> None:
         """Saves and leaves after a signal."""
-        self.save(place, state)
+        self.save(place, state, last=True)
         self.checkpoints.wait()
         self.say(f"Stopped by a signal after step {place['step']} of '{place['stage']}'; the same command continues.")
         raise SystemExit(128 + agreed(self.signals.received))

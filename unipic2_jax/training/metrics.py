@@ -73,6 +73,11 @@ class Metrics:
         for key, value in values.items():
             self.events.add_scalar(f"{place['stage']}/{key}", value, place["total_step"])
 
+    def flush(self) -> None:
+        """Writes what TensorBoard keeps for later, so that nothing is missing before the step of a checkpoint."""
+        if self.writes:
+            self.events.flush()
+
     def close(self) -> None:
         """Flushes everything."""
         if self.writes:
