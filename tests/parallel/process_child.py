@@ -1,8 +1,10 @@
 """One process of a toy run, a flow stage and then PDTR, which may kill itself; started by test_parallel_processes.py.
 
 python process_child.py WORKDIR DEVICES [WHO STAGE STEP SIGNAL]: process WHO sends itself the signal before this step, or fails (0).
+The environment has TOY_PRESET, of parallelism, and TOY_ORDER: the devices along the mesh, '0,2,1,3', as a torus would mix them.
 """
 
+import json
 import os
 import sys
 import time
@@ -13,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 import jax
 import numpy as np
 import toy_grpo
+from jax.experimental import mesh_utils
 
 from unipic2_jax.data.examples import EXAMPLES, EndlessExamples, Example
 from unipic2_jax.parallel import processes
@@ -53,12 +56,20 @@ def killing(stage, who, name, kill_step, number):
     stage.step = run
 
 
+def in_order(text):
+    """Instead of `mesh_utils.create_device_mesh`, which on CPU has no torus to follow."""
+    order = json.loads(f"[{text}]")
+    return lambda shape, devices, **_: np.array(devices)[order].reshape(shape)
+
+
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
     processes.initialize(heartbeat=HEARTBEAT)
     if len(sys.argv) > 3:
         killing(FlowStage, *sys.argv[3:])
         killing(GRPOStage, *sys.argv[3:])
+    if "TOY_ORDER" in os.environ:
+        mesh_utils.create_device_mesh = in_order(os.environ["TOY_ORDER"])
     flow = {
         "kind": "flow",
         "steps": 4,
@@ -70,8 +81,9 @@ if __name__ == "__main__":
         "optimizer": {"lr": 3e-3, "eps": 1e-3, "trainable": "^(transformer|conditioner)/"},
     }
     smooth = {"lr": 0.03, "eps": 0.1}  # Adam makes large differences of small ones where gradients are next to nothing
-    edit = toy_grpo.stage(edit=True, steps=4, eval_every=2, optimizer=smooth)
+    edit = toy_grpo.stage(edit=True, steps=4, eval_every=2, optimizer=smooth, audit_every=2)
     t2i = toy_grpo.stage(steps=3, optimizer=smooth)
     with processes.ending(), processes.together():
         config = toy_grpo.config(flow=flow, edit=edit, t2i=t2i)
+        config.parallel.preset = os.environ.get("TOY_PRESET", "ddp")
         loop.run(config, sys.argv[1], load=toy_grpo.load, save=toy_grpo.save, own_process=True)

@@ -1,5 +1,6 @@
 """Several processes of one machine (gloo) are one run: the same numbers, the same files, and no one waits for the dead."""
 
+import json
 import os
 import re
 import signal
@@ -26,13 +27,13 @@ DEVICES = 4
 PATIENCE = 1800  # seconds; a loaded machine must not fail a test of numbers
 
 
-def start(workdir, count, *arguments):
+def start(workdir, count, *arguments, **environment):
     """`count` processes with DEVICES devices in all."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
     command = [sys.executable, str(Path(__file__).with_name("process_child.py")), str(workdir), str(DEVICES // count)]
-    base = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    base = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment}
     several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
     return [
         subprocess.Popen(
@@ -69,8 +70,8 @@ def finish(started, silent=None):
     return [process.returncode for process in started], outputs, ended
 
 
-def run(workdir, count, *arguments):
-    codes, outputs, _ = finish(start(workdir, count, *arguments))
+def run(workdir, count, *arguments, **environment):
+    codes, outputs, _ = finish(start(workdir, count, *arguments, **environment))
     assert codes == [0] * count, outputs
     return contents(workdir)
 
@@ -103,6 +104,21 @@ def assert_equal(found, wanted):
 def test_processes_train_to_the_numbers_of_one(reference, tmp_path, count):
     assert {row["stage"] for row in reference[1]} == {"flow", "edit", "t2i"}
     assert_equal(run(tmp_path / "run", count), reference)
+
+
+@pytest.mark.parametrize(
+    "count, preset, order",
+    [
+        (2, "fsdp", "0,2,1,3"),  # every process has every second row
+        # Both have all rows, and half of every sample's heads.
+        pytest.param(2, "fsdp_tp", "0,2,1,3", marks=pytest.mark.slow),
+        pytest.param(4, "fsdp_sp", "0,3,1,2", marks=pytest.mark.slow),  # two and two have the same rows
+    ],
+)
+def test_devices_of_processes_may_be_mixed(reference, tmp_path, count, preset, order):
+    assert_equal(run(tmp_path / "run", count, TOY_PRESET=preset, TOY_ORDER=order), reference)
+    rows = [json.loads(line) for path in (tmp_path / "run/audit/edit/000000").glob("*.jsonl") for line in path.open()]
+    assert sorted(row["image"] for row in rows) == [f"{number:05d}.png" for number in range(16)]
 
 
 def assert_left(found, lost):

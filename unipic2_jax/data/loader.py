@@ -18,17 +18,14 @@ from unipic2_jax.data.plan import BatchPlan, BatchShape
 class Loader:
     """Batch n of a plan for one process; going on from any step costs nothing, so a step number is the whole position.
 
-    Processes take neighbouring parts of every batch: however many there are, a step's examples are the same.
+    Processes take rows of every batch: however many there are, a step's examples are the same.
 
     Args:
       sources: for each task of the plan.
       collate: makes the host's batch of a process's examples; called by the threads.
       threads: that read and decode; 0 does it when a batch is asked for.
       ahead: batches that are ready before they are asked for.
-      process, processes: which one this is.
-
-    Raises:
-      ValueError: when a batch does not split evenly over the processes.
+      rows: of every batch, which this process takes; None: all.
     """
 
     def __init__(
@@ -39,14 +36,10 @@ class Loader:
         *,
         threads: int = 16,
         ahead: int = 2,
-        process: int = 0,
-        processes: int = 1,
+        rows: Sequence[int] | None = None,
     ):
-        if plan.batch_size % processes:
-            raise ValueError(f"A batch of {plan.batch_size} does not split over {processes} processes; use a multiple.")
         self.plan, self.collate, self.threads, self.ahead = plan, collate, threads, ahead
-        self.local = plan.batch_size // processes
-        self.offset = process * self.local
+        self.rows = range(plan.batch_size) if rows is None else [int(row) for row in rows]
         self.datasets = {
             (task, bucket): sources[task].dataset(bucket) for task, found in plan.buckets.items() for bucket in found
         }
@@ -68,17 +61,18 @@ class Loader:
         return next(self.batches)
 
     def _batches(self, step: int) -> Iterator[tuple[BatchShape, Any]]:
-        numbered = grain.MapDataset.range(step * self.local, sys.maxsize).map(self._numbered)
-        options = grain.ReadOptions(self.threads, self.local * self.ahead if self.threads else 0)
-        batches = numbered.to_iter_dataset(options).batch(self.local, batch_fn=self._collated)
+        size = len(self.rows)
+        numbered = grain.MapDataset.range(step * size, sys.maxsize).map(self._numbered)
+        options = grain.ReadOptions(self.threads, size * self.ahead if self.threads else 0)
+        batches = numbered.to_iter_dataset(options).batch(size, batch_fn=self._collated)
         if self.threads:
             batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=self.ahead)
         return iter(batches)
 
     def _numbered(self, number: int) -> tuple[BatchShape, Example]:
-        step, place = divmod(number, self.local)
+        step, place = divmod(number, len(self.rows))
         found = self.plan.place(step)
-        return found.shape, self.example(found.shape, found.first + self.offset + place)
+        return found.shape, self.example(found.shape, found.first + self.rows[place])
 
     def _collated(self, numbered: Sequence[tuple[BatchShape, Example]]) -> tuple[BatchShape, Any]:
         shape = numbered[0][0]

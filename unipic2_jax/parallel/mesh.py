@@ -114,7 +114,7 @@ def shard_batch(batch: Any, mesh: Mesh, *, local: bool = False) -> Any:
     """Places a pytree of host arrays on the mesh, split along their leading axis.
 
     Args:
-      local: the arrays hold the rows of this process alone (`processes.local_rows`), not the whole batch.
+      local: the arrays hold the rows of this process alone, in the order of `processes.local_rows`, not the whole batch.
 
     Raises:
       ValueError: when a leading axis cannot be split evenly.

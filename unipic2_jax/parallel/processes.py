@@ -6,8 +6,10 @@ batch, rewards) each process makes for its own devices; everything else is a fun
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import json
 import os
@@ -24,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from unipic2_jax.parallel.mesh import batch_sharding
+from unipic2_jax.parallel.mesh import batch_sharding, batch_shards, check_rows
 
 # A process that says nothing for so long is taken for dead, and the others stop. One that is killed is missed at once wherever
 # its connections are closed with it.
@@ -192,55 +194,79 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def local_rows(mesh: Mesh, batch: int) -> slice:
-    """The rows of a batch that this process's devices hold: all of them in a run of one process.
+@functools.lru_cache
+def _parts(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """Process -> which of the mesh's parts of a batch its devices hold, ascending; processes in order."""
+    count, found = batch_shards(mesh), collections.defaultdict(set)
+    for device, (part,) in batch_sharding(mesh).devices_indices_map((count,)).items():
+        found[device.process_index].add(part.indices(count)[0])
+    held = {process: tuple(sorted(found[process])) for process in sorted(found)}
+    # The processes' parts are equal or have nothing in common, and there are as many of each.
+    different = set(held.values())
+    if len({len(parts) for parts in different}) > 1 or sum(map(len, different)) > count:
+        raise ValueError(
+            f"On the mesh {dict(mesh.shape)} processes hold unequal parts of a batch; give the axes 'tensor' and 'sequence' "
+            "sizes whose product divides the devices of a process or is a multiple of them."
+        )
+    return held
+
+
+def local_rows(mesh: Mesh, batch: int, process: int | None = None) -> np.ndarray:
+    """The numbers [n] of the rows of a batch that this process's devices hold, ascending; in a run of one process, all.
+
+    They have gaps where a host's devices are no neighbours along the axes of a batch, as on a torus. Processes between which
+    'tensor' or 'sequence' is split hold the same rows: see `leaders`.
+
+    Args:
+      process: instead of this one.
 
     Raises:
-      ValueError: when they do not lie side by side, since the mesh mixes the devices of processes.
+      ValueError: when the batch, or the mesh, does not give every process as much.
     """
+    if process is None and jax.process_count() == 1:
+        return np.arange(batch)
+    check_rows(batch, mesh)
+    parts = _parts(mesh)[jax.process_index() if process is None else process]
+    return np.arange(batch).reshape(batch_shards(mesh), -1)[list(parts)].ravel()
+
+
+def leaders(mesh: Mesh) -> list[int]:
+    """For each process the first of those that hold the same rows of a batch. They do the same, and the first one is heard."""
     if jax.process_count() == 1:
-        return slice(0, batch)
-    found = {index[0].indices(batch)[:2] for index in _rows(mesh, batch)}
-    starts, stops = zip(*sorted(found))
-    if starts[1:] != stops[:-1]:
-        raise ValueError(
-            f"The devices of process {jax.process_index()} hold rows {sorted(found)} of a batch of {batch}, with gaps; give "
-            "the axes 'tensor' and 'sequence' sizes that divide the devices of a process."
-        )
-    return slice(starts[0], stops[-1])
-
-
-def _rows(mesh: Mesh, batch: int) -> list[tuple[slice, ...]]:
-    return list(batch_sharding(mesh).addressable_devices_indices_map((batch,)).values())
+        return [0]
+    parts = list(_parts(mesh).values())
+    return [parts.index(own) for own in parts]
 
 
 def gather_rows(values: np.ndarray, mesh: Mesh, batch: int) -> np.ndarray:
     """The rows [batch, ...] of all processes, each of which has those of `local_rows`."""
     if jax.process_count() == 1:
         return values
-    start = np.asarray(local_rows(mesh, batch).start)
-    starts, parts = multihost_utils.process_allgather((start, values))
+    everyone = multihost_utils.process_allgather(values)
     whole = np.empty((batch, *values.shape[1:]), values.dtype)
-    for start, part in zip(starts, parts):
-        whole[start : start + len(part)] = part
+    for process in set(leaders(mesh)):
+        whole[local_rows(mesh, batch, process)] = everyone[process]
     return whole
 
 
-def own_share(count: int) -> slice:
-    """Which of `count` things this process does when they are shared as evenly as possible."""
-    bounds = np.arange(jax.process_count() + 1) * count // jax.process_count()
-    return slice(*bounds[jax.process_index() : jax.process_index() + 2].tolist())
+def own_share(count: int, mesh: Mesh) -> slice:
+    """Which of `count` things this process does when they are shared as evenly as possible; `leaders` do those of others."""
+    leading = leaders(mesh)
+    different = sorted(set(leading))
+    bounds = np.arange(len(different) + 1) * count // len(different)
+    own = different.index(leading[jax.process_index()])
+    return slice(*bounds[own : own + 2].tolist())
 
 
-def gather_json(value: Any) -> list[Any]:
-    """What every process has, in their order: numbers (NaN too), texts, lists and dictionaries with texts as keys."""
+def gather_json(value: Any, mesh: Mesh) -> list[Any]:
+    """What every share's process has, in the order of `own_share`: numbers (NaN too), texts, lists, dictionaries of texts."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     padded = np.zeros(agreed(len(text)), np.uint8)
     padded[: len(text)] = text
     lengths, texts = multihost_utils.process_allgather((np.asarray(len(text)), padded))
-    return [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths)]
+    return [json.loads(texts[process][: lengths[process]].tobytes()) for process in sorted(set(leaders(mesh)))]
 
 
 def to_host(x: jax.Array) -> np.ndarray:
@@ -252,10 +278,9 @@ def rows_to_host(x: jax.Array, mesh: Mesh) -> np.ndarray:
     """The `local_rows` of an array whose leading axis is the batch."""
     if jax.process_count() == 1:
         return np.asarray(x)
-    rows = local_rows(mesh, x.shape[0])
     x = jax.device_put(x, batch_sharding(mesh))
     found = {shard.index[0].indices(x.shape[0])[0]: shard.data for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(found[start]) for start in sorted(found)])[: rows.stop - rows.start]
+    return np.concatenate([np.asarray(found[start]) for start in sorted(found)])
 
 
 def tree_to_host(tree: Any) -> Any:

@@ -286,7 +286,8 @@ class EditRewardModel:
     ) -> np.ndarray:
         """Scores float64 [B, targets] of edits.
 
-        With several processes each has edits of its own, as many as it likes, and all call this at the same place.
+        With several processes each has edits of its own, as many as it likes, and all call this at the same place; those that hold
+        the same rows (`processes.leaders`) have the same edits.
 
         Args:
           batch_size: edits at a time on all devices together, rounded up to a multiple of them.
@@ -294,8 +295,7 @@ class EditRewardModel:
         """
         mesh = mesh or make_mesh()
         batch = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
-        rows = local_rows(mesh, batch)
-        size, count = rows.stop - rows.start, len(edited)
+        size, count = len(local_rows(mesh, batch)), len(edited)
         made = []
         # A process that has nothing left goes on with the others, on a question that nobody asks.
         blank = (Image.new("RGB", (64, 64)),) * 2 + ("",)

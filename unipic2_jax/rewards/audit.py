@@ -14,19 +14,19 @@ from unipic2_jax.rewards.scoring import Scored
 
 
 def write_audit(
-    folder: Path, first: int, images: Sequence[np.ndarray], records: Sequence[PromptRecord], scored: Scored
+    folder: Path, numbers: Sequence[int], images: Sequence[np.ndarray], records: Sequence[PromptRecord], scored: Scored
 ) -> None:
     """Writes NNNNN.png for each image, NNNNN_source.png where a new one was edited, and scores_FIRST.jsonl.
 
     Args:
-      first: number of the first image among all of the step; several processes, and parts of a step, write into one folder.
+      numbers: of the images among all of the step; several processes, and parts of a step, write into one folder.
       scored: of these images; a score that failed is null and has the sentence that says why.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    number = lambda value: None if np.isnan(value) else float(value)
+    known = lambda value: None if np.isnan(value) else float(value)
     lines, sources = [], {}
-    for index, (image, record) in enumerate(zip(images, records, strict=True)):
-        name = f"{first + index:05d}"
+    for index, (number, image, record) in enumerate(zip(numbers, images, records, strict=True)):
+        name = f"{number:05d}"
         Image.fromarray(image).save(folder / f"{name}.png")
         row = {"image": f"{name}.png", "prompt": record.prompt, "rewards": {}}
         if record.image is not None:
@@ -36,9 +36,9 @@ def write_audit(
             row["source"] = sources[record.key]
         for reward, values in scored.values.items():
             if scored.asked[reward][index]:
-                found = {detail: number(column[index]) for detail, column in scored.details[reward].items()}
-                row["rewards"][reward] = {"score": number(values[index]), **found}
+                found = {detail: known(column[index]) for detail, column in scored.details[reward].items()}
+                row["rewards"][reward] = {"score": known(values[index]), **found}
                 if sentence := scored.errors[reward].get(index):
                     row["rewards"][reward]["error"] = sentence
         lines.append(json.dumps(row))
-    (folder / f"scores_{first:05d}.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / f"scores_{numbers[0]:05d}.jsonl").write_text("\n".join(lines) + "\n")

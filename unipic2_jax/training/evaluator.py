@@ -173,13 +173,14 @@ class Evaluator:
 
     def _scores(self, images: np.ndarray, records: list[PromptRecord]) -> dict[str, np.ndarray]:
         """'{reward}' and '{reward}_{detail}' -> [prompts * samples]; each process scores its share of the prompts."""
-        own = own_share(self.config.num_prompts)
+        own = own_share(self.config.num_prompts, self.mesh)
         rows = slice(own.start * self.config.samples, own.stop * self.config.samples)
         scored = self.scorer.score(list(images[rows]), records[rows])
         columns = {}
         for name, values in scored.values.items():
             columns |= {name: values, **{f"{name}_{detail}": row for detail, row in scored.details[name].items()}}
-        shares = gather_json([len(images[rows]), {title: column.tolist() for title, column in columns.items()}])
+        found = [len(images[rows]), {title: column.tolist() for title, column in columns.items()}]
+        shares = gather_json(found, self.mesh)
         titles = dict.fromkeys(title for _, found in shares for title in found)
         # A process all of whose calls failed knows no details.
         return {

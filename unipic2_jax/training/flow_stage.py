@@ -135,17 +135,8 @@ class FlowStage(Stage):
     # The host's side: examples become batches.
 
     def _loader(self, sources: dict[str, ExampleSource], plan: BatchPlan) -> Loader:
-        size = self.config.batch_size
-        rows = local_rows(self.context.mesh, size)
-        local = rows.stop - rows.start
-        return Loader(
-            sources,
-            plan,
-            self._collated,
-            threads=self.config.loader_threads,
-            process=rows.start // local,
-            processes=size // local,
-        )
+        rows = local_rows(self.context.mesh, self.config.batch_size)
+        return Loader(sources, plan, self._collated, threads=self.config.loader_threads, rows=rows)
 
     def _collated(self, shape: BatchShape, examples: Sequence[Example]) -> dict[str, Any]:
         """Pictures or what is stored of them, and the prompts' tokens or what is stored of those, [B, ...] each."""
@@ -378,7 +369,7 @@ class FlowStage(Stage):
         for later in range(max(phase, self.asked_phase + 1), min(phase + 2, len(self.plan.phases))):
             self.asked_phase = later
             for shape in self.plan.shapes(later):
-                batch = self._collated(shape, [self.loader.example(shape, 0)] * self.loader.local)
+                batch = self._collated(shape, [self.loader.example(shape, 0)] * len(self.loader.rows))
                 self._program(shape, self._arguments(state, shape, batch, step))
 
     def step(self, state: FlowState, step: int) -> tuple[FlowState, dict[str, float]]:

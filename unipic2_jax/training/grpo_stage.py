@@ -28,7 +28,7 @@ from unipic2_jax.parallel.mesh import (
     replicated,
     shard_batch,
 )
-from unipic2_jax.parallel.processes import gather_rows, is_main, local_rows, rows_to_host, tree_to_host
+from unipic2_jax.parallel.processes import gather_rows, is_main, leaders, local_rows, rows_to_host, tree_to_host
 from unipic2_jax.parallel.rules import RULES, described
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
@@ -73,6 +73,12 @@ def _join(sampled: list[tuple[Trajectory, Any]]) -> tuple[Trajectory, Any]:
         if together[field] is not None:
             together[field] = along(1)(*(getattr(trajectory, field) for trajectory in trajectories))
     return Trajectory(**together), jax.tree.map(along(0), *inputs)
+
+
+def _whole_groups(mesh: jax.sharding.Mesh, samples: int, group_size: int) -> bool:
+    """Whether every process holds all samples of the groups that it holds any of."""
+    held = [local_rows(mesh, samples, process) // group_size for process in range(jax.process_count())]
+    return all(len(set(groups)) * group_size == len(groups) for groups in held)
 
 
 def read_grpo(config: ConfigDict) -> GRPOConfig:
@@ -168,10 +174,14 @@ class GRPOStage(Stage):
         entries = make_entries(config.rewards, mesh)
         check_tasks(entries, make_source(config.source, 0))
         whole = [name for name, entry in entries.items() if entry.reward.groupwise]
-        if whole and config.num_prompts // config.sampling_batches % jax.process_count():
+        if (
+            whole
+            and jax.process_count() > 1
+            and not _whole_groups(mesh, samples // config.sampling_batches, grpo.group_size)
+        ):
             raise ConfigError(
-                f"The reward '{whole[0]}' compares the samples of a group, and {jax.process_count()} processes cannot share "
-                f"{config.num_prompts // config.sampling_batches} groups evenly; choose a multiple."
+                f"The reward '{whole[0]}' compares the samples of a group, and on this mesh the devices of a process hold parts "
+                f"of groups; make num_prompts / sampling_batches a multiple of {devices}."
             )
         for name, fields in config.evaluations.items():
             check_evaluation(name, fields)
@@ -393,15 +403,16 @@ class GRPOStage(Stage):
         """
         mesh, count = self.context.mesh, self.samples_at_once
         rows = local_rows(mesh, count)
-        repeated = [record for record in records for _ in range(self.grpo.group_size)][rows]
+        repeated = [records[row // self.grpo.group_size] for row in rows]
         result = self.scorer.start(list(images), repeated, over)
-        audited = self.config.audit_every and step % self.config.audit_every == 0
+        heard = leaders(mesh)[jax.process_index()] == jax.process_index()
+        audited = heard and self.config.audit_every and step % self.config.audit_every == 0
 
         def scored() -> Scored:
             own = result()
             if audited:
                 folder = self.context.workdir / "audit" / self.context.name / f"{step:06d}"
-                write_audit(folder, part * count + rows.start, images, repeated, own)
+                write_audit(folder, part * count + rows, images, repeated, own)
             for name, sentences in own.errors.items():
                 if sentences and name not in self._told:
                     self._told.add(name)
