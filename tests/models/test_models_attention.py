@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from unipic2_jax.models import attention as module
 from unipic2_jax.models.attention import attention, check_implementation
 from unipic2_jax.models.splash import splash
-from unipic2_jax.parallel.mesh import make_mesh
+from unipic2_jax.parallel.mesh import AXES, make_mesh
 
 SCALE = 0.125
 
@@ -49,6 +50,7 @@ def test_auto_takes_what_the_platform_has_and_logs_it_once(caplog):
     [
         ("gpu", jnp.bfloat16, 8, {}, "cudnn"),
         ("gpu", jnp.float32, 8, {}, "xla"),
+        ("gpu", jnp.bfloat16, 7, {"mask": (2, 1, 1, 7)}, "cudnn"),
         ("tpu", jnp.bfloat16, 8, {}, "xla"),
         ("tpu", jnp.bfloat16, 2048, {}, "splash"),
         ("tpu", jnp.float32, 2048, {"mask": (2, 1, 1, 2048)}, "splash"),
@@ -62,6 +64,39 @@ def test_which_kernel_where(platform, dtype, keys, options, chosen):
     mask, bias = (jnp.ones(options[name]) if name in options else None for name in ("mask", "bias"))
     with mock.patch.object(module, "_platform", return_value=platform):
         assert module._best(query, key, mask, bias) == chosen
+
+
+def test_cudnn_takes_whole_samples_and_narrow_heads():
+    best = lambda *arrays: module._best(*arrays, None, None)
+    narrow, wide = (arrays(4, 8, jnp.bfloat16, width=width)[:2] for width in (64, 512))
+    sizes, types = {"data": 1, "fsdp": 2, "tensor": 1}, (AxisType.Auto,) * 4
+    with mock.patch.object(module, "_platform", return_value="gpu"):
+        for sequence, chosen in {1: "cudnn", 2: "xla"}.items():
+            shape = (*sizes.values(), sequence)
+            with jax.sharding.use_abstract_mesh(AbstractMesh(shape, AXES, axis_types=types)):
+                assert best(*narrow) == chosen
+        assert best(*wide) == "xla"
+
+
+@pytest.mark.parametrize("queries, keys", [(5, 7), (4, 7), (5, 8)])
+@pytest.mark.parametrize("given", ["mask", "bias", "both"])
+def test_odd_lengths_under_cudnn(queries, keys, given):
+    """The kernel is given what JAX lets it have in training (`check_layout`, `check_is_flash_attention`), and gives the same."""
+    query, key, value, seen = arrays(queries, keys, jnp.bfloat16)
+    bias = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, queries, keys)), jnp.bfloat16)
+    seen = seen.at[:, 0].set(True)[:, None, None]
+    options = {"mask": {"mask": seen}, "bias": {"bias": bias}, "both": {"mask": seen, "bias": bias}}[given]
+    wanted = attention(query, key, value, **options, implementation="xla")
+
+    def kernel(query, key, value, bias=None, mask=None, *, scale, implementation):
+        lengths = (query.shape[1], key.shape[1])
+        assert all(length % 2 == 0 for length in lengths)
+        assert all(x is None or x.shape[2:] == lengths for x in (mask, bias))
+        return attention(query, key, value, mask=mask, bias=bias, scale=scale, implementation="xla")
+
+    with mock.patch.object(jax.nn, "dot_product_attention", kernel):
+        found = module._cudnn(query, key, value, options.get("mask"), options.get("bias"), SCALE)
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, wanted)), rtol=1e-2, atol=1e-2)
 
 
 def test_a_kernel_by_name_is_that_or_an_error():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from unipic2_jax.models.splash import fits, splash
-from unipic2_jax.parallel.rules import constrain
+from unipic2_jax.parallel.rules import constrain, split_over
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +19,8 @@ KERNELS = {"xla": None, "cudnn": "gpu", "splash": "tpu"}
 IMPLEMENTATIONS = ("auto", *KERNELS)
 # From so many keys on, holding all logits costs more than splash attention's padding.
 SPLASH_KEYS = 1024
+# The widest head that cuDNN has on every GPU; a multiple of 8 in any case.
+CUDNN_WIDTH = 128
 
 
 def attention(
@@ -56,7 +58,7 @@ def attention(
     elif refused := _refusal(implementation, query, key, mask, bias):
         raise ValueError(f"Attention by '{implementation}' cannot be had here: {refused}; use 'auto'.")
     if implementation == "cudnn":
-        out = jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation="cudnn")
+        out = _cudnn(query, key, value, mask, bias, scale)
     elif implementation == "splash":
         out = splash(query, key, value, None if mask is None else mask[:, 0, 0], scale)
     else:
@@ -91,8 +93,14 @@ def _refusal(
         return f"there is {', '.join(IMPLEMENTATIONS)}"
     if KERNELS[implementation] not in (None, _platform()):
         return f"this is a {_platform()}"
-    if implementation == "cudnn" and query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it computes in 16 bits, not in {query.dtype}"
+    if implementation == "cudnn":
+        width = query.shape[-1]
+        if query.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"it computes in 16 bits, not in {query.dtype}"
+        if width > CUDNN_WIDTH or width % 8:
+            return f"its heads have at most {CUDNN_WIDTH} channels, a multiple of 8, not {width}"
+        if split_over("sequence"):
+            return "the queries of a sample are split over devices"
     if implementation == "splash":
         if bias is not None:
             return "there is a bias"
@@ -115,6 +123,37 @@ def _best(query: jax.Array, key: jax.Array, mask: jax.Array | None, bias: jax.Ar
 @functools.cache
 def _say(implementation: str, platform: str, reason: str | None) -> None:
     logger.info("attention on %s: %s%s", platform, implementation, f" ({reason})" if reason else "")
+
+
+def _cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """cuDNN's kernel. It adds masks and biases query by query, and has a backward pass for even lengths of these only."""
+    queries, keys = query.shape[1], key.shape[1]
+    run = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+    if mask is None and bias is None:
+        return run(query, key, value)
+    rows, columns = queries % 2, keys % 2
+    if columns and mask is None:
+        mask = jnp.ones((1, 1, 1, keys), bool)
+    if rows or columns:
+        _say("cudnn", "gpu", "odd lengths under a mask or bias are padded to even ones")
+
+    def even(x: jax.Array | None) -> jax.Array | None:
+        """[B, N, Q, K] with a key more that no query sees, and a query more that sees what the last one does."""
+        if x is None:
+            return None
+        x = jnp.pad(jnp.broadcast_to(x, (*x.shape[:2], queries, keys)), ((0, 0), (0, 0), (0, 0), (0, columns)))
+        return jnp.pad(x, ((0, 0), (0, 0), (0, rows), (0, 0)), mode="edge")
+
+    longer = lambda x, more: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0)))
+    out = run(longer(query, rows), longer(key, columns), longer(value, columns), even(bias), even(mask))
+    return out[:, :queries]
 
 
 def _xla(
