@@ -48,6 +48,8 @@ def main(argv: list[str]) -> None:
     cli.quiet()
     # Nothing runs here: the TPU compiler is not to look for a TPU, and other processes may use it at the same time.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    # At a flag of another platform's compiler it ends the process.
+    os.environ.pop("XLA_FLAGS", None)
     from unipic2_jax.training import config as config_lib
     from unipic2_jax.training import plan, plan_report, topology
 
@@ -56,13 +58,13 @@ def main(argv: list[str]) -> None:
     try:
         config = config_lib.validate(CONFIG.value)
         counted = {}
-        for machine in map(topology.read_topology, _TOPOLOGY.value):
+        for machine in (topology.read_topology(name, config.parallel.slices) for name in _TOPOLOGY.value):
             # What is counted for GPUs depends on their number alone.
             made = counted.get(machine.count) if not machine.is_tpu else None
             if made is None:
                 made = plan.plan(config, machine, all_shapes=_ALL_SHAPES.value, cache=cache, log=log)
                 counted |= {} if machine.is_tpu else {machine.count: made}
-            print(f"**{machine.name}**, {machine.count} chips, preset {config.parallel.preset}", end="")
+            print(f"**{machine}**, {machine.count} chips, preset {config.parallel.preset}", end="")
             print(f" ({'compiled' if machine.is_tpu else 'by arithmetic'}):\n")
             if _MARKDOWN.value:
                 print(f"    {_command(machine.name)}\n")

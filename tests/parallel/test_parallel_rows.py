@@ -92,6 +92,18 @@ def test_rows_that_are_shared_in_part_are_refused(monkeypatch):
         processes.local_rows(mesh, 8, 0)
 
 
+@pytest.mark.parametrize("by_slice", [True, False])
+def test_slices_are_the_outer_part_of_data(by_slice):
+    """Of devices that say which slice they are of, and of those that do not, whose processes are slices."""
+    own = lambda i: Device(i, process_index=i // 2, slice_index=(i // 4) % 2)
+    devices = [own(i) if by_slice else Process(i, process_index=i // 4) for i in range(8)]
+    mesh = make_mesh(devices[::-1], "fsdp", {"data": 4}, slices=2)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1, "sequence": 1}
+    assert [{device.id // 4 for device in group.flat} for group in mesh.devices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ValueError, match=r"4 slices are asked for and the devices are of 2; set parallel.slices=2"):
+        make_mesh(devices, "ddp", slices=4)
+
+
 ALL = """
 import json, sys
 import jax, numpy as np

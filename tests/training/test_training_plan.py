@@ -27,6 +27,13 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def without_flags(monkeypatch):
+    """The compiler for TPUs ends the process at a flag for CPUs; the CPU's own has read them before."""
+    jax.devices()
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
 def recipe(name, arg="", **changes):
     config = importlib.import_module(f"configs.{name}").get_config(arg)
     config.update_from_flattened_dict(changes)
@@ -225,6 +232,25 @@ def test_batches_that_do_not_come_out_even():
         plan.plan(recipe("kontext", "tiny", **{"parallel.preset": "fsdp_tp"}), GPUS)
     with pytest.raises(ConfigError, match="does not fit 5 devices"):
         plan.plan(recipe("kontext", "tiny", **{"parallel.preset": "fsdp_tp"}), read_topology("gpu:5xh100"))
+
+
+@needs_libtpu
+def test_slices_that_a_network_joins():
+    config = recipe("kontext", "tiny", **{"parallel.slices": 2, "parallel.preset": "fsdp", "schedule": ("kontext",)})
+    topology = read_topology("v5e:2x2", 2)
+    assert (str(topology), topology.count) == ("2 x v5e:2x2", 8)
+    assert [str(other) for other in topology.larger()][:2] == ["2 x v5e:2x2", "2 x v5e:2x4"]
+    mesh = topology.mesh(config.parallel)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
+    assert [{device.slice_index for device in group.flat} for group in mesh.devices] == [{0}, {1}]
+    (step,) = plan.plan(config, topology, only=lambda planned, program: "t2i" in program.name).costs["kontext"]
+    # Gradients, of which a chip has a quarter, go from one to the other; nothing else does.
+    trained = step.optimizer / 3
+    assert 0.8 * trained < step.collectives["from other slices"] < 1.5 * trained
+    with pytest.raises(
+        ConfigError, match=r"config\.parallel\.slices is 2 and the topology is v5e:2x2; make them equal"
+    ):
+        plan.plan(config, read_topology("v5e:2x2"))
 
 
 def test_a_stage_without_a_plan():

@@ -63,6 +63,9 @@ def make_mesh(
 
     Several slices (TPU pods joined by a data-centre network) become the outer part of 'data', so that only gradients
     cross it.
+
+    Raises:
+      ValueError: when sizes do not fit the devices, or the devices are of another number of slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_sizes(len(devices), preset, sizes, slices)
@@ -74,7 +77,14 @@ def make_mesh(
     inside = [shape[0] // slices, *shape[1:]]
     # Where devices do not say which slice they are of, a process is one.
     by_process = not hasattr(devices[0], "slice_index")
-    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices, process_is_granule=by_process)
+    found = {device.process_index if by_process else device.slice_index for device in devices}
+    if len(found) != slices:
+        raise ValueError(
+            f"{slices} slices are asked for and the devices are of {len(found)}; set parallel.slices={len(found)}."
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1, 1), devices, process_is_granule=by_process, allow_split_physical_axes=True
+    )
     return Mesh(grid, AXES, axis_types=types)
 
 

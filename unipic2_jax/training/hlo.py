@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "from other slices"
 BITS = {"pred": 8, "bf16": 16, "token": 0}
 # What names or groups values and moves none.
 FREE = {
@@ -119,7 +120,8 @@ class Module:
     def collective_bytes(self) -> dict[str, int]:
         """Bytes that a device receives, by kind of collective: an all-reduce passes what it reduces around twice.
 
-        On TPUs a collective may be part of a fusion; a sum of which a device keeps a part is a reduce-scatter there.
+        On TPUs a collective may be part of a fusion; a sum of which a device keeps a part is a reduce-scatter there. What comes
+        from other slices comes through the hosts.
         """
         found: dict[str, int] = {}
         for own, instruction, times in self._running():
@@ -128,6 +130,8 @@ class Module:
                 inside = self.computations[instruction.called("calls")[0]]
             for scope, line in [(own, instruction), *((inside, line) for line in inside.values())]:
                 kind = line.op.removesuffix("-start")
+                if kind == "recv" and "is_host_transfer=true" in line.rest:
+                    found[BETWEEN_SLICES] = found.get(BETWEEN_SLICES, 0) + times * max(line.sizes)
                 if kind not in COLLECTIVES:
                     continue
                 given = sum(scope[name].size for name in line.operands if name in scope)

@@ -249,7 +249,7 @@ class Cache:
     def key(self, text: str, topology: Topology) -> str:
         """Of a lowered program and everything else that decides how it is compiled."""
         libraries = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
-        parts = [str(CACHE_FORMAT), topology.name, json.dumps(EFFORT), *libraries, text]
+        parts = [str(CACHE_FORMAT), str(topology), json.dumps(EFFORT), *libraries, text]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def read(self, key: str) -> dict[str, Any] | None:
@@ -438,7 +438,7 @@ def plan(
     else:
         if shards < topology.count:
             raise ConfigError(
-                f"Steps on {topology.name} are counted, and that works for batches split over all chips only; choose "
+                f"Steps on {topology} are counted, and that works for batches split over all chips only; choose "
                 "--config.parallel.preset=fsdp or ddp."
             )
         mesh, built = make_mesh(jax.devices()[:1], "fsdp"), {"shards": shards, "split": whole}
@@ -451,7 +451,7 @@ def plan(
             for program in planned.programs:
                 if not only(planned, program):
                     continue
-                say = lambda found, at=f"{topology.name} {planned.name}: {program.name}": log(f"{at}: {found}")
+                say = lambda found, at=f"{topology} {planned.name}: {program.name}": log(f"{at}: {found}")
                 if topology.is_tpu:
                     cost = compiled_cost(planned, program, mesh, topology, cache, say)
                 else:

@@ -112,7 +112,7 @@ def smallest(config: ConfigDict, made: Plan, topology: Topology) -> tuple[Topolo
             for planned in made.stages:
                 planned.check(there)
         except ConfigError:
-            uneven.append(other.name)
+            uneven.append(str(other))
             continue
         ratio = rows / batch_shards(there)
         if all(
@@ -177,4 +177,4 @@ def smallest_sentence(
         known = "by these figures, and by scaling them to the smaller ones"
     else:
         known = f"an estimate, by scaling these figures; --smallest=confirm {'compiles' if topology.is_tpu else 'counts'} for it"
-    return f"The smallest slice that fits: {found.name}, {known}{parts}."
+    return f"The smallest slice that fits: {found}, {known}{parts}."

@@ -82,12 +82,19 @@ class Topology:
     """Chips that a run would have.
 
     Attributes:
+      name: of one slice, as it was asked for.
       kind: of `CHIPS`.
+      count: of all chips.
+      slices: of TPUs, which a data-centre network joins.
     """
 
     name: str
     kind: str
     count: int
+    slices: int = 1
+
+    def __str__(self) -> str:
+        return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
 
     @property
     def chip(self) -> Chip:
@@ -107,7 +114,7 @@ class Topology:
     def larger(self) -> Iterator[Topology]:
         """All slices of its kind, from the smallest."""
         for shape in SLICES[self.kind]:
-            yield read_topology(f"{self.kind}:{shape}" if self.is_tpu else f"gpu:{shape}x{self.kind}")
+            yield read_topology(f"{self.kind}:{shape}" if self.is_tpu else f"gpu:{shape}x{self.kind}", self.slices)
 
     def abstract_mesh(self, parallel: ConfigDict) -> AbstractMesh:
         """The mesh of `config.parallel` without devices, which is enough to say how arrays are split.
@@ -116,10 +123,12 @@ class Topology:
           ConfigError: when it does not come out even.
         """
         preset, sizes, slices = _fields(parallel)
+        if self.is_tpu and slices != self.slices:
+            raise ConfigError(f"config.parallel.slices is {slices} and the topology is {self}; make them equal.")
         try:
             shape = mesh_sizes(self.count, preset, sizes, slices)
         except ValueError as error:
-            raise ConfigError(f"config.parallel on {self.name}: {error}") from error
+            raise ConfigError(f"config.parallel on {self}: {error}") from error
         return AbstractMesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
     def mesh(self, parallel: ConfigDict) -> Mesh:
@@ -137,8 +146,11 @@ def _fields(parallel: ConfigDict) -> tuple[str, dict[str, int], int]:
     return sizes.pop("preset"), {axis: sizes[axis] for axis in AXES}, sizes["slices"]
 
 
-def read_topology(text: str) -> Topology:
+def read_topology(text: str, slices: int = 1) -> Topology:
     """'v5p:4x4x4' or 'gpu:8xh200'.
+
+    Args:
+      slices: how many of a TPU slice there are. Of GPUs all are named.
 
     Raises:
       ConfigError: for anything else.
@@ -147,7 +159,7 @@ def read_topology(text: str) -> Topology:
     if kind == "gpu" and (found := re.fullmatch(r"([1-9]\d*)x(h\w+)", shape)) and found[2] in CHIPS:
         return Topology(text, found[2], int(found[1]))
     if kind in CHIPS and kind.startswith("v") and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
-        return Topology(text, kind, math.prod(map(int, shape.split("x"))))
+        return Topology(text, kind, slices * math.prod(map(int, shape.split("x"))), slices)
     raise ConfigError(f"The topology '{text}' is unknown; write v5p:4x4x4, v5e:8x8, v6e:8x8, gpu:8xh100 or gpu:8xh200.")
 
 
@@ -167,8 +179,9 @@ def tpu_devices(topology: Topology) -> Sequence[Any]:
             "plan for GPUs, which is arithmetic: --topology=gpu:8xh200."
         ) from error
     del libtpu
+    several = {"num_slices": topology.slices} if topology.slices > 1 else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **several).devices
     except Exception as error:  # the plugin has no kinds of its own
         reason = str(error).strip().split("\n")[0][:200]
         if "lockfile" in reason:
