@@ -175,11 +175,16 @@ def test_the_table(counted):
 
 def test_advice():
     config = recipe("kontext")
-    say = lambda config, **fields: plan_report.advice(config, {"kontext": [cost(**fields)]}, GPUS)
+    say = lambda config, on=GPUS, **fields: plan_report.advice(config, {"kontext": [cost(**fields)]}, on)
     assert say(config, activations=100e9) == []
     (sentence,) = say(config, activations=200e9)
     assert sentence.startswith("Stage 'kontext' needs 200.0 GB of 141.0 GB a chip (step); ")
+    # What splits tokens cannot be counted, and so is no advice for GPUs.
+    assert "accumulation=2" in sentence and "fsdp_sp" not in sentence
+    (sentence,) = say(config, on=read_topology("v5p:4x4x4"), activations=200e9)
     assert "accumulation=2" in sentence and "fsdp_sp" in sentence
+    (sentence,) = say(config, on=read_topology("v5p:4x4x8"), activations=200e9)  # a sample a chip has no parts
+    assert "accumulation" not in sentence and "fsdp_sp" in sentence
     (sentence,) = say(config, parameters=200e9)
     assert "preset=fsdp." in sentence
     (sentence,) = say(recipe("kontext", **{"parallel.preset": "fsdp"}), parameters=200e9)
@@ -187,7 +192,10 @@ def test_advice():
     reinforced = recipe("pdtr", **{"parallel.preset": "fsdp"})
     for name, remedy in {"update": "micro_batch=16", "rollout": "num_prompts=8"}.items():
         costs = {"edit": [cost(stage="edit", name=name, activations=200e9)]}
-        assert remedy in plan_report.advice(reinforced, costs, GPUS)[0]
+        (sentence,) = plan_report.advice(reinforced, costs, GPUS)
+        assert remedy in sentence and "fsdp_sp" not in sentence
+        (sentence,) = plan_report.advice(reinforced, costs, read_topology("v5p:4x4x4"))
+        assert "micro_batch" not in sentence and "fsdp_sp" in sentence  # 64 chips have a sample each as it is
 
 
 def large(made, activations):
@@ -228,10 +236,44 @@ def test_batches_that_do_not_come_out_even():
         plan.plan(recipe("pdtr", "tiny"), read_topology("gpu:5xh100"))
     with pytest.raises(ConfigError, match="prompts cannot be counted for 32 chips"):
         plan.plan(recipe("pdtr", "tiny", **{"stages.edit.num_prompts": 16}), read_topology("gpu:32xh100"))
+    batches = {"stages.edit.num_prompts": 8, "stages.edit.sampling_batches": 4, "stages.edit.grpo.group_size": 16}
+    with pytest.raises(
+        ConfigError, match=r"8 prompts cannot be counted for 8 chips in 4 sampling_batches; .* multiple of 32"
+    ):
+        plan.plan(recipe("pdtr", "tiny", **batches), GPUS)
+    batches |= {"stages.edit.num_prompts": 24, "stages.edit.sampling_batches": 2}
+    with pytest.raises(ConfigError, match="24 prompts cannot be counted for 8 chips in 2 sampling_batches"):
+        plan.plan(recipe("pdtr", "tiny", **batches), GPUS)
+    with pytest.raises(ConfigError, match=r"micro-batches of 96 on 64 devices; choose .*grpo\.micro_batch that divide"):
+        plan.plan(recipe("pdtr", **{"stages.edit.grpo.micro_batch": 96}), read_topology("gpu:64xh100"))
     with pytest.raises(ConfigError, match="that works for batches split over all chips only"):
         plan.plan(recipe("kontext", "tiny", **{"parallel.preset": "fsdp_tp"}), GPUS)
     with pytest.raises(ConfigError, match="does not fit 5 devices"):
         plan.plan(recipe("kontext", "tiny", **{"parallel.preset": "fsdp_tp"}), read_topology("gpu:5xh100"))
+
+
+NOTHING = {"only": lambda planned, program: False}
+
+
+def test_a_micro_batch_has_a_sample_for_every_chip():
+    small = {"schedule": ("edit",), "stages.edit.num_prompts": 16, "stages.edit.grpo.micro_batch": 8}
+    said = []
+    (planned,) = plan.plan(
+        recipe("pdtr", "tiny", **small), read_topology("gpu:16xh100"), log=said.append, **NOTHING
+    ).stages
+    assert said == ["edit: micro_batch is 16 instead of 8, a sample for each device."]
+    (update,) = [program for program in planned.programs if program.name == "update"]
+    assert update.gradients == 16 * 16 // 16  # samples, of which 16 are computed at once
+
+
+@needs_libtpu
+def test_the_command_of_the_readme_can_be_planned():
+    """`launch.plan --config=configs/pdtr.py --topology=v5p:4x4x4`, up to the compiler."""
+    assert "python -m launch.plan --config=configs/pdtr.py --topology=v5p:4x4x4`" in (ROOT / "README.md").read_text()
+    said = []
+    made = plan.plan(recipe("pdtr"), read_topology("v5p:4x4x4"), log=said.append, **NOTHING)
+    assert [stage.name for stage in made.stages] == ["edit", "t2i"]
+    assert said == [f"{name}: micro_batch is 64 instead of 32, a sample for each device." for name in ("edit", "t2i")]
 
 
 @needs_libtpu

@@ -60,7 +60,8 @@ def grpo_fields() -> ConfigDict:
     fields = dataclasses.asdict(GRPOConfig())
     del fields["weights"]  # they come from the stage's rewards
     fields["window"] = {"size": 0, "low": 0, "high": 0}  # size 0: every step is stochastic
-    fields["micro_batch"] = 0  # 0: all samples of an update at once
+    # Samples of an update that are computed at once, at least one for each device; 0: all.
+    fields["micro_batch"] = 0
     return ConfigDict(fields)
 
 
@@ -81,15 +82,21 @@ def _whole_groups(mesh: jax.sharding.Mesh, samples: int, group_size: int) -> boo
     return all(len(set(groups)) * group_size == len(groups) for groups in held)
 
 
-def read_grpo(config: ConfigDict) -> GRPOConfig:
-    """The hyper-parameters of a stage as `rl` wants them."""
+def read_grpo(config: ConfigDict, devices: int = 1) -> GRPOConfig:
+    """The hyper-parameters of a stage as `rl` wants them, for so many devices."""
     fields = config.grpo.to_dict()
     window = fields["window"]
     fields["window"] = (window["size"], (window["low"], window["high"])) if window["size"] else None
-    fields["micro_batch"] = fields["micro_batch"] or None
+    fields["micro_batch"] = max(fields["micro_batch"], devices) if fields["micro_batch"] else None
     fields["sde"] = SDEConfig(**fields["sde"])
     weights = tuple((name, float(options.get("weight", 1.0))) for name, options in config.rewards.items())
     return GRPOConfig(**fields, weights=tuple((name, weight) for name, weight in weights if weight))
+
+
+def tell_micro_batch(name: str, config: ConfigDict, devices: int, log: Callable[[str], None]) -> None:
+    """Says so where `read_grpo` makes a stage's micro-batch larger, which changes how an update is computed and not what it is."""
+    if 0 < (asked := config.grpo.micro_batch) < devices:
+        log(f"{name}: micro_batch is {devices} instead of {asked}, a sample for each device.")
 
 
 class GRPOStage(Stage):
@@ -135,8 +142,9 @@ class GRPOStage(Stage):
     @classmethod
     def check(cls, config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         """Builds everything that the configuration describes and that costs nothing."""
-        grpo = read_grpo(config)
-        samples, devices = config.num_prompts * grpo.group_size, batch_shards(mesh)
+        devices = batch_shards(mesh)
+        grpo = read_grpo(config, devices)
+        samples = config.num_prompts * grpo.group_size
         part = samples // grpo.updates_per_rollout
         if (
             samples % grpo.updates_per_rollout
@@ -145,7 +153,8 @@ class GRPOStage(Stage):
         ):
             raise ConfigError(
                 f"num_prompts * group_size = {samples} samples cannot be split into {grpo.updates_per_rollout} updates "
-                f"of micro-batches of {grpo.micro_batch or part} on {devices} devices; choose numbers that divide."
+                f"of micro-batches of {grpo.micro_batch or part} on {devices} devices; choose num_prompts, "
+                "grpo.updates_per_rollout and grpo.micro_batch that divide, and leave each device a sample."
             )
         if config.sampling_batches < 1 or config.num_prompts % config.sampling_batches:
             raise ConfigError(
@@ -188,7 +197,8 @@ class GRPOStage(Stage):
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
         super().__init__(config, bundle, context)
-        self.grpo = read_grpo(config)
+        self.grpo = read_grpo(config, batch_shards(context.mesh))
+        tell_micro_batch(context.name, config, batch_shards(context.mesh), context.log)
         pixels = bundle.vae.config.downsampling * bundle.transformer.config.patch_size
         pictures.check_size(config.height, config.width, pixels)
         self.transformer = bundle.transformer.clone(

@@ -31,6 +31,7 @@ from unipic2_jax.parallel.mesh import batch_shards, make_mesh
 from unipic2_jax.parallel.rules import devices_along
 from unipic2_jax.training.config import ConfigError
 from unipic2_jax.training.counting import is_single, jaxpr_flops
+from unipic2_jax.training.grpo_stage import tell_micro_batch
 from unipic2_jax.training.hlo import Module
 from unipic2_jax.training.liveness import measure
 from unipic2_jax.training.loop import model_config
@@ -119,7 +120,13 @@ class Planned:
 
 
 def stages(
-    config: ConfigDict, mesh: Mesh, *, all_shapes: bool = False, shards: int = 1, split: Any = None
+    config: ConfigDict,
+    mesh: Mesh,
+    *,
+    all_shapes: bool = False,
+    shards: int = 1,
+    split: Any = None,
+    log: Callable[[str], None] = lambda sentence: None,
 ) -> Iterator[Planned]:
     """Every stage of a schedule, on a model and data that are descriptions.
 
@@ -127,6 +134,7 @@ def stages(
       all_shapes: also the resolutions before the last, and all aspect ratios instead of the square.
       shards: build each stage for one of so many parts of its batch.
       split: the mesh whose batches must come out even; `mesh` by default.
+      log: takes what a stage says when it is built.
 
     Raises:
       ConfigError: for batches that do not come out even, or a kind of stage that has no plan.
@@ -146,8 +154,8 @@ def stages(
         planned.check(split or mesh)
         if shards > 1:
             with (stage := stage.copy_and_resolve_references()).unlocked():
-                _part_of_batch(name, stage, shards)
-        context = StageContext(name, index, config.seed, mesh, Path("."), log=lambda sentence: None)
+                _part_of_batch(name, stage, shards, log)
+        context = StageContext(name, index, config.seed, mesh, Path("."), log=log)
         bundle = abstract_bundle(_sized(config, model), mesh)
         made = stage_class(stage.kind)(stage, bundle, context)
         programs = made.programs()
@@ -195,18 +203,21 @@ def _without_content(stage: ConfigDict, all_shapes: bool) -> None:
         stage.evaluations = ConfigDict()
 
 
-def _part_of_batch(name: str, stage: ConfigDict, shards: int) -> None:
+def _part_of_batch(name: str, stage: ConfigDict, shards: int, log: Callable[[str], None]) -> None:
     """The stage as one of `shards` equal parts of its batch is computed."""
     if stage.kind == "flow":
         stage.batch_size //= shards
         return
-    if stage.num_prompts % shards:
+    batches = stage.sampling_batches
+    if stage.num_prompts % (batches * shards):
         raise ConfigError(
-            f"config.stages.{name}: {stage.num_prompts} prompts cannot be counted for {shards} chips; make num_prompts a "
-            "multiple, or plan for a TPU topology, which is compiled."
+            f"config.stages.{name}: {stage.num_prompts} prompts cannot be counted for {shards} chips"
+            + (f" in {batches} sampling_batches" if batches > 1 else "")
+            + f"; make num_prompts a multiple of {batches * shards}, or plan for a TPU topology, which is compiled."
         )
+    tell_micro_batch(name, stage, shards, log)
     stage.num_prompts //= shards
-    stage.grpo.micro_batch //= shards
+    stage.grpo.micro_batch = -(-stage.grpo.micro_batch // shards)
 
 
 def local_bytes(tree: Any, mesh: Mesh | AbstractMesh) -> float:
@@ -445,7 +456,7 @@ def plan(
     flash = config.get("attention", "auto") != "xla"
     found = Plan([], {})
     with jax.set_mesh(mesh):
-        for planned in stages(config, mesh, all_shapes=all_shapes, **built):
+        for planned in stages(config, mesh, all_shapes=all_shapes, log=log, **built):
             found.stages.append(planned)
             found.costs[planned.name] = []
             for program in planned.programs:

@@ -63,11 +63,11 @@ def advice(config: ConfigDict, costs: Costs, topology: Topology) -> list[str]:
             continue
         kept = worst.parameters + worst.optimizer + worst.results
         needs = f"Stage '{stage}' needs {worst.peak / GB:.1f} GB of {topology.chip.memory / GB:.1f} GB a chip ({worst.name})"
-        sentences.append(f"{needs}; {_remedy(config, stage, worst, kept)}.")
+        sentences.append(f"{needs}; {_remedy(config, stage, worst, kept, topology)}.")
     return sentences
 
 
-def _remedy(config: ConfigDict, stage: str, worst: Cost, kept: float) -> str:
+def _remedy(config: ConfigDict, stage: str, worst: Cost, kept: float, topology: Topology) -> str:
     """What to change about the largest part of a peak."""
     own, preset = config.stages[stage], config.parallel.preset
     if preset == "ddp" and kept > worst.activations:
@@ -77,22 +77,23 @@ def _remedy(config: ConfigDict, stage: str, worst: Cost, kept: float) -> str:
     remat = own.get("remat", "full")
     if remat != "full":
         return f"keep less for the backward pass: --config.stages.{stage}.remat=full (now {remat})"
+    remedies, devices = [], batch_shards(topology.abstract_mesh(config.parallel))
     if own.kind == "flow":
-        return (
-            f"compute a batch in more parts: --config.stages.{stage}.accumulation={2 * own.accumulation}, or split the tokens "
-            "of a sample too: --config.parallel.preset=fsdp_sp"
-        )
-    if worst.name == "update":
+        parts = 2 * own.accumulation
+        if own.batch_size % (parts * devices) == 0:
+            remedies.append(f"compute a batch in more parts: --config.stages.{stage}.accumulation={parts}")
+    elif worst.name == "update":
         part = own.num_prompts * own.grpo.group_size // own.grpo.updates_per_rollout
-        half = (own.grpo.micro_batch or part) // 2
-        return (
-            f"compute an update in more parts: --config.stages.{stage}.grpo.micro_batch={half}, or split the tokens of a sample "
-            "too: --config.parallel.preset=fsdp_sp"
+        half = max(own.grpo.micro_batch or part, devices) // 2
+        if half % devices == 0:
+            remedies.append(f"compute an update in more parts: --config.stages.{stage}.grpo.micro_batch={half}")
+    else:
+        remedies.append(
+            f"draw fewer samples a step: --config.stages.{stage}.num_prompts={max(1, own.num_prompts // 2)}"
         )
-    return (
-        f"split the tokens of a sample too: --config.parallel.preset=fsdp_sp, or draw fewer samples a step: "
-        f"--config.stages.{stage}.num_prompts={max(1, own.num_prompts // 2)}"
-    )
+    if topology.is_tpu and preset != "fsdp_sp":  # which cannot be counted for GPUs
+        remedies.append("split the tokens of a sample too: --config.parallel.preset=fsdp_sp")
+    return ", or ".join(remedies) or "take chips with more memory"
 
 
 def smallest(config: ConfigDict, made: Plan, topology: Topology) -> tuple[Topology | None, list[str]]:
