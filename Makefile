@@ -16,7 +16,7 @@ help:
 	@echo "make demo       reinforce the shipped tiny model: editing, then text-to-image (about 10 minutes on 2 cores)"
 	@echo "make test       the default test suite        make test-slow  the long tests"
 	@echo "make lint       ruff                          make tiny       retrain the shipped tiny models (2 to 3 hours)"
-	@echo "make tiny-edit-reward                         retrain the shipped tiny EditReward"
+	@echo "make tiny-edit-reward                         retrain the shipped tiny EditReward (about an hour)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + ": choose one with PYTHON=python3.12.")'
