@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -293,6 +294,14 @@ def test_slices_that_a_network_joins():
         ConfigError, match=r"config\.parallel\.slices is 2 and the topology is v5e:2x2; make them equal"
     ):
         plan.plan(config, read_topology("v5e:2x2"))
+
+
+def test_a_program_that_a_newer_compiler_made():
+    lowered = mock.Mock(**{"as_text.return_value": "program"})
+    lowered.compile().as_text.side_effect = jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+    traced = mock.Mock(**{"lower.return_value": lowered})
+    with pytest.raises(ConfigError, match=r"cannot read a program that libtpu .* pip install 'jax\[tpu\]=="):
+        plan.compile_program(traced, read_topology("v5p:2x2x1"), plan.Cache(None), print)
 
 
 def test_a_stage_without_a_plan():

@@ -310,6 +310,9 @@ def compile_program(
     """What the compiler says of a program: bytes of its 'arguments', 'results', 'temporary', 'moved' and 'collectives'.
 
     The last two are None where it is too large to be compiled; 'temporary' is then what the compiler would have needed.
+
+    Raises:
+      ConfigError: when JAX does not understand what the compiler made.
     """
     lowered = traced.lower()
     key = cache.key(lowered.as_text(), topology)
@@ -332,7 +335,7 @@ def compile_program(
             "collectives": None,
         }
     else:
-        memory, module = compiled.memory_analysis(), Module.read(compiled.as_text())
+        memory, module = compiled.memory_analysis(), _module(compiled)
         found = {
             "arguments": memory.argument_size_in_bytes,
             "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -345,6 +348,16 @@ def compile_program(
     log(f"compiled in {seconds:.0f} s" + (", too large" if found["moved"] is None else ""))
     cache.write(key, found)
     return found
+
+
+def _module(compiled: jax.stages.Compiled) -> Module:
+    try:
+        return Module.read(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            f"jaxlib {_version('jaxlib')} cannot read a program that libtpu {_version('libtpu')} compiled; install the libtpu "
+            f"that belongs to it: pip install 'jax[tpu]=={_version('jax')}'."
+        ) from error
 
 
 def _flops(traced: jax.stages.Traced, chips: int) -> dict[str, float]:
