@@ -9,8 +9,11 @@ from importlib.metadata import version
 # Tests compile many small programs and run each of them once or twice: with a backend that optimises nothing the suite takes half
 # the time. It must be set before JAX is imported; commands that tests start inherit it. XLA ends at once at a flag that it does
 # not know, and later releases have lost the emitters of the last one.
-FLAGS = ["xla_backend_optimization_level=0", "xla_llvm_disable_expensive_passes=true"]
-FLAGS.append("xla_cpu_parallel_codegen_split_count=1")
+FLAGS = [
+    "xla_backend_optimization_level=0",
+    "xla_llvm_disable_expensive_passes=true",
+    "xla_cpu_parallel_codegen_split_count=1",
+]
 if version("jaxlib").startswith("0.10."):
     FLAGS.append("xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *(f"--{flag}" for flag in FLAGS)]).strip()

@@ -86,20 +86,9 @@ class ChatModel:
         params = native.load_component(folder, qwen.rules(config), network.abstract(config), None, dtype)
         return cls(Qwen2_5_VL(config, dtype=dtype, param_dtype=dtype), params, processor, is_part)
 
-    def __call__(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        max_new_tokens: int = 256,
-        sampling: SamplingConfig = GREEDY,
-        seed: int = 0,
-        on_text: Callable[[str], None] | None = None,
-    ) -> list[str]:
-        """The next message of every conversation, as text; arguments as `write`."""
-        answers = self.write(
-            conversations, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, on_text=on_text
-        )
-        return [answer.text for answer in answers]
+    def __call__(self, conversations: Sequence[Sequence[Message]], **options: Any) -> list[str]:
+        """The next message of every conversation, as text; options as of `write`."""
+        return [answer.text for answer in self.write(conversations, **options)]
 
     def write(
         self,
