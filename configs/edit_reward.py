@@ -57,7 +57,7 @@ def tiny_stage(smoke: bool, data: str, steps: int, gate: float = 0.0) -> dict:
         "batch_size": 32,
         "gate": 0.0 if smoke else gate,
         # With more it would not fit beside the other shipped weights.
-        "lora": {"rank": 3, "alpha": 6.0},
+        "lora": {"rank": 4, "alpha": 8.0},
         "optimizer": {"lr": 1.2e-3, "schedule": "cosine", "warmup": min(100, steps // 2), "weight_decay": 0.0},
     }
 
@@ -74,9 +74,9 @@ def get_config(arg: str = "") -> ConfigDict:
         vlm = str(Path(TINY_METAQUERY) / "vlm")
         smoke = "smoke" in words
         stages = {
-            "reward": tiny_stage(smoke, DATA, 5000),
+            "reward": tiny_stage(smoke, DATA, 4000),
             # What is learned last, backgrounds and places, comes more often.
-            "hard": tiny_stage(smoke, f"{DATA}_hard", 5000, GATE),
+            "hard": tiny_stage(smoke, f"{DATA}_hard", 9000, GATE),
         }
         return make_config({**shared, "schedule": tuple(stages), "vlm": vlm, "settings": settings, "stages": stages})
     lora = "lora" in words
