@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     """Prints the table, row by row."""
     del argv
     threads = THREADS.value or os.cpu_count()
+    cli.keep_freed_memory()
     # Before JAX is imported: the size of XLA's pool of threads, and memory as it is needed, because PyTorch needs some too.
     os.environ.update(NPROC=str(threads), XLA_PYTHON_CLIENT_PREALLOCATE="false")
     import jax

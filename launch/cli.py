@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging as python_logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,30 @@ def show_log() -> None:
     logger.setLevel(python_logging.INFO)
     logger.propagate = False
     logger.handlers = [_AboveTheBar()]
+
+
+def keep_freed_memory() -> None:
+    """Where JAX has nothing but a CPU, and the C library is glibc: what XLA frees stays with the process.
+
+    Every execution of a compiled program asks for its temporary memory anew, and the system clears what it gives page by page,
+    which can take as long as a training step's arithmetic (docs/performance.md). Call it in a process of its own and before JAX
+    looks for devices, which is when it starts its threads. Hosts of accelerators are left alone: their many threads would wait
+    for each other in the one arena that large blocks need.
+    """
+    change = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if change is None or not _has_only_cpus():
+        return
+    # Of glibc's malloc.h: no block is mapped for itself, nothing is given back, and threads share the arena that can grow.
+    trim_threshold, mmap_max, arena_max = -1, -4, -8
+    for parameter, value in ((mmap_max, 0), (trim_threshold, -1), (arena_max, 1)):
+        change(parameter, value)
+
+
+def _has_only_cpus() -> bool:
+    """Whether JAX will find no accelerator: it asks the plugins that are installed, unless $JAX_PLATFORMS says which."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
+    return not (entry_points(group="jax_plugins") or find_spec("jax_plugins") or find_spec("libtpu"))
 
 
 def is_user_error(error: BaseException) -> bool:

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"The argument {argv[1]} is not a flag; write --config.field=value.")
     cli.quiet()
     cli.show_log()
+    cli.keep_freed_memory()
     import jax
 
     from unipic2_jax.parallel import processes
