@@ -36,7 +36,7 @@ demo: $(VENV)/.run
 	@echo; sed '/^## Evaluations/,$$d' runs/demo/report.md; echo "Everything is in runs/demo: report.md, curves.png, samples/, export/."
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.dev
 	$(RUN) -m pytest -m slow

@@ -170,7 +170,14 @@ def test_what_cannot_be_trained_is_said(tmp_path, edits):
 
 def test_data_is_numbered_over_buckets(edits):
     data = ScoredEdits(edits["data"], ("score",))
-    assert len(data) == 96 and data[95].name == "95" and data.marks == ("instruction", "quality", "score")
+    assert len(data) == 96 and data[95].name == "95" and set(data[95].arrays) == {"instruction", "quality", "score"}
+
+
+def test_folders_of_edits_can_be_joined(edits):
+    both = ScoredEdits(f"{edits['data']},{edits['heldout']}", ("score",))
+    heldout = ScoredEdits(edits["heldout"], ("score",))
+    assert len(both) == 96 + len(heldout)
+    assert both[96].image == heldout[0].image and both[95].name == "95"
 
 
 @pytest.mark.parametrize("arg", ["", "lora", "tiny", "tiny,smoke"])

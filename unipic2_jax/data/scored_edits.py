@@ -11,16 +11,18 @@ from unipic2_jax.data.prepared import PreparedBucket, PreparedExample, PreparedI
 
 
 class ScoredEdits:
-    """A prepared folder whose examples have a reference and marks.
-
-    Attributes:
-      marks: names of the numbers that every example has.
+    """Prepared folders, named with commas between them, whose examples have a reference and the marks `targets`.
 
     Raises:
-      FileNotFoundError, ValueError: at construction, when the folder is not complete, or is of something else.
+      FileNotFoundError, ValueError: at construction, when a folder is not complete, or is of something else.
     """
 
-    def __init__(self, folder: str | os.PathLike, targets: Sequence[str]):
+    def __init__(self, folders: str | os.PathLike, targets: Sequence[str]):
+        self._parts = [part for folder in os.fspath(folders).split(",") for part in self._open(folder, targets)]
+        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
+
+    @staticmethod
+    def _open(folder: str, targets: Sequence[str]) -> list[PreparedBucket]:
         index = PreparedIndex.read(folder)
         if any(bucket.task != "edit" for bucket in index.buckets()):
             raise ValueError(
@@ -31,9 +33,7 @@ class ScoredEdits:
             raise ValueError(
                 f"The edits in {folder} have no mark '{missing[0]}' (they have {has}); use one that is there."
             )
-        self.marks = index.arrays
-        self._parts = [PreparedBucket(folder, index, bucket) for bucket in sorted(index.buckets())]
-        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
+        return [PreparedBucket(folder, index, bucket) for bucket in sorted(index.buckets())]
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -67,7 +67,7 @@ class RegressionStage(Stage):
     def default_config(cls) -> ConfigDict:
         config = stage_fields()
         config.kind = "regression"
-        config.data = ""  # folder of scored edits to train on, see launch.score_edits
+        config.data = ""  # folders of scored edits to train on, with commas between them, see launch.score_edits
         config.heldout = ""  # of those that are measured; no source picture of theirs is among the others
         config.measure = 0  # how many of them; 0: all
         config.overall = "score"  # the mark that the combined prediction is compared with
