@@ -8,9 +8,11 @@ It trains all of the language model; `configs/edit_reward.py:lora` a low-rank up
 "supervised learning with regression loss", so the numbers are the usual ones for fine-tuning a model of this size.
 
 `configs/edit_reward.py:tiny` is the LoRA on the language model of the shipped UniPic2-Tiny-MetaQuery, in the shapes world, where
-the judge is the exact verifier; `make tiny-edit-reward` makes its data. `configs/edit_reward.py:tiny,smoke` takes a few steps.
+the judge is the exact verifier. Reinforcement soon finds what it does not see; `tiny,again` goes on with it on edits by models that
+it has reinforced. `make tiny-edit-reward` does all of that and makes the data; `smoke` takes a few steps.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -19,6 +21,9 @@ from unipic2_jax.pipelines import TINY_METAQUERY
 from unipic2_jax.training.config import make_config
 
 DATA = "runs/edit_reward"
+# Of the first round of the tiny EditReward, and edits by the models that it has reinforced, one a seed, and by the one before.
+FIRST = "runs/tiny_edit_reward_first"
+REINFORCED = [f"{DATA}_policy{number}" for number in ("", 0, 1, 2)]
 # On the shapes world 0.8 is asked for; ties of the verifier's scores keep any other order from reaching 1.
 GATE = 0.8
 
@@ -40,7 +45,7 @@ def full_stage(lora: bool) -> dict:
     }
 
 
-def tiny_stage(smoke: bool, data: str, steps: int, gate: float = 0.0) -> dict:
+def tiny_stage(smoke: bool, folders: Sequence[str], steps: int, lr: float = 1.2e-3, gate: float = 0.0) -> dict:
     """A stage of the shipped tiny EditReward; all are measured on the same edits."""
     steps = 4 if smoke else steps
     return {
@@ -49,7 +54,7 @@ def tiny_stage(smoke: bool, data: str, steps: int, gate: float = 0.0) -> dict:
         "save_every": 500,
         "eval_every": 0 if smoke else 500,
         "log_every": 10,
-        "data": f"{data}/train",
+        "data": ",".join(f"{folder}/train" for folder in folders),
         "heldout": f"{DATA}/heldout",
         "in_memory": True,
         "remat": "none",
@@ -58,27 +63,36 @@ def tiny_stage(smoke: bool, data: str, steps: int, gate: float = 0.0) -> dict:
         "gate": 0.0 if smoke else gate,
         # With more it would not fit beside the other shipped weights.
         "lora": {"rank": 4, "alpha": 8.0},
-        "optimizer": {"lr": 1.2e-3, "schedule": "cosine", "warmup": min(100, steps // 2), "weight_decay": 0.0},
+        "optimizer": {"lr": lr, "schedule": "cosine", "warmup": min(100, steps // 2), "weight_decay": 0.0},
     }
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg` is a comma-separated list of 'tiny', 'smoke', 'lora'."""
+    """`arg` is a comma-separated list of 'tiny', 'again', 'smoke', 'lora'."""
     words = {word for word in arg.split(",") if word}
-    if unknown := words - {"tiny", "smoke", "lora"}:
-        raise ValueError(f"configs/edit_reward.py has no variant '{unknown.pop()}'; combine tiny, smoke and lora.")
+    if unknown := words - {"tiny", "again", "smoke", "lora"}:
+        raise ValueError(
+            f"configs/edit_reward.py has no variant '{min(unknown)}'; combine tiny, again and smoke, or take lora."
+        )
+    if "again" in words and "tiny" not in words:
+        raise ValueError(f"configs/edit_reward.py:{arg} goes on with a tiny EditReward; write 'tiny' too.")
     shared = {"model": "edit_reward", "schedule": ("reward",)}
     if "tiny" in words:
         # The verifier's score gives part marks to edits that failed, which its other two marks do not.
         settings = {"targets": ("instruction", "preservation", "score"), "template": "{instruction}{source}{edited}"}
         vlm = str(Path(TINY_METAQUERY) / "vlm")
         smoke = "smoke" in words
-        stages = {
-            "reward": tiny_stage(smoke, DATA, 4000),
-            # What is learned last, backgrounds and places, comes more often.
-            "hard": tiny_stage(smoke, f"{DATA}_hard", 9000, GATE),
-        }
-        return make_config({**shared, "schedule": tuple(stages), "vlm": vlm, "settings": settings, "stages": stages})
+        if "again" in words:
+            stages = {"policy": tiny_stage(smoke, [*REINFORCED, f"{DATA}_hard"], 6000, 8e-4, GATE)}
+            start = {"init": f"{FIRST}/export"}
+        else:
+            stages = {
+                "reward": tiny_stage(smoke, [DATA], 4000),
+                # What is learned last, backgrounds and places, comes more often.
+                "hard": tiny_stage(smoke, [f"{DATA}_hard"], 9000, gate=GATE),
+            }
+            start = {"vlm": vlm}
+        return make_config({**shared, **start, "schedule": tuple(stages), "settings": settings, "stages": stages})
     lora = "lora" in words
     vlm_dtype = "bfloat16" if lora else None  # what is trained is kept in float32
     return make_config({**shared, "vlm_dtype": vlm_dtype, "stages": {"reward": full_stage(lora)}})

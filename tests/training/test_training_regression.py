@@ -180,9 +180,11 @@ def test_folders_of_edits_can_be_joined(edits):
     assert both[96].image == heldout[0].image and both[95].name == "95"
 
 
-@pytest.mark.parametrize("arg", ["", "lora", "tiny", "tiny,smoke"])
+@pytest.mark.parametrize("arg", ["", "lora", "tiny", "tiny,smoke", "tiny,again", "tiny,again,smoke"])
 def test_recipes_are_valid(arg):
     config = validate(get_config(arg))
-    assert config.stages.reward.kind == "regression"
+    assert {config.stages[name].kind for name in config.schedule} == {"regression"}
     with pytest.raises(ValueError, match="no variant 'huge'"):
         get_config("huge")
+    with pytest.raises(ValueError, match="write 'tiny' too"):
+        get_config("again")
