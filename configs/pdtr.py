@@ -64,6 +64,9 @@ TINY_REWARDS = {
     },
     "t2i": {"geneval": {"shapes_t2i": {"weight": 1.0}}},
 }
+# Rewards that are never equal: of samples that are all right, they tell noise apart. The std of the group would make full advantages
+# of that, the std of the whole batch leaves it as small as it is.
+INEXACT = {"editreward", "judge"}
 CHOICES = {
     "edit": ("editreward", "judge", "none"),
     "t2i": ("geneval", "none"),
@@ -204,5 +207,6 @@ def get_config(arg: str = "") -> ConfigDict:
         if "guard" in flags:
             stage["grpo"] |= {"guard": True}
         if tiny:
+            stage["grpo"] |= {"global_std": bool(INEXACT & set(stage["rewards"]))}
             stage["evaluations"] = evaluations(6, 1) if smoke else evaluations(750, 2)
     return make_config({**model, "schedule": tuple(stages), "stages": stages})
