@@ -75,8 +75,9 @@ tiny-metaquery: $(VENV)/.run
 	cmp runs/tiny_vlm/half/vlm/model.safetensors $(ASSETS)/tiny_metaquery/vlm/model.safetensors
 
 # Edits by the shipped model with few steps, a part of them for another instruction or not edited at all, so that the verifier's
-# scores vary; then more of what is learned last; then edits by models that were reinforced with what this gives, without care (by the
-# group's std), so that they find what it does not see. All hold out the same source pictures. Training fails below its gate, and then nothing is replaced.
+# scores vary; then more of what is learned last; then edits by models that were reinforced with what this gives, by the group's
+# std and so without care, which find what it does not see. All hold out the same source pictures. Training fails below its
+# gate, and then nothing is replaced.
 SCORED := --steps=1,2,3,6 --guidance=1 --mismatched=0.3 --unedited=0.08 --batch=64 --at_once=32
 HARD := ["background", "move", "arrange", "add", "background", "move", "remove", "replace", "background", "move", "arrange", "recolor"]
 TURNS := ["add", "arrange", "replace", "recolor", "arrange", "replace", "move", "remove", "background"]

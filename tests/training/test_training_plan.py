@@ -366,7 +366,8 @@ def test_a_topology_that_libtpu_does_not_know():
 @pytest.mark.slow
 @needs_libtpu
 def test_a_full_recipe_compiled_for_a_tpu(tmp_path):
-    config = recipe("kontext", **{"parallel.preset": "fsdp"})
+    # As in docs/scaling.md: split over all 64 chips, libtpu gathers by all-reduces.
+    config = recipe("kontext", **{"parallel.preset": "fsdp", "parallel.data": 4})
     costs = plan.plan(config, read_topology("v5p:4x4x4"), cache=plan.Cache(tmp_path)).costs["kontext"]
     assert all(c.moved and plan_report.fits(c, read_topology("v5p:4x4x4")) for c in costs)
     assert {"all-gather"} < set(costs[0].collectives)
