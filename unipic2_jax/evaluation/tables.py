@@ -141,28 +141,47 @@ def markdown(table: Table, scores: Mapping[str, Mapping[str, Sequence[float]]]) 
 
 
 def plot(table: Table, scores: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """A panel per benchmark: our means with intervals and every seed as a dot, and the paper's figures on an axis of their own."""
+    """A panel per benchmark: our means with intervals and every seed as a dot, and the paper's figures on an axis of their own.
+
+    Where all variants started from one model, their changes from it are drawn, both on scales with a common zero.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    start = next((row for row in table.rows if row.variant == BASE), None)
+    rows = [row for row in table.rows if row is not start]
+    names = [f"#{table.rows.index(row) + 1} {row.short}" for row in rows]
     across = min(2, len(table.benchmarks))
     down = -(-len(table.benchmarks) // across)
-    figure = Figure(figsize=(max(5.5, 1.1 * len(table.rows)) * across, 3.4 * down), layout="constrained")
+    figure = Figure(figsize=(max(5.5, 1.1 * len(rows)) * across, 3.4 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    places = np.arange(len(table.rows))
-    names = [f"#{number} {row.short}" for number, row in enumerate(table.rows, 1)]
+    places = np.arange(len(rows))
     for axis, (paper, ours) in zip(figure.subplots(down, across, squeeze=False).flat, table.benchmarks.items()):
-        values = [np.asarray(scores[row.variant][ours]) for row in table.rows]
-        means, halves = zip(*((found[0], 0.0) if len(found) == 1 else mean_interval(found) for found in values))
-        axis.bar(places - 0.2, means, 0.4, yerr=halves, capsize=4, color="#9ecae1", label=NAMES[ours])
+        values = [np.asarray(scores[row.variant][ours]) - (scores[BASE][ours][0] if start else 0) for row in rows]
+        theirs = np.array(
+            [row.paper[paper] - (start.paper[paper] if start else 0) if paper in row.paper else 0 for row in rows]
+        )
+        means, halves = np.array([mean_interval(found) for found in values]).T
+        axis.bar(places - 0.2, means, 0.4, yerr=halves, capsize=4, color="#9ecae1")
         for place, found in zip(places, values):
             axis.plot(np.full(len(found), place - 0.2), found, "o", color="#08519c", markersize=3)
-        axis.set_ylim(0, 1)
-        axis.set_ylabel(NAMES[ours], color="#08519c", fontsize=9)
-        axis.set_xticks(places, names, fontsize=7)
         other = axis.twinx()
-        other.bar(places + 0.2, [row.paper.get(paper, 0.0) for row in table.rows], 0.4, color="#d9d9d9")
-        other.set_ylabel(f"{paper} (paper)", color="#737373", fontsize=9)
-        other.set_ylim(0, LARGEST[paper])
+        other.bar(places + 0.2, theirs, 0.4, color="#d9d9d9")
+        if start:
+            ends = np.array(
+                [[min(0, x.min()), max(0, y.max())] for x, y in ((means - halves, means + halves), (theirs, theirs))]
+            )
+            sizes = np.maximum(np.abs(ends).max(axis=1), 1e-9)
+            low, high = 1.1 * (ends.T / sizes).min(), 1.1 * (ends.T / sizes).max()
+            axis.set_ylim(low * sizes[0], high * sizes[0])
+            other.set_ylim(low * sizes[1], high * sizes[1])
+            axis.axhline(0, color="#737373", linewidth=0.8)
+        else:
+            axis.set_ylim(0, 1)
+            other.set_ylim(0, LARGEST[paper])
+        change = "change of " if start else ""
+        axis.set_ylabel(change + NAMES[ours], color="#08519c", fontsize=9)
+        other.set_ylabel(f"{change}{paper} (paper)", color="#737373", fontsize=9)
+        axis.set_xticks(places, names, fontsize=7)
     figure.suptitle(table.title, fontsize=11)
     figure.savefig(path, dpi=110)

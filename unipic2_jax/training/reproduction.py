@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,28 +35,34 @@ def read_scores(table: Table, runs: Mapping[str, Sequence[Path]]) -> dict[str, d
     return found
 
 
-def draw_rewards(table: Table, runs: Mapping[str, Sequence[Path]], path: Path) -> None:
+def draw_rewards(table: Table, runs: Mapping[str, Sequence[Path]], path: Path, columns: int = 4) -> None:
     """A panel for each variant: what was rewarded and what was only watched, a line per seed; pale where it was watched."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [row for row in table.rows if row.variant != BASE]
-    figure = Figure(figsize=(3.2 * len(rows), 2.8), layout="constrained")
+    down = -(-len(rows) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, row in zip(figure.subplots(1, len(rows), squeeze=False, sharey=True)[0], rows):
-        names: dict[str, int] = {}
+    axes = list(figure.subplots(down, columns, squeeze=False, sharey=True).flat)
+    colors: dict[str, str] = {}  # of a reward, in all panels
+    for axis, row in zip(axes, rows):
         for workdir in runs[row.variant]:
+            stages = json.loads((workdir / "config.json").read_text())["stages"]
             train = [r for r in read_rows(workdir / "metrics.jsonl") if r["kind"] == "train"]
-            plain = lambda name: name.startswith("reward_") and not name.endswith(("_std", "_failed"))
-            for name in dict.fromkeys(name for r in train for name in r if plain(name) and name != "reward_std"):
-                color = f"C{names.setdefault(name, len(names))}"
-                points = np.array([(r["total_step"], r[name]) for r in train if name in r])
-                label = name.removeprefix("reward_") if workdir == runs[row.variant][0] else None
-                axis.plot(points[:, 0], smooth(points[:, 1]), color=color, linewidth=1, label=label)
+            weights = {name: fields["weight"] for stage in stages.values() for name, fields in stage["rewards"].items()}
+            for name, weight in weights.items():
+                color = colors.setdefault(name, f"C{len(colors)}")
+                points = np.array([(r["total_step"], r[f"reward_{name}"]) for r in train if f"reward_{name}" in r])
+                label = name + (" (watched)" if not weight else "") if workdir == runs[row.variant][0] else None
+                look = {"color": color, "alpha": 1.0 if weight else 0.4, "linewidth": 1}
+                axis.plot(points[:, 0], smooth(points[:, 1]), label=label, **look)
         axis.set_title(row.short.replace("\n", " "), fontsize=8)
         axis.tick_params(labelsize=7)
         axis.set_xlabel("step", fontsize=7)
         axis.legend(fontsize=6, loc="lower right")
+    for axis in axes[len(rows) :]:
+        axis.set_axis_off()
     figure.suptitle("Rewards of the rollouts", fontsize=9)
     figure.savefig(path, dpi=110)
 
