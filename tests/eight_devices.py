@@ -9,7 +9,11 @@ FLAGS = (
     "--xla_cpu_multi_thread_eigen=false",
     "--xla_cpu_collective_call_terminate_timeout_seconds=900",
 )
+# A collective that waits holds a thread. With no more threads than devices (the default) those of two collectives can hold all,
+# and the device that both wait for has none left.
+THREADS = "64"
 ENVIRONMENT = os.environ | {
+    "NPROC": THREADS,
     "XLA_FLAGS": " ".join([os.environ["XLA_FLAGS"], *FLAGS]),
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).resolve().parents[:2]),

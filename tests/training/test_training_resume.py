@@ -339,6 +339,38 @@ def test_training_goes_on_while_a_checkpoint_is_read_back(tmp_path, monkeypatch)
     assert complete(tmp_path / "run/checkpoints/states") == {17, 18, 19}
 
 
+def test_a_checkpoint_is_not_read_inside_of_a_save(tmp_path, monkeypatch):
+    """Orbax has one number for what it does in a process; a load inside a save changes it, and the save writes too early."""
+    import jax.numpy as jnp
+    import orbax.checkpoint as ocp
+
+    from unipic2_jax.training.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(1, {"w": jnp.ones(3)}, {})
+    assert checkpoints.readings[1].result() is None
+    order, found, readers = [], [], []
+
+    def after(owner, name, act):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: (original(*args, **kwargs), act())[0])
+
+    def read_beside():
+        order.append("save")
+        readers.append(threading.Thread(target=lambda: found.append(checkpoints._damaged(1))))
+        readers[0].start()
+        readers[0].join(1.0)  # it would have read
+
+    after(ocp.AsyncCheckpointer, "synchronize_next_awaitable_signal_operation_id", read_beside)
+    after(ocp.StandardCheckpointer, "close", lambda: order.append("saved"))
+    after(ocp.v1, "load", lambda: order.append("load"))
+    checkpoints.save_params(1, {"w": jnp.ones(3)})
+    readers[0].join(60)
+    assert found == [None] and (tmp_path / "params/1").is_dir()
+    assert order == ["save", "saved", "load"]
+    checkpoints.close()
+
+
 def test_sigterm_does_not_wait_for_a_checkpoint_to_be_read_back(processes, reference, tmp_path):
     """Nor does a kill there: the older checkpoints are left, and what is continued from has been read."""
     workdir = tmp_path / "run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +56,9 @@ class Checkpoints:
         self.written: int | None = None  # a checkpoint that is not being read back yet
         self.readings: dict[int, Future[str | None]] = {}
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="read back")
+        # Orbax has one number for what it does in a process: a load that begins inside a save changes it, and the save then
+        # writes into a folder before that is made, which fails.
+        self.orbax = threading.Lock()
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=jax.default_backend() != "cpu" if asynchronous is None else asynchronous,
             cleanup_tmp_directories=True,
@@ -80,7 +84,7 @@ class Checkpoints:
             "state": ocp.args.StandardSave(state),
             "record": ocp.args.JsonSave({**record, "checksums": checksums(state)}),
         }
-        with self._writing():
+        with self._writing(), self.orbax:
             self.manager.save(step, args=ocp.args.Composite(**args), force=True)
         if not last:
             self.written = step
@@ -185,7 +189,7 @@ class Checkpoints:
         """Leaves of the state of checkpoint `step`, as descriptions say, read without waiting for other processes."""
         me = jax.process_index()
         alone = v1.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-        with v1.Context(multiprocessing_options=alone):
+        with self.orbax, v1.Context(multiprocessing_options=alone):
             return v1.load(self.path(step), wanted, checkpointable_name="state")
 
     def restore(self, step: int, like: Any) -> Any:
@@ -246,11 +250,16 @@ class Checkpoints:
         self.log(f"Checkpoint {self.path(step)} cannot be read ({reason}); the one before it is used.")
 
     def save_params(self, index: int, params: dict[str, Any]) -> None:
-        """Saves the parameters with which stage `index` starts and the run did not; once."""
+        """Saves the parameters with which stage `index` starts and the run did not; once.
+
+        Raises:
+          TrainingError: when they, or the checkpoint before, could not be written.
+        """
         path = self.folder / "params" / str(index)
         if path.exists() or not params:
             return
-        with ocp.StandardCheckpointer(multiprocessing_options=_processes()) as writer:
+        self.wait()
+        with self._writing(), self.orbax, ocp.StandardCheckpointer(multiprocessing_options=_processes()) as writer:
             writer.save(path, {"params": params, "checksums": _device_checksums(params)})
 
     def load_params(
