@@ -99,11 +99,11 @@ def test_the_words_of_pdtr():
         "shapes_t2i": (1.0, ("t2i",)),
     }
     # What tells right samples apart by noise alone must not become full advantages.
-    of_batch = {
-        words: [stage.grpo.global_std for stage in recipe("pdtr", f"tiny,{words}").stages.values()]
+    of_batch = [
+        [stage.grpo.global_std for stage in recipe("pdtr", f"tiny,{words}").stages.values()]
         for words in ("", "edit=judge", "edit=editreward", "edit=editreward,joint", "joint")
-    }
-    assert list(of_batch.values()) == [[False, False], [True, False], [True, False], [True], [False]]
+    ]
+    assert of_batch == [[False, False], [True, False], [True, False], [True], [False]]
     wrong = {
         "edit=nobody": "no variant 'edit=nobody'; combine some of tiny",
         "colour": "no variant 'colour'",

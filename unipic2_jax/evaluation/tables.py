@@ -157,10 +157,9 @@ def plot(table: Table, scores: Mapping[str, Mapping[str, Sequence[float]]], path
     FigureCanvasAgg(figure)
     places = np.arange(len(rows))
     for axis, (paper, ours) in zip(figure.subplots(down, across, squeeze=False).flat, table.benchmarks.items()):
-        values = [np.asarray(scores[row.variant][ours]) - (scores[BASE][ours][0] if start else 0) for row in rows]
-        theirs = np.array(
-            [row.paper[paper] - (start.paper[paper] if start else 0) if paper in row.paper else 0 for row in rows]
-        )
+        ours_start, theirs_start = (scores[BASE][ours][0], start.paper[paper]) if start else (0.0, 0.0)
+        values = [np.asarray(scores[row.variant][ours]) - ours_start for row in rows]
+        theirs = np.array([row.paper.get(paper, theirs_start) - theirs_start for row in rows])
         means, halves = np.array([mean_interval(found) for found in values]).T
         axis.bar(places - 0.2, means, 0.4, yerr=halves, capsize=4, color="#9ecae1")
         for place, found in zip(places, values):
