@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import dataclasses
 import functools
 import logging
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +27,42 @@ SPLASH_KEYS = 1024
 CUDNN_WIDTH = 128
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What one call of `attention` was traced for, and the kernel that it got.
+
+    Attributes:
+      network: whose attention it is; heads, width: heads and channels of one; queries, keys: tokens.
+      reason: why it is not the platform's own kernel, or what was done so that it could be; None: nothing to say.
+    """
+
+    network: str
+    heads: int
+    width: int
+    queries: int
+    keys: int
+    implementation: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        shape = f"{self.heads} heads of {self.width}, {self.queries} x {self.keys}"
+        return f"{self.network} ({shape}): {self.implementation}" + (f", {self.reason}" if self.reason else "")
+
+
+_RECORD: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("attention calls", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Notes which kernel every call gets that is traced inside, each different call once."""
+    calls: list[Call] = []
+    token = _RECORD.set(calls)
+    try:
+        yield calls
+    finally:
+        _RECORD.reset(token)
+
+
 def attention(
     query: jax.Array,
     key: jax.Array,
@@ -32,6 +72,7 @@ def attention(
     bias: jax.Array | None = None,
     scale: float | None = None,
     implementation: str = "auto",
+    network: str = "attention",
 ) -> jax.Array:
     """Softmax attention with the softmax in float32.
 
@@ -42,6 +83,7 @@ def attention(
       scale: multiplies the logits; 1 / sqrt(D) by default.
       implementation: 'xla' (every backend), 'cudnn' (GPU, bf16 / fp16), 'splash' (TPU; no bias, masks [B, 1, 1, K]), or
         'auto', which takes the best that can do what is asked and logs once which that is.
+      network: whose attention this is, for the log and for `recorded`.
 
     Returns:
       [B, Q, N, D] in value's dtype, under the name 'attention' for remat policies.
@@ -53,10 +95,16 @@ def attention(
     # Each device has some of the queries and of the heads, and all keys of those.
     query = constrain(query, "batch", "sequence", "heads", None)
     key, value = (constrain(x, "batch", None, "heads", None) for x in (key, value))
+    reason = None
     if implementation == "auto":
-        implementation = _best(query, key, mask, bias)
+        implementation, reason = _best(query, key, mask, bias)
+        _say(network, implementation, _platform(), reason)
     elif refused := _refusal(implementation, query, key, mask, bias):
         raise ValueError(f"Attention by '{implementation}' cannot be had here: {refused}; use 'auto'.")
+    if (calls := _RECORD.get()) is not None:
+        call = Call(network, *query.shape[2:], query.shape[1], key.shape[1], implementation, reason)
+        if call not in calls:
+            calls.append(call)
     if implementation == "cudnn":
         out = _cudnn(query, key, value, mask, bias, scale)
     elif implementation == "splash":
@@ -111,18 +159,24 @@ def _refusal(
     return None
 
 
-def _best(query: jax.Array, key: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> str:
+def _best(
+    query: jax.Array, key: jax.Array, mask: jax.Array | None, bias: jax.Array | None
+) -> tuple[str, str | None]:
+    """The kernel to take, and what there is to say about that."""
     wanted = {"gpu": "cudnn", "tpu": "splash"}.get(_platform(), "xla")
     reason = _refusal(wanted, query, key, mask, bias)
-    if wanted == "splash" and key.shape[1] < SPLASH_KEYS:
+    if wanted == "splash" and not reason and key.shape[1] < SPLASH_KEYS:
         reason = f"there are fewer than {SPLASH_KEYS} keys"
-    _say("xla" if reason else wanted, _platform(), reason and f"not {wanted}, since {reason}")
-    return "xla" if reason else wanted
+    if reason:
+        return "xla", f"not {wanted}, since {reason}"
+    if wanted == "cudnn" and (query.shape[1] % 2 or key.shape[1] % 2):
+        return wanted, "padded to even lengths"
+    return wanted, None
 
 
 @functools.cache
-def _say(implementation: str, platform: str, reason: str | None) -> None:
-    logger.info("attention on %s: %s%s", platform, implementation, f" ({reason})" if reason else "")
+def _say(network: str, implementation: str, platform: str, reason: str | None) -> None:
+    logger.info("%s on %s: %s%s", network, platform, implementation, f" ({reason})" if reason else "")
 
 
 def _cudnn(
@@ -133,16 +187,29 @@ def _cudnn(
     bias: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """cuDNN's kernel. It adds masks and biases query by query, and has a backward pass for even lengths of these only."""
-    queries, keys = query.shape[1], key.shape[1]
-    run = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
-    if mask is None and bias is None:
-        return run(query, key, value)
+    """cuDNN's kernel. JAX lets it have even lengths alone in a gradient; the tokens that make them even are never seen.
+
+    Where nothing but keys is masked the kernel is told how many keys there are, and stays the plain flash kernel: the keys that
+    are seen come first, since their order does not matter. It adds every other mask, and a bias, query by query.
+    """
+    batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
     rows, columns = queries % 2, keys % 2
+    run = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+    longer = lambda x, more: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
+    if bias is None and (mask is None or mask.shape[1:3] == (1, 1)):
+        count = jnp.full((batch,), keys, jnp.int32)
+        if mask is not None:
+            seen = jnp.broadcast_to(mask[:, 0, 0], (batch, keys))
+            order = jnp.argsort(~seen, axis=1, stable=True)[..., None, None]
+            key, value = (jnp.take_along_axis(x, order, axis=1) for x in (key, value))
+            # A sample that is padding as a whole sees a key of its padding.
+            count = jnp.maximum(seen.sum(axis=1, dtype=jnp.int32), 1)
+        if mask is None and not rows and not columns:
+            return run(query, key, value)
+        lengths = {"query_seq_lengths": jnp.full((batch,), queries, jnp.int32), "key_value_seq_lengths": count}
+        return run(longer(query, rows), longer(key, columns), longer(value, columns), **lengths)[:, :queries]
     if columns and mask is None:
         mask = jnp.ones((1, 1, 1, keys), bool)
-    if rows or columns:
-        _say("cudnn", "gpu", "odd lengths under a mask or bias are padded to even ones")
 
     def even(x: jax.Array | None) -> jax.Array | None:
         """[B, N, Q, K] with a key more that no query sees, and a query more that sees what the last one does."""
@@ -151,7 +218,6 @@ def _cudnn(
         x = jnp.pad(jnp.broadcast_to(x, (*x.shape[:2], queries, keys)), ((0, 0), (0, 0), (0, 0), (0, columns)))
         return jnp.pad(x, ((0, 0), (0, 0), (0, rows), (0, 0)), mode="edge")
 
-    longer = lambda x, more: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0)))
     out = run(longer(query, rows), longer(key, columns), longer(value, columns), even(bias), even(mask))
     return out[:, :queries]
 

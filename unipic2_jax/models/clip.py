@@ -90,7 +90,8 @@ class CLIPAttention(nn.Module):
         )
         length = x.shape[1]
         mask = jnp.tril(jnp.ones((length, length), bool))[None, None] if self.causal else None
-        mixed = attention(query, key, value, mask=mask).reshape(x.shape)
+        network = "CLIP" if self.causal else "connector"
+        mixed = attention(query, key, value, mask=mask, network=network).reshape(x.shape)
         out_std = (2 * c.num_hidden_layers * c.hidden_size) ** -0.5  # every residual branch starts small
         return dense(kernel_init=nn.initializers.normal(out_std), name="out_proj")(mixed)
 

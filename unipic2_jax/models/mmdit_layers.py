@@ -131,7 +131,8 @@ class Attention(nn.Module):
             value = jnp.concatenate([value, project("add_v_proj", context, None)], axis=1)
         if mask is not None:
             mask = mask[..., : key.shape[1]]
-        out = attention(query, key, value, mask=mask, implementation=self.compute.attention_implementation)
+        kernel = self.compute.attention_implementation
+        out = attention(query, key, value, mask=mask, implementation=kernel, network="MMDiT")
         out = rearrange(out, "b s n d -> b s (n d)")
         image = Dense(width, self.compute, name="to_out")(out[:, :length])
         if context is None or not self.context_out:

@@ -233,7 +233,8 @@ class QwenAttention(nn.Module):
         # The queries that share a key stand beside each other as more queries: keys and values are never repeated.
         groups = c.num_attention_heads // c.num_key_value_heads
         grouped = rearrange(query, "b s (k g) d -> b (s g) k d", g=groups)
-        mixed = attention(grouped, key, value, mask=repeat(mask, "b n s t -> b n (s g) t", g=groups))
+        mask = repeat(mask, "b n s t -> b n (s g) t", g=groups)
+        mixed = attention(grouped, key, value, mask=mask, network="Qwen2.5-VL")
         mixed = rearrange(mixed, "b (s g) k d -> b s (k g d)", g=groups)
         return dense(c.hidden_size, use_bias=False, name="o_proj")(mixed), cache
 

@@ -281,12 +281,13 @@ class VisionBlock(nn.Module):
         def within_windows(*arrays: jax.Array) -> jax.Array:
             flat = (rearrange(a, "b w s n d -> (b w) s n d") for a in arrays)
             mask = rearrange(frames > 0, "b w s -> (b w) 1 1 s")
-            return attention(*flat, mask=mask).reshape(query.shape)
+            return attention(*flat, mask=mask, network="Qwen2.5-VL vision").reshape(query.shape)
 
         def within_frames(*arrays: jax.Array) -> jax.Array:
             flat = (rearrange(a, "b w s n d -> b (w s) n d") for a in arrays)
             frame = rearrange(frames, "b w s -> b 1 (w s)")
-            return attention(*flat, mask=frame[..., None] == frame[..., None, :]).reshape(query.shape)
+            same = frame[..., None] == frame[..., None, :]
+            return attention(*flat, mask=same, network="Qwen2.5-VL vision").reshape(query.shape)
 
         mixed = jax.lax.cond(full, within_frames, within_windows, query, key, value)
         x = x + dense(c.hidden_size, name="proj")(mixed.reshape(x.shape))

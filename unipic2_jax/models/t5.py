@@ -82,7 +82,7 @@ class T5Attention(nn.Module):
         query, key, value = (
             dense(inner, std, name)(x).reshape(*x.shape[:2], c.num_heads, c.d_kv) for name, std in stds.items()
         )
-        mixed = attention(query, key, value, mask=mask, bias=bias, scale=1.0)
+        mixed = attention(query, key, value, mask=mask, bias=bias, scale=1.0, network="T5")
         return dense(c.d_model, inner**-0.5, "o")(mixed.reshape(*x.shape[:2], inner))
 
 

@@ -147,7 +147,8 @@ class AttentionBlock(nn.Module):
         h = GroupNorm(self.groups, **kinds, name="group_norm")(x_BxHxWxC)
         h = rearrange(h, "b h w c -> b (h w) 1 c")
         query, key, value = (nn.Dense(channels, **kinds, name=name)(h) for name in ("to_q", "to_k", "to_v"))
-        h = rearrange(attention(query, key, value), "b (h w) 1 c -> b h w c", h=height)
+        h = attention(query, key, value, network="VAE")
+        h = rearrange(h, "b (h w) 1 c -> b h w c", h=height)
         return x_BxHxWxC + nn.Dense(channels, **kinds, name="to_out")(h)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "from other slices"
+BETWEEN_NODES = " between nodes"  # behind a kind of collective
 BITS = {"pred": 8, "bf16": 16, "token": 0}
 # What names or groups values and moves none.
 FREE = {
@@ -21,6 +25,10 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# The devices of a collective: listed, or the rows of an array of all of them, transposed or not.
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
+_ROWS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_TARGET = re.compile(r'custom_call_target="([^"]+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +55,16 @@ class Instruction:
         """Computations that an attribute names."""
         found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.rest)
         return _NAME.findall(found[1]) if found else []
+
+    def groups(self) -> list[list[int]]:
+        """The devices that a collective joins, group by group; none where all of them are one group."""
+        if found := _LISTED.search(self.rest):
+            return [list(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", found[1])]
+        if found := _ROWS.search(self.rest):
+            shape, source, order = (tuple(map(int, x.split(","))) if x else None for x in found.groups())
+            devices = np.arange(math.prod(source)).reshape(source)
+            return devices.transpose(order or range(len(source))).reshape(shape[0], -1).tolist()
+        return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +135,37 @@ class Module:
             for instruction in self.computations[name].values():
                 yield self.computations[name], instruction, times
 
-    def collective_bytes(self) -> dict[str, int]:
+    def kernels(self) -> dict[str, int]:
+        """Names of the kernels of libraries that the program calls, and in how many places it does."""
+        found: dict[str, int] = {}
+        for _, instruction, _ in self._running():
+            if target := instruction.op == "custom-call" and _TARGET.search(instruction.rest):
+                found[target[1]] = found.get(target[1], 0) + 1
+        return found
+
+    def port_bytes(self, nodes: Sequence[int]) -> float:
+        """Bytes that a device's own port to the network passes, if the members of a group that are in one node share what
+        crosses between nodes; `nodes` has the node of each device."""
+        total = 0.0
+        for kind, size, instruction in self._collectives():
+            if members := _crossing(instruction, nodes):
+                total += size * (2 if kind == "all-reduce" else 1) / members
+        return total
+
+    def collective_bytes(self, nodes: Sequence[int] = ()) -> dict[str, int]:
         """Bytes that a device receives, by kind of collective: an all-reduce passes what it reduces around twice.
 
         On TPUs a collective may be part of a fusion; a sum of which a device keeps a part is a reduce-scatter there. What comes
-        from other slices comes through the hosts.
+        from other slices comes through the hosts. Kinds whose groups reach over several of `nodes` have names of their own.
         """
         found: dict[str, int] = {}
+        for kind, size, instruction in self._collectives():
+            name = kind + (BETWEEN_NODES if _crossing(instruction, nodes) else "")
+            found[name] = found.get(name, 0) + size * (2 if kind == "all-reduce" else 1)
+        return found
+
+    def _collectives(self) -> Iterator[tuple[str, int, Instruction]]:
+        """Kind, bytes in all of the program's turns, and the instruction."""
         for own, instruction, times in self._running():
             inside = {}
             if instruction.op == "fusion":
@@ -131,15 +173,14 @@ class Module:
             for scope, line in [(own, instruction), *((inside, line) for line in inside.values())]:
                 kind = line.op.removesuffix("-start")
                 if kind == "recv" and "is_host_transfer=true" in line.rest:
-                    found[BETWEEN_SLICES] = found.get(BETWEEN_SLICES, 0) + times * max(line.sizes)
+                    yield BETWEEN_SLICES, times * max(line.sizes), line
                 if kind not in COLLECTIVES:
                     continue
                 given = sum(scope[name].size for name in line.operands if name in scope)
                 most = max(given, max(line.sizes, default=0))
                 if kind == "all-reduce" and inside and instruction.size < most:
                     kind = "reduce-scatter"
-                found[kind] = found.get(kind, 0) + times * most * (2 if kind == "all-reduce" else 1)
-        return found
+                yield kind, times * most, line
 
     def moved_bytes(self) -> int:
         """Bytes that are read from and written to memory, if every instruction reads and writes its arrays once.
@@ -172,6 +213,15 @@ class Module:
                 read[name] = 0
                 written += sum(inside[line.operands[1]].size - line.size for line in users)
         return max(written, 0) + sum(read.values())
+
+
+def _crossing(collective: Instruction, nodes: Sequence[int]) -> int:
+    """How many devices of one node are in a group of a collective that reaches over several nodes; 0: none does."""
+    if len(set(nodes)) < 2:
+        return 0
+    groups = collective.groups() or [list(range(len(nodes)))]
+    over = [group for group in groups if len({nodes[device] for device in group}) > 1]
+    return min((min(collections.Counter(nodes[device] for device in group).values()) for group in over), default=0)
 
 
 def _sizes(shape: str) -> tuple[int, ...]:

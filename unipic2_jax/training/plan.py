@@ -32,18 +32,20 @@ from unipic2_jax.parallel.rules import devices_along
 from unipic2_jax.training.config import ConfigError
 from unipic2_jax.training.counting import is_single, jaxpr_flops
 from unipic2_jax.training.grpo_stage import tell_micro_batch
-from unipic2_jax.training.hlo import Module
+from unipic2_jax.training.hlo import BETWEEN_NODES, Module
 from unipic2_jax.training.liveness import measure
 from unipic2_jax.training.loop import model_config
 from unipic2_jax.training.stage import Program, Stage, StageContext, stage_class
-from unipic2_jax.training.topology import Topology
+from unipic2_jax.training.topology import NETWORK, Topology, has_compiler
 
-# A quarter of the compiler's time, and about the same memory: what it leaves out are searches for faster code.
+# Of TPU programs: a quarter of the compiler's time, and about the same memory: what it leaves out are searches for faster code.
 EFFORT = {"jax_optimization_level": "O0"}
 # How the compiler says that a program is too large, in units of GiB or MiB.
 _TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-CACHE_FORMAT = 3  # of what is kept between plans
+# Packages that hold compilers.
+COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+CACHE_FORMAT = 4  # of what is kept between plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Cost:
       model_flops: of the transformer's forward and backward passes.
       moved: to and from memory; collectives: received from other chips, by kind. None where the compiler gave up because the
         program is too large.
+      ports: of `collectives`, through a chip's own port to the network between nodes.
+      kernels: of libraries, in the compiled program, and in how many places.
     """
 
     stage: str
@@ -75,18 +79,26 @@ class Cost:
     model_flops: float
     moved: float | None
     collectives: Mapping[str, float] | None
+    ports: float = 0.0
+    kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def peak(self) -> float:
         """Bytes held at once."""
         return self.parameters + self.optimizer + self.batch + self.results + self.activations
 
-    def seconds(self, topology: Topology) -> float:
-        """A lower bound by the roofline: the slowest of products, memory and links, each at its peak."""
+    def parts(self, topology: Topology) -> dict[str, float]:
+        """Seconds of products, memory and links, each at its peak. What crosses between nodes waits for the network, the rest
+        for the links inside of one."""
         chip = topology.chip
         products = (self.flops - self.single) / chip.flops + self.single / chip.flops32
-        links = sum((self.collectives or {}).values()) / topology.link
-        return max(products, (self.moved or 0.0) / chip.bandwidth, links)
+        inside = sum(size for kind, size in (self.collectives or {}).items() if not kind.endswith(BETWEEN_NODES))
+        links = inside / chip.link + self.ports / NETWORK
+        return {"products": products, "memory": (self.moved or 0.0) / chip.bandwidth, "links": links}
+
+    def seconds(self, topology: Topology) -> float:
+        """A lower bound by the roofline: the slowest of `parts`."""
+        return max(self.parts(topology).values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +271,7 @@ class Cache:
 
     def key(self, text: str, topology: Topology) -> str:
         """Of a lowered program and everything else that decides how it is compiled."""
-        libraries = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
+        libraries = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", *COMPILERS)]
         parts = [str(CACHE_FORMAT), str(topology), json.dumps(EFFORT), *libraries, text]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -305,11 +317,12 @@ def _settings(values: Mapping[str, Any]) -> Iterator[None]:
 
 
 def compile_program(
-    traced: jax.stages.Traced, topology: Topology, cache: Cache, log: Callable[[str], None]
+    traced: jax.stages.Traced, mesh: Mesh, topology: Topology, cache: Cache, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What the compiler says of a program: bytes of its 'arguments', 'results', 'temporary', 'moved' and 'collectives'.
+    """What the compiler says of a program: bytes of its 'arguments', 'results', 'temporary', 'moved', 'collectives' and 'ports',
+    and its 'kernels'.
 
-    The last two are None where it is too large to be compiled; 'temporary' is then what the compiler would have needed.
+    'moved' and 'collectives' are None where it is too large to be compiled; 'temporary' is then what it would have needed.
 
     Raises:
       ConfigError: when JAX does not understand what the compiler made.
@@ -321,7 +334,7 @@ def compile_program(
         return found
     started = time.perf_counter()
     try:
-        with _settings(EFFORT):
+        with _settings(EFFORT if topology.is_tpu else {}):
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if not (too_large := _TOO_LARGE.search(str(error))):
@@ -333,16 +346,21 @@ def compile_program(
             "temporary": float(number) * _UNITS[unit],
             "moved": None,
             "collectives": None,
+            "ports": 0.0,
+            "kernels": {},
         }
     else:
         memory, module = compiled.memory_analysis(), _module(compiled)
+        nodes = [] if topology.is_tpu else [device.process_index for device in mesh.devices.flat]
         found = {
             "arguments": memory.argument_size_in_bytes,
             "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
             # The program itself lies in the same memory.
             "temporary": memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
             "moved": module.moved_bytes(),
-            "collectives": module.collective_bytes(),
+            "collectives": module.collective_bytes(nodes),
+            "ports": module.port_bytes(nodes),
+            "kernels": module.kernels(),
         }
     seconds = time.perf_counter() - started
     log(f"compiled in {seconds:.0f} s" + (", too large" if found["moved"] is None else ""))
@@ -370,7 +388,7 @@ def compiled_cost(
 ) -> Cost:
     """Of a program compiled for the devices that its arguments are described on."""
     traced = program.function.trace(*program.arguments, **program.keywords)
-    found = compile_program(traced, topology, cache, log)
+    found = compile_program(traced, mesh, topology, cache, log)
     parameters, optimizer, batch = _held(planned, program, mesh)
     # Known when it has been compiled only; a new state takes the place of the old one.
     results = found["results"] or 0.0
@@ -385,8 +403,7 @@ def compiled_cost(
         found["temporary"],
         **_flops(traced, topology.count),
         model_flops=program.model_flops / topology.count,
-        moved=found["moved"],
-        collectives=found["collectives"],
+        **{field: found[field] for field in ("moved", "collectives", "ports", "kernels")},
     )
 
 
@@ -442,6 +459,7 @@ def plan(
     cache: Cache | None = None,
     log: Callable[[str], None] = lambda sentence: None,
     only: Callable[[Planned, Program], bool] = lambda planned, program: True,
+    count: bool = False,
 ) -> Plan:
     """Costs of every stage's programs.
 
@@ -450,6 +468,7 @@ def plan(
       all_shapes: see `stages`.
       log: takes a line for each program.
       only: which programs.
+      count: by arithmetic also where there is a compiler.
 
     Raises:
       ConfigError: when the recipe's batches do not split over the chips, or nothing can be compiled here.
@@ -457,7 +476,8 @@ def plan(
     cache = cache or Cache(None)
     whole = topology.abstract_mesh(config.parallel)
     shards = batch_shards(whole)
-    if topology.is_tpu:
+    compiles = has_compiler(topology) and not count
+    if compiles:
         mesh, built = topology.mesh(config.parallel), {}
     else:
         if shards < topology.count:
@@ -476,7 +496,7 @@ def plan(
                 if not only(planned, program):
                     continue
                 say = lambda found, at=f"{topology} {planned.name}: {program.name}": log(f"{at}: {found}")
-                if topology.is_tpu:
+                if compiles:
                     cost = compiled_cost(planned, program, mesh, topology, cache, say)
                 else:
                     cost = counted_cost(planned, program, whole, flash)

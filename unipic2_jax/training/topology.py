@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +23,10 @@ GB = 1e9
 NODE = 8  # GPUs that NVLink joins
 # Bytes a second and GPU between nodes: one InfiniBand port of 400 Gb/s each, as in NVIDIA's own machines.
 NETWORK = 50e9
+# What JAX allocates of a GPU's memory when it starts, unless the environment says otherwise.
+POOL, POOL_VARIABLE = 0.75, "XLA_PYTHON_CLIENT_MEM_FRACTION"
+# How XLA's GPU compiler is told of a chip that is not there.
+TARGETS = Path(__file__).parent / "targets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Chip:
     """What a data sheet says of a chip.
 
     Attributes:
-      memory: bytes that a program can have.
+      memory: bytes of it.
       flops: of matrix products of bfloat16, a second; flops32: of float32 at JAX's default precision.
       bandwidth: of its memory, bytes a second.
       link: to the other chips of a slice or node, bytes a second in one direction, all links together.
@@ -41,14 +49,16 @@ class Chip:
 
 # Google Cloud's pages of the TPU versions; their links are given there in both directions together (v5e 400, v6e 800 GB/s)
 # or as 4800 Gb/s in one (v5p). Memory is what the compiler lets a program have. A TPU multiplies float32 as bfloat16 unless
-# told otherwise. NVIDIA's data sheets (SXM, dense); a GPU multiplies float32 as TF32.
+# told otherwise. NVIDIA's data sheets (SXM, dense); a GPU multiplies float32 as TF32; its memory is what its driver reports.
 CHIPS = {
     "v5e": Chip(15.75 * 2**30, 197e12, 197e12, 819e9, 200e9),
     "v5p": Chip(95.74 * 2**30, 459e12, 459e12, 2765e9, 600e9),
     "v6e": Chip(31.25 * 2**30, 918e12, 918e12, 1638e9, 400e9),
-    "h100": Chip(80 * GB, 989e12, 494e12, 3350e9, 450e9),
-    "h200": Chip(141 * GB, 989e12, 494e12, 4800e9, 450e9),
+    "h100": Chip(84_942_979_072, 989e12, 494e12, 3350e9, 450e9),
+    "h200": Chip(151_397_597_184, 989e12, 494e12, 4800e9, 450e9),
+    "b200": Chip(191_514_411_008, 2250e12, 1125e12, 7670e9, 900e9),
 }
+GPUS = ("h100", "h200", "b200")
 
 # What JAX calls a device that is there -> which of CHIPS it is; the first that its name begins with.
 KINDS = (
@@ -59,6 +69,7 @@ KINDS = (
     ("TPU v6e", "v6e"),
     ("NVIDIA H100 80GB", "h100"),
     ("NVIDIA H200", "h200"),
+    ("NVIDIA B200", "b200"),
 )
 
 
@@ -72,8 +83,7 @@ SLICES = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
-    "h100": ("1", "2", "4", "8", "16", "32", "64", "128"),
-    "h200": ("1", "2", "4", "8", "16", "32", "64", "128"),
+    **dict.fromkeys(GPUS, ("1", "2", "4", "8", "16", "32", "64", "128")),
 }
 
 
@@ -103,13 +113,20 @@ class Topology:
 
     @property
     def is_tpu(self) -> bool:
-        """Whether programs can be compiled for it."""
-        return self.kind.startswith("v")
+        """Whether it is a TPU slice."""
+        return self.kind not in GPUS
 
     @property
-    def link(self) -> float:
-        """Bytes a second to the others: of GPUs in several nodes the network decides."""
-        return self.chip.link if self.is_tpu or self.count <= NODE else NETWORK
+    def nodes(self) -> int:
+        """Groups of chips with a network between them, beside the slices of TPUs."""
+        return 1 if self.is_tpu else -(-self.count // NODE)
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a chip that programs can have: on a GPU those of JAX's pool."""
+        if self.is_tpu:
+            return self.chip.memory
+        return self.chip.memory * float(os.environ.get(POOL_VARIABLE) or POOL)
 
     def larger(self) -> Iterator[Topology]:
         """All slices of its kind, from the smallest."""
@@ -132,13 +149,13 @@ class Topology:
         return AbstractMesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
     def mesh(self, parallel: ConfigDict) -> Mesh:
-        """The mesh of `config.parallel` over the devices of a TPU slice that is not there.
+        """The mesh of `config.parallel` over devices that are not there.
 
         Raises:
           ConfigError: when it does not come out even, or nothing can be compiled here.
         """
         self.abstract_mesh(parallel)
-        return make_mesh(tpu_devices(self), *_fields(parallel))
+        return make_mesh(tpu_devices(self) if self.is_tpu else gpu_devices(self), *_fields(parallel))
 
 
 def _fields(parallel: ConfigDict) -> tuple[str, dict[str, int], int]:
@@ -156,11 +173,56 @@ def read_topology(text: str, slices: int = 1) -> Topology:
       ConfigError: for anything else.
     """
     kind, _, shape = text.partition(":")
-    if kind == "gpu" and (found := re.fullmatch(r"([1-9]\d*)x(h\w+)", shape)) and found[2] in CHIPS:
+    if kind == "gpu" and (found := re.fullmatch(r"([1-9]\d*)x(\w+)", shape)):
+        if found[2] not in GPUS:
+            raise ConfigError(
+                f"The chip '{found[2]}' of the topology '{text}' is unknown; there are {', '.join(GPUS)}, and another one is a "
+                f"row of CHIPS and a file in {TARGETS.relative_to(TARGETS.parents[2])}."
+            )
+        if int(found[1]) > NODE and int(found[1]) % NODE:
+            raise ConfigError(f"The topology '{text}' is not made of whole nodes; take a multiple of {NODE} GPUs.")
         return Topology(text, found[2], int(found[1]))
-    if kind in CHIPS and kind.startswith("v") and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
+    if kind in CHIPS and kind not in GPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
         return Topology(text, kind, slices * math.prod(map(int, shape.split("x"))), slices)
-    raise ConfigError(f"The topology '{text}' is unknown; write v5p:4x4x4, v5e:8x8, v6e:8x8, gpu:8xh100 or gpu:8xh200.")
+    raise ConfigError(
+        f"The topology '{text}' is unknown; write v5p:4x4x4, v5e:8x8, v6e:8x8, gpu:8xh100, gpu:8xh200 or gpu:8xb200."
+    )
+
+
+def has_compiler(topology: Topology) -> bool:
+    """Whether programs for it can be compiled here; for a TPU slice `tpu_devices` says what is missing."""
+    return topology.is_tpu or bool(importlib.util.find_spec("jax_plugins") and _cuda_plugin())
+
+
+def _cuda_plugin() -> str | None:
+    """The package that holds XLA's GPU compiler."""
+    names = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+    return next((name for name in names if importlib.util.find_spec(name)), None)
+
+
+def gpu_devices(topology: Topology) -> Sequence[Any]:
+    """Devices to compile for.
+
+    Raises:
+      ConfigError: without JAX's CUDA plugin, or when it does not know the target.
+    """
+    from jax.experimental import topologies
+
+    if not has_compiler(topology):
+        raise ConfigError(
+            f"The compiler for {topology.name} is missing; install it with `pip install -r requirements-cuda.txt` (it runs on "
+            "any machine)."
+        )
+    target = (TARGETS / f"{topology.kind}.txtpb").read_text()
+    shape = f"{topology.nodes}x1x{topology.count // topology.nodes}"
+    try:
+        return topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape).devices
+    except Exception as error:  # the plugin has no kinds of its own
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ConfigError(
+            f"JAX's CUDA plugin {version('jaxlib')} does not know the target {topology.kind} ({reason}); install the plugin of a "
+            "newer JAX, or plan for another chip."
+        ) from error
 
 
 def tpu_devices(topology: Topology) -> Sequence[Any]:
@@ -175,8 +237,8 @@ def tpu_devices(topology: Topology) -> Sequence[Any]:
         import libtpu
     except ImportError as error:
         raise ConfigError(
-            f"The compiler for {topology.name} is missing; install it with `pip install libtpu` (it runs on any machine), or "
-            "plan for GPUs, which is arithmetic: --topology=gpu:8xh200."
+            f"The compiler for {topology.name} is missing; install it with `pip install -r requirements-tpu.txt` (it "
+            "runs on any machine)."
         ) from error
     del libtpu
     several = {"num_slices": topology.slices} if topology.slices > 1 else {}
