@@ -1,10 +1,10 @@
 """Says what a recipe needs on machines that are not there: memory, FLOPs, links and time of its real steps.
 
-    python -m launch.plan --config=configs/pdtr.py --topology=v5p:4x4x4 --config.parallel.preset=fsdp
-    python -m launch.plan --config=configs/kontext.py --topology=gpu:8xh200,gpu:8xh100 --config.parallel.preset=fsdp
+    python -m launch.plan --config=configs/pdtr.py --topology=v5p:4x4x4
+    python -m launch.plan --config=configs/kontext.py --topology=gpu:8xh200,gpu:16xh100
 
-TPU programs are compiled, on any machine that has their compiler (`pip install libtpu`); for GPUs it is arithmetic. Nothing is
-allocated and no weight is read. docs/scaling.md says how to read the table.
+Programs are compiled for the chips on any machine that has their compiler (`pip install -r requirements-cuda.txt`, or
+`requirements-tpu.txt`); without it GPUs are counted. Nothing is allocated and no weight is read. docs/scaling.md says how to read the table.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ _CACHE = flags.DEFINE_string(
     "Folder that remembers what compiled programs take; empty: none. By default $JAX_COMPILATION_CACHE_DIR/plans or "
     "~/.cache/unipic2_jax/plans.",
 )
+_SEARCH = flags.DEFINE_bool(
+    "search",
+    False,
+    "The splits and the parts of a batch that fit, by arithmetic and fastest first, instead of one plan.",
+)
+_COUNT = flags.DEFINE_bool("count", False, "By arithmetic also where there is a compiler.")
 _MARKDOWN = flags.DEFINE_bool("markdown", False, "For a document: the command comes before its table.")
 flags.mark_flags_as_required(["topology"])
 
@@ -51,25 +57,32 @@ def main(argv: list[str]) -> None:
     # At a flag of another platform's compiler it ends the process.
     os.environ.pop("XLA_FLAGS", None)
     from unipic2_jax.training import config as config_lib
-    from unipic2_jax.training import plan, plan_report, topology
+    from unipic2_jax.training import plan, plan_report, split, topology
 
     cache = plan.Cache(plan.default_cache() if _CACHE.value is None else _CACHE.value)
     log = lambda sentence: print(sentence, file=sys.stderr, flush=True)
     try:
-        config = config_lib.validate(CONFIG.value)
-        counted = {}
-        for machine in (topology.read_topology(name, config.parallel.slices) for name in _TOPOLOGY.value):
-            # What is counted for GPUs depends on their number alone.
-            made = counted.get(machine.count) if not machine.is_tpu else None
-            if made is None:
-                made = plan.plan(config, machine, all_shapes=_ALL_SHAPES.value, cache=cache, log=log)
-                counted |= {} if machine.is_tpu else {machine.count: made}
-            print(f"**{machine}**, {machine.count} chips, preset {config.parallel.preset}", end="")
-            print(f" ({'compiled' if machine.is_tpu else 'by arithmetic'}):\n")
+        given = config_lib.validate(CONFIG.value)
+        for machine in (topology.read_topology(name, given.parallel.slices) for name in _TOPOLOGY.value):
+            if _SEARCH.value:
+                print(f"**{machine}**, {machine.count} chips (by arithmetic):\n")
+                print("\n".join(split.table(split.searched(given, machine, log), machine)), end="\n\n")
+                continue
+            config = given
+            if given.parallel.preset == split.AUTO:
+                config = split.chosen(given, split.priced(given, machine, log), log)
+            made = plan.plan(config, machine, all_shapes=_ALL_SHAPES.value, cache=cache, log=log, count=_COUNT.value)
+            compiled = topology.has_compiler(machine) and not _COUNT.value
+            print(f"**{machine}**, {machine.count} chips, {split.described(config)}", end="")
+            print(f" ({'compiled' if compiled else 'by arithmetic'}):\n")
+            if not compiled and not _COUNT.value:
+                log(
+                    f"JAX's CUDA plugin is not installed, so {machine} is counted: pip install -r requirements-cuda.txt"
+                )
             if _MARKDOWN.value:
                 print(f"    {_command(machine.name)}\n")
             print(plan_report.table(made.costs, machine))
-            for sentence in plan_report.advice(config, made.costs, machine):
+            for sentence in (*plan_report.kernels(made), *plan_report.advice(config, made.costs, machine)):
                 print(f"{sentence}\n")
             if _SMALLEST.value != "off":
                 print(plan_report.smallest_sentence(config, made, machine, _SMALLEST.value, cache, log), end="\n\n")

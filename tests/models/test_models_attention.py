@@ -63,11 +63,11 @@ def test_which_kernel_where(platform, dtype, keys, options, chosen):
     query, key, _, _ = arrays(4, keys, dtype)
     mask, bias = (jnp.ones(options[name]) if name in options else None for name in ("mask", "bias"))
     with mock.patch.object(module, "_platform", return_value=platform):
-        assert module._best(query, key, mask, bias) == chosen
+        assert module._best(query, key, mask, bias)[0] == chosen
 
 
 def test_cudnn_takes_whole_samples_and_narrow_heads():
-    best = lambda *arrays: module._best(*arrays, None, None)
+    best = lambda *arrays: module._best(*arrays, None, None)[0]
     narrow, wide = (arrays(4, 8, jnp.bfloat16, width=width)[:2] for width in (64, 512))
     sizes, types = {"data": 1, "fsdp": 2, "tensor": 1}, (AxisType.Auto,) * 4
     with mock.patch.object(module, "_platform", return_value="gpu"):
@@ -79,19 +79,23 @@ def test_cudnn_takes_whole_samples_and_narrow_heads():
 
 
 @pytest.mark.parametrize("queries, keys", [(5, 7), (4, 7), (5, 8)])
-@pytest.mark.parametrize("given", ["mask", "bias", "both"])
+@pytest.mark.parametrize("given", ["nothing", "mask", "bias", "both"])
 def test_odd_lengths_under_cudnn(queries, keys, given):
     """The kernel is given what JAX lets it have in training (`check_layout`, `check_is_flash_attention`), and gives the same."""
     query, key, value, seen = arrays(queries, keys, jnp.bfloat16)
     bias = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, queries, keys)), jnp.bfloat16)
     seen = seen.at[:, 0].set(True)[:, None, None]
-    options = {"mask": {"mask": seen}, "bias": {"bias": bias}, "both": {"mask": seen, "bias": bias}}[given]
+    options = {"mask": {"mask": seen}, "bias": {"bias": bias}, "both": {"mask": seen, "bias": bias}}.get(given, {})
     wanted = attention(query, key, value, **options, implementation="xla")
 
-    def kernel(query, key, value, bias=None, mask=None, *, scale, implementation):
+    def kernel(query, key, value, bias=None, mask=None, *, scale, implementation, **counts):
         lengths = (query.shape[1], key.shape[1])
         assert all(length % 2 == 0 for length in lengths)
         assert all(x is None or x.shape[2:] == lengths for x in (mask, bias))
+        if counts:  # the plain flash kernel: it is told how many tokens there are
+            assert given in ("mask", "nothing") and mask is None and bias is None
+            assert (np.asarray(counts["query_seq_lengths"]) == queries).all()
+            mask = (jnp.arange(lengths[1]) < counts["key_value_seq_lengths"][:, None])[:, None, None]
         return attention(query, key, value, mask=mask, bias=bias, scale=scale, implementation="xla")
 
     with mock.patch.object(jax.nn, "dot_product_attention", kernel):

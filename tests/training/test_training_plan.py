@@ -62,13 +62,18 @@ def cost(**fields):
 
 def test_topologies():
     assert (read_topology("v5p:4x4x4").count, read_topology("v5e:8x16").count, GPUS.count) == (64, 128, 8)
-    assert read_topology("gpu:16xh100").link < read_topology("gpu:8xh100").link  # between nodes the network decides
+    one, two = read_topology("gpu:8xh100"), read_topology("gpu:16xh100")
+    assert (one.nodes, two.nodes) == (1, 2) and one.memory == 0.75 * one.chip.memory  # of JAX's pool
     for kind, shapes in SLICES.items():
-        found = list(read_topology("gpu:8xh100" if kind.startswith("h") else f"{kind}:2x2").larger())
+        found = list(read_topology(f"gpu:8x{kind}" if kind[0] in "hb" else f"{kind}:2x2").larger())
         assert len(found) == len(shapes) and all(a.count < b.count for a, b in itertools.pairwise(found))
-    for text in ("v4:2x2x2", "v5p", "v5p:64", "gpu:h100", "gpu:0xh100", "gpu:8xa100", "v5p:4x0x4"):
+    for text in ("v4:2x2x2", "v5p", "v5p:64", "gpu:h100", "gpu:0xh100", "v5p:4x0x4"):
         with pytest.raises(ConfigError, match="is unknown; write v5p:4x4x4"):
             read_topology(text)
+    with pytest.raises(ConfigError, match="The chip 'a100' .* is unknown; there are h100, h200, b200"):
+        read_topology("gpu:8xa100")
+    with pytest.raises(ConfigError, match="whole nodes; take a multiple of 8"):
+        read_topology("gpu:12xh100")
 
 
 def test_a_step_on_gpus_by_arithmetic(counted):
@@ -179,7 +184,7 @@ def test_advice():
     say = lambda config, on=GPUS, **fields: plan_report.advice(config, {"kontext": [cost(**fields)]}, on)
     assert say(config, activations=100e9) == []
     (sentence,) = say(config, activations=200e9)
-    assert sentence.startswith("Stage 'kontext' needs 200.0 GB of 141.0 GB a chip (step); ")
+    assert sentence.startswith("Stage 'kontext' needs 200.0 GB of 113.5 GB a chip (step); ")
     # What splits tokens cannot be counted, and so is no advice for GPUs.
     assert "accumulation=2" in sentence and "fsdp_sp" not in sentence
     (sentence,) = say(config, on=read_topology("v5p:4x4x4"), activations=200e9)

@@ -84,8 +84,12 @@ PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
 
 def devices_along(mesh: Any, names: str | tuple[str, ...] | None) -> int:
     """Into how many parts an axis is split that has this entry in a specification."""
-    names = (names,) if isinstance(names, str) else names or ()
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in _names(names))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of an entry in a specification."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def parameter_axes(path: str, ndim: int) -> tuple[Logical, ...]:
@@ -128,6 +132,19 @@ def constrain_parameters(tree: Any) -> Any:
     if mesh.empty or mesh.size == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+
+
+def gathered(tree: Any) -> Any:
+    """Parameters as every device of an 'fsdp' axis has all of them, for a program that uses them often: where this is called."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return tree
+
+    def whole(place: NamedSharding) -> NamedSharding:
+        kept = [tuple(name for name in _names(entry) if name != "fsdp") or None for entry in place.spec]
+        return NamedSharding(mesh, PartitionSpec(*kept))
+
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(whole, shardings(mesh, tree)))
 
 
 def split_over(axis: str) -> bool:

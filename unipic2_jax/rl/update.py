@@ -159,6 +159,7 @@ def make_rollout(
     config: GRPOConfig,
     outside_fn: PolicyFn | None = None,
     shared_groups: int | None = None,
+    prepare: Callable[[Any], Any] = lambda params: params,
     **jit_options: Any,
 ) -> Callable[..., Trajectory]:
     """A jitted `(params, lora, inputs, initial_noise [B, ...], key, sigmas [T + 1], part=None) -> Trajectory`.
@@ -167,11 +168,13 @@ def make_rollout(
     `outside_fn` is the policy of deterministic steps (`guided_policies`).
     `shared_groups` says that the initial noise and the inputs are those of so many contiguous groups, the same within
     each: with a window, nothing is then computed twice before the samples part.
+    `prepare` is applied to the frozen weights before anything else.
     """
     outside_fn = policy_fn if outside_fn is None else outside_fn
     shared = shared_groups is not None and config.window is not None
 
     def run(params, lora, inputs, initial_noise, key, sigmas, part=None):
+        params = prepare(params)
         window_key, noise_key = jax.random.split(key)
         noise_key = noise_key if part is None else jax.random.fold_in(noise_key, part)
         bound = lambda fn: lambda x, sigma: fn(params, lora, x, sigma, inputs)
@@ -188,13 +191,14 @@ def make_update(
     policy_fn: PolicyFn,
     optimizer: optax.GradientTransformation,
     config: GRPOConfig,
+    prepare: Callable[[Any], Any] = lambda params: params,
     **jit_options: Any,
 ) -> Callable[..., tuple[PolicyState, dict[str, jax.Array]]]:
     """A jitted `(params, state, reference_lora, trajectory, advantages [B], inputs) -> (state, metrics)`.
 
     The reference policy is `policy_fn` with `reference_lora`, None for the bare weights. The samples are split
     into `updates_per_rollout` strided parts, each used for one optimizer step over all trained timesteps. Gradient
-    clipping and the learning rate are the optimizer's.
+    clipping and the learning rate are the optimizer's. `prepare` is applied to the frozen weights before anything else.
 
     Metrics are float32 scalars. When a loss or gradient is not finite, `non_finite` is 1 and that optimizer step
     is left out, so the returned state is still the last good one; stopping is the caller's decision.
@@ -209,6 +213,7 @@ def make_update(
             raise ValueError(
                 f"{advantages.shape[0]} samples cannot be split into updates_per_rollout={updates} equal parts."
             )
+        params = prepare(params)
         loss_fn = make_loss(policy_fn, params, reference_lora, trajectory.sigmas[1], config)
 
         def update(state, index):

@@ -24,6 +24,8 @@ class TrainingPaused(TrainingError):
     """What a step needs is not to be had now; it has not touched the state, which the loop saves before it leaves."""
 
 
+# When frozen weights that are split are gathered.
+GATHERS = ("update", "layer")
 # What says which model is trained.
 MODEL_FIELDS = ("init", "model", "parts", "vlm", "vlm_dtype", "settings")
 
@@ -52,8 +54,18 @@ def base_config() -> ConfigDict:
             "keep_every": 0,
             # The kernel of the transformer's attention: auto | xla | cudnn | splash.
             "attention": "auto",
-            # How the devices share the work: a preset of `parallel.mesh`, and devices along single axes instead of its own.
-            "parallel": {"preset": "ddp", "data": 0, "fsdp": 0, "tensor": 0, "sequence": 0, "slices": 1},
+            # How the devices share the work: a preset of `parallel.mesh` or 'auto', the fastest one that fits (`training.split`);
+            # devices along single axes instead of its own; and when reinforcement gathers the transformer's frozen weights where
+            # they are split: once an 'update' (and once a rollout), or 'layer' by layer in every pass, which takes less memory.
+            "parallel": {
+                "preset": "ddp",
+                "data": 0,
+                "fsdp": 0,
+                "tensor": 0,
+                "sequence": 0,
+                "slices": 1,
+                "gather": "update",
+            },
         }
     )
 
@@ -147,11 +159,24 @@ def validate(config: ConfigDict) -> ConfigDict:
         for field, least in {"steps": 1, "save_every": 1, "log_every": 1, "eval_every": 0}.items():
             if stage[field] < least:
                 raise ConfigError(f"config.stages.{name}.{field} is {stage[field]}; it must be at least {least}.")
+    if config.parallel.gather not in GATHERS:
+        raise ConfigError(f"config.parallel.gather is '{config.parallel.gather}'; use one of {', '.join(GATHERS)}.")
     if config.keep_checkpoints < 1:
         raise ConfigError(f"config.keep_checkpoints is {config.keep_checkpoints}; it must be at least 1.")
     if config.keep_every < 0:
         raise ConfigError(f"config.keep_every is {config.keep_every}; it must be at least 0.")
     return config.lock()
+
+
+def model_config(config: ConfigDict, name: str | None) -> ConfigDict:
+    """The configuration with the fields of `config.models[name]` instead of the run's own model; None changes nothing."""
+    if name is None:
+        return config
+    values = {**{field: base_config()[field] for field in MODEL_FIELDS}, **config.models[name]}
+    with (changed := config.copy_and_resolve_references()).unlocked():
+        for field, value in values.items():
+            changed[field] = value
+    return changed
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

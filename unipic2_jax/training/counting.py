@@ -36,7 +36,7 @@ def jaxpr_flops(jaxpr: core.Jaxpr, chosen: Chosen = lambda eqn: True) -> float:
 
 def is_single(eqn: core.JaxprEqn) -> bool:
     """Whether a product takes two arrays of float32, which GPUs multiply at half the rate."""
-    return all(v.aval.dtype.itemsize == 4 for v in eqn.invars)
+    return all(v.aval.dtype.itemsize == 4 for v in eqn.invars[:2])
 
 
 def _inside(eqn: core.JaxprEqn, chosen: Chosen) -> float:
@@ -86,4 +86,19 @@ def _kernel(eqn: core.JaxprEqn, chosen: Chosen) -> float:
     return math.prod(eqn.params["grid_mapping"].grid) * _inside(eqn, chosen)
 
 
-_PRODUCTS = {"dot_general": _dot, "conv_general_dilated": _convolution}
+def _cudnn(products: int) -> Callable[[core.JaxprEqn], float]:
+    """Of cuDNN's attention on [B, Q, N, D] and [B, K, N, D]: the backward pass computes the logits again."""
+
+    def count(eqn: core.JaxprEqn) -> float:
+        query, key = (v.aval.shape for v in eqn.invars[:2])
+        return 2.0 * products * math.prod(query) * key[1]
+
+    return count
+
+
+_PRODUCTS = {
+    "dot_general": _dot,
+    "conv_general_dilated": _convolution,
+    "dot_product_attention_fwd_wrapper": _cudnn(2),
+    "dot_product_attention_bwd_wrapper": _cudnn(5),
+}

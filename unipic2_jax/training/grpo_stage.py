@@ -29,7 +29,7 @@ from unipic2_jax.parallel.mesh import (
     shard_batch,
 )
 from unipic2_jax.parallel.processes import gather_rows, is_main, leaders, local_rows, rows_to_host, tree_to_host
-from unipic2_jax.parallel.rules import RULES, described
+from unipic2_jax.parallel.rules import RULES, described, gathered
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.bundle import check_dtype
@@ -223,7 +223,9 @@ class GRPOStage(Stage):
         over_time, whole = NamedSharding(context.mesh, RULES.spec(None, "batch")), replicated(context.mesh)
         places = Trajectory(over_time, over_time, over_time if self.grpo.guard else None, whole, whole)
         groups = self.prompts_at_once if self.shared else None
-        self._rollout = make_rollout(policy, self.grpo, outside, groups, out_shardings=places)
+        self.at_once = context.gather == "update"
+        prepare = {"prepare": gathered} if self.at_once else {}
+        self._rollout = make_rollout(policy, self.grpo, outside, groups, out_shardings=places, **prepare)
         self._decode = jax.jit(lambda params, latents: sampling.decode_latents(bundle.vae, params, latents[-1]))
         self._join = jax.jit(_join, out_shardings=(places, sharded))
         # Updates and micro-batches take an equal part of every group, if they can.
@@ -231,7 +233,7 @@ class GRPOStage(Stage):
         one_step = self.grpo.trained_steps == 1
         self.shared_update = self.shared and one_step and self.micro_batch % config.num_prompts == 0
         trained = once_per_group(policy, config.num_prompts) if self.shared_update else policy
-        self._update = make_update(trained, self.optimizer, self.grpo, donate_argnames="state")
+        self._update = make_update(trained, self.optimizer, self.grpo, donate_argnames="state", **prepare)
         self.ahead = Ahead(context.mesh, lambda sentence: context.log(f"{context.name}: {sentence}"))
         tuned = dataclasses.replace(bundle, transformer=self.transformer)
         self.evaluators = [
@@ -319,13 +321,15 @@ class GRPOStage(Stage):
         latents = self._rollout.eval_shape(*roll).latents
         first = 0 if self.grpo.window is None else sum(self.grpo.window[1]) // 2
         sampled, trained = self._evaluations("references" in inputs["cond"], first)
-        weights, state_too = ("parameters", *["batch"] * 4), ("parameters", "state", *["batch"] * 4)
+        weights = ("parameters", *["batch"] * 4)
+        frozen = "gathered" if self.at_once else "parameters"
+        rolled, updated = (frozen, "parameters", *["batch"] * 4), (frozen, "state", *["batch"] * 4)
         summed, times = self.samples // self.micro_batch * self.grpo.trained_steps, config.sampling_batches
         return [
             Program("encode", self._encode, encode, {}, 0.0, weights, calls=times),
-            Program("rollout", self._rollout, roll, {}, sampled / times, ("parameters", *weights), calls=times),
+            Program("rollout", self._rollout, roll, {}, sampled / times, rolled, calls=times),
             Program("decode", self._decode, (params["vae"], latents), {}, 0.0, weights[:2], calls=times),
-            Program("update", self._update, update, {}, trained, state_too, gradients=summed),
+            Program("update", self._update, update, {}, trained, updated, gradients=summed),
         ]
 
     def _update_arguments(self, state: PolicyState, roll: tuple[Any, ...], inputs: Any) -> tuple[Any, ...]:

@@ -49,12 +49,14 @@ class Work:
       moved: to and from memory.
       gathered: of split parameters, from all chips.
       results: of what is returned and has no argument's place.
+      logits: whether logits of attention are among what is held.
     """
 
     held: float = 0.0
     moved: float = 0.0
     gathered: float = 0.0
     results: float = 0.0
+    logits: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,8 @@ def measure(traced: jax.stages.Traced, weights: Sequence[float | None], flash: b
         for var, share in zip(closed.jaxpr.invars, weights, strict=True)
         if share is not None and share < 1 and len(var.aval.shape) > 1
     }
-    unheld = frozenset(_logits(closed.jaxpr)) if flash else frozenset()
+    every, narrow = (frozenset(_logits(closed.jaxpr, channels)) for channels in (math.inf, FLASH_CHANNELS))
+    unheld = narrow if flash else frozenset()
     counter = _Counter(shares, unheld)
     given = []
     for number, (var, share) in enumerate(zip(closed.jaxpr.invars, weights, strict=True)):
@@ -130,21 +133,22 @@ def measure(traced: jax.stages.Traced, weights: Sequence[float | None], flash: b
     donated = (info.donated for info in jax.tree.leaves(traced.args_info))
     kept = sum(counter.size(aval) for aval in closed.out_avals)
     kept -= sum(value.size for value, gone in zip(given, donated, strict=True) if gone)
-    return dataclasses.replace(work, results=max(kept, 0.0))
+    return dataclasses.replace(work, results=max(kept, 0.0), logits=every > unheld)
 
 
-def _logits(jaxpr: core.Jaxpr) -> Iterable[tuple[int, ...]]:
-    """Shapes of what a flash kernel keeps on its chip: products over a head's channels, larger than both factors."""
+def _logits(jaxpr: core.Jaxpr, most: float) -> Iterable[tuple[int, ...]]:
+    """Shapes of what a flash kernel keeps on its chip: products over a head's channels, at most so many, larger than both
+    factors. Any precision counts where channels have no limit."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
             left, right, out = (math.prod(v.aval.shape) for v in (*eqn.invars, eqn.outvars[0]))
             channels = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
             sixteen = all(v.aval.dtype.itemsize == 2 for v in eqn.invars)
-            if len(batch) == 2 and sixteen and channels <= FLASH_CHANNELS and out > max(left, right):
+            if len(batch) == 2 and (sixteen or most == math.inf) and channels <= most and out > max(left, right):
                 yield eqn.outvars[0].aval.shape
         for inner in inner_jaxprs(eqn.params.values()):
-            yield from _logits(inner)
+            yield from _logits(inner, most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,10 +244,11 @@ class _Counter:
                     moved += sum(value.size for value in read | set(operation.outputs))
                 moved, gathered = moved + inner.moved, gathered + inner.gathered
                 for value in _gathers(operation):
+                    whole = value.size / value.weight.share
+                    moved += whole  # every product reads all of it
                     if value.weight.name not in gathered_now:
-                        whole = value.size / value.weight.share
                         gathered_now[value.weight.name] = whole
-                        gathered, moved, held = gathered + whole, moved + 2 * whole, held + whole
+                        gathered, moved, held = gathered + whole, moved + whole, held + whole
                 dying = sum(v.size for v in ends[place] if not v.given and v not in roots)
                 # What is computed element by element takes the place of an operand that is not needed again.
                 reused = min(dying, made) if operation.fuses and not operation.reduces else 0.0

@@ -87,7 +87,7 @@ def run(
     config_lib.check_same_run(config, workdir / "config.json")
     use_compilation_cache(workdir)
     # A language model that came from a folder of its own stays there.
-    with_vlm = model_config(config, config.stages[config.schedule[-1]].model).vlm is None
+    with_vlm = config_lib.model_config(config, config.stages[config.schedule[-1]].model).vlm is None
     save = save or functools.partial(save_bundle, with_vlm=with_vlm)
     try:
         with jax.set_mesh(mesh):
@@ -127,17 +127,6 @@ def config_mesh(config: ConfigDict) -> jax.sharding.Mesh:
         return make_mesh(preset=preset, sizes=sizes, slices=slices)
     except ValueError as error:
         raise config_lib.ConfigError(f"config.parallel: {error}") from error
-
-
-def model_config(config: ConfigDict, name: str | None) -> ConfigDict:
-    """The configuration with the fields of `config.models[name]` instead of the run's own model; None changes nothing."""
-    if name is None:
-        return config
-    values = {**{field: config_lib.base_config()[field] for field in config_lib.MODEL_FIELDS}, **config.models[name]}
-    with (changed := config.copy_and_resolve_references()).unlocked():
-        for field, value in values.items():
-            changed[field] = value
-    return changed
 
 
 def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
@@ -354,7 +343,7 @@ class _Run:
     def load_model(self, name: str | None) -> Any:
         """The run's model, or the one of this name, as it was before any training."""
         try:
-            return self.load(model_config(self.config, name), self.mesh)
+            return self.load(config_lib.model_config(self.config, name), self.mesh)
         except ValueError as error:
             raise config_lib.ConfigError(str(error)) from error
 
@@ -367,7 +356,8 @@ class _Run:
         params, self.carried = self.checkpoints.load_params(index, self.initial.params, self.mesh)
         bundle = dataclasses.replace(self.initial, params=params)
         following = self.config.stages[self.names[index + 1]] if index + 1 < len(self.names) else None
-        context = StageContext(name, index, self.config.seed, self.mesh, self.workdir, following, self.say)
+        gather = self.config.parallel.gather
+        context = StageContext(name, index, self.config.seed, self.mesh, self.workdir, following, self.say, gather)
         return stage_class(self.config.stages[name].kind)(self.config.stages[name], bundle, context)
 
     def train(self, stage: Stage, step: int, state: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Will a recipe fit a machine, and how fast can it be: its real steps, compiled for a TPU that is not there, or counted.
+"""Will a recipe fit a machine, and how fast can it be: its real steps, compiled for chips that are not there, or counted.
 
 Nothing is allocated: parameters and batches are descriptions of arrays (`pipelines.blank`). For TPUs the steps are compiled
-for the topology and the compiler says what they hold; for GPUs, which need a device to compile for, it is arithmetic
-(`training.liveness`).
+for the topology and the compiler says what they hold, and for GPUs likewise, where JAX's CUDA plugin is installed; else it is
+arithmetic (`training.liveness`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,15 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.data.buckets import MULTIPLE
 from unipic2_jax.data.examples import make_examples
+from unipic2_jax.models.attention import Call, recorded
 from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh
-from unipic2_jax.parallel.rules import devices_along
-from unipic2_jax.training.config import ConfigError
+from unipic2_jax.parallel.rules import RULES, devices_along
+from unipic2_jax.training.config import ConfigError, model_config
 from unipic2_jax.training.counting import is_single, jaxpr_flops
 from unipic2_jax.training.grpo_stage import tell_micro_batch
 from unipic2_jax.training.hlo import BETWEEN_NODES, Module
 from unipic2_jax.training.liveness import measure
-from unipic2_jax.training.loop import model_config
 from unipic2_jax.training.stage import Program, Stage, StageContext, stage_class
 from unipic2_jax.training.topology import NETWORK, Topology, has_compiler
 
@@ -43,6 +43,8 @@ EFFORT = {"jax_optimization_level": "O0"}
 # How the compiler says that a program is too large, in units of GiB or MiB.
 _TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+# Activations that a compiler holds, in parts of the counted ones, by whether logits of attention are held (docs/scaling.md).
+CALIBRATION = {"flash": 1.0, "logits": 1.0}
 # Packages that hold compilers.
 COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 CACHE_FORMAT = 4  # of what is kept between plans
@@ -167,7 +169,7 @@ def stages(
         if shards > 1:
             with (stage := stage.copy_and_resolve_references()).unlocked():
                 _part_of_batch(name, stage, shards, log)
-        context = StageContext(name, index, config.seed, mesh, Path("."), log=log)
+        context = StageContext(name, index, config.seed, mesh, Path("."), log=log, gather=config.parallel.gather)
         bundle = abstract_bundle(_sized(config, model), mesh)
         made = stage_class(stage.kind)(stage, bundle, context)
         programs = made.programs()
@@ -183,7 +185,7 @@ def stages(
 
 
 def _sized(config: ConfigDict, name: str | None) -> ConfigDict:
-    """`loop.model_config`; a model of `config.models` whose folder is still to be named has text encoders around a transformer
+    """`config.model_config`; a model of `config.models` whose folder is still to be named has text encoders around a transformer
     as large as the run's, since that is what there is beside the run's own."""
     found = model_config(config, name)
     if name is None or found.init or "model" in config.models[name]:
@@ -257,10 +259,11 @@ def _held(planned: Planned, program: Program, mesh: Mesh | AbstractMesh) -> tupl
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Stages, and for each of them the costs of its programs."""
+    """Stages, and for each of them the costs of its programs and, where these were compiled, the kernels of attention."""
 
     stages: list[Planned]
     costs: dict[str, list[Cost]]
+    attention: dict[str, list[Call]] = dataclasses.field(default_factory=dict)
 
 
 class Cache:
@@ -407,32 +410,55 @@ def compiled_cost(
     )
 
 
-def counted_cost(planned: Planned, program: Program, mesh: AbstractMesh, flash: bool) -> Cost:
-    """Of a program that was built for one chip's rows, by arithmetic.
+def counted_cost(
+    planned: Planned,
+    program: Program,
+    traced: jax.stages.Traced,
+    mesh: AbstractMesh,
+    topology: Topology,
+    flash: bool,
+    at_once: bool,
+) -> Cost:
+    """Of a program that was built and traced for one chip's rows, by arithmetic.
 
     Args:
       mesh: of all chips.
       flash: whether attention in 16 bits holds no logits.
+      at_once: whether what a program can gather before anything else is gathered there.
     """
-    traced = program.function.trace(*program.arguments, **program.keywords)
     weights: list[float | None] = []
+    ahead = 0.0
     for role, argument in zip(program.roles, program.arguments, strict=True):
         for leaf in jax.tree.leaves(argument):
             whole = math.prod(leaf.shape) * leaf.dtype.itemsize
-            weights.append(None if role == "batch" else _local(leaf, mesh) / whole)
+            share = None if role == "batch" else _local(leaf, mesh) / whole
+            if role == "gathered" and at_once:
+                ahead += whole if share < 1 else 0.0
+                share = 1.0
+            weights.append(share)
     work = measure(traced, weights, flash)
-    collectives = {"all-gather": work.gathered}
+    received = {("all-gather", ("fsdp",)): work.gathered + ahead}
+
+    def sums(kind: str, axes: tuple[str, ...], size: float) -> None:
+        received[kind, axes] = received.get((kind, axes), 0.0) + size * program.gradients
+
     if program.gradients and batch_shards(mesh) > 1:
         trained = next(iter(planned.state().values()))
         for leaf in jax.tree.leaves(trained):
             own, whole = _local(leaf, mesh), math.prod(leaf.shape) * leaf.dtype.itemsize
             if own < whole:
-                kind, size = "reduce-scatter", whole
-                if mesh.shape["data"] > 1:
-                    collectives["all-reduce"] = collectives.get("all-reduce", 0.0) + 2 * own * program.gradients
+                sums("reduce-scatter", ("fsdp",), whole)
+                sums("all-reduce", ("data",), 2 * own if mesh.shape["data"] > 1 else 0.0)
             else:
-                kind, size = "all-reduce", 2 * whole
-            collectives[kind] = collectives.get(kind, 0.0) + size * program.gradients
+                sums("all-reduce", RULES.batch, 2 * whole)
+    collectives: dict[str, float] = {}
+    ports = 0.0
+    for (kind, axes), size in received.items():
+        if size:
+            members = topology.crossing(mesh, axes)
+            name = kind + (BETWEEN_NODES if members else "")
+            collectives[name] = collectives.get(name, 0.0) + size
+            ports += size / members if members else 0.0
     parameters, optimizer, _ = _held(planned, program, mesh)
     batch = [argument for role, argument in zip(program.roles, program.arguments) if role == "batch"]
     return Cost(
@@ -443,12 +469,58 @@ def counted_cost(planned: Planned, program: Program, mesh: AbstractMesh, flash: 
         optimizer,
         float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))),
         work.results,
-        work.held,
+        ahead + work.held * CALIBRATION["logits" if work.logits else "flash"],
         **_flops(traced, 1),
         model_flops=program.model_flops,
-        moved=work.moved,
-        collectives={kind: size for kind, size in collectives.items() if size},
+        moved=work.moved + 2 * ahead,
+        collectives=collectives,
+        ports=ports,
     )
+
+
+def counted(
+    config: ConfigDict,
+    topology: Topology,
+    splits: Sequence[ConfigDict],
+    *,
+    all_shapes: bool = False,
+    log: Callable[[str], None] = lambda sentence: None,
+    only: Callable[[Planned, Program], bool] = lambda planned, program: True,
+) -> list[Plan]:
+    """A plan by arithmetic for each of several `config.parallel`; every program is traced once.
+
+    Args:
+      splits: all of them split the batch over all chips.
+
+    Raises:
+      ConfigError: when the recipe's batches do not come out even.
+    """
+    meshes = [topology.abstract_mesh(parallel) for parallel in splits]
+    if any(batch_shards(whole) < topology.count for whole in meshes):
+        raise ConfigError(
+            f"Steps on {topology} are counted here, and that works for batches split over all chips only; choose "
+            "--config.parallel.preset=fsdp or ddp, or install the compiler: pip install -r "
+            f"requirements-{'tpu' if topology.is_tpu else 'cuda'}.txt."
+        )
+    mesh = make_mesh(jax.devices()[:1], "fsdp")
+    flash = config.get("attention", "auto") != "xla"
+    found = [Plan([], {}) for _ in splits]
+    with jax.set_mesh(mesh):
+        built = stages(config, mesh, all_shapes=all_shapes, log=log, shards=topology.count, split=meshes[0])
+        for planned in built:
+            for made in found:
+                made.stages.append(planned)
+                made.costs[planned.name] = []
+            for program in planned.programs:
+                if not only(planned, program):
+                    continue
+                traced = program.function.trace(*program.arguments, **program.keywords)
+                for made, whole, parallel in zip(found, meshes, splits):
+                    at_once = parallel.gather == "update"
+                    cost = counted_cost(planned, program, traced, whole, topology, flash, at_once)
+                    made.costs[planned.name].append(cost)
+                log(f"{topology} {planned.name}: {program.name}: counted")
+    return found
 
 
 def plan(
@@ -473,33 +545,19 @@ def plan(
     Raises:
       ConfigError: when the recipe's batches do not split over the chips, or nothing can be compiled here.
     """
-    cache = cache or Cache(None)
-    whole = topology.abstract_mesh(config.parallel)
-    shards = batch_shards(whole)
-    compiles = has_compiler(topology) and not count
-    if compiles:
-        mesh, built = topology.mesh(config.parallel), {}
-    else:
-        if shards < topology.count:
-            raise ConfigError(
-                f"Steps on {topology} are counted, and that works for batches split over all chips only; choose "
-                "--config.parallel.preset=fsdp or ddp."
-            )
-        mesh, built = make_mesh(jax.devices()[:1], "fsdp"), {"shards": shards, "split": whole}
-    flash = config.get("attention", "auto") != "xla"
+    if count or not has_compiler(topology):
+        return counted(config, topology, [config.parallel], all_shapes=all_shapes, log=log, only=only)[0]
+    cache, mesh = cache or Cache(None), topology.mesh(config.parallel)
     found = Plan([], {})
-    with jax.set_mesh(mesh):
-        for planned in stages(config, mesh, all_shapes=all_shapes, log=log, **built):
+    with jax.set_mesh(mesh), recorded() as calls:
+        for planned in stages(config, mesh, all_shapes=all_shapes, log=log):
             found.stages.append(planned)
             found.costs[planned.name] = []
             for program in planned.programs:
                 if not only(planned, program):
                     continue
                 say = lambda found, at=f"{topology} {planned.name}: {program.name}": log(f"{at}: {found}")
-                if compiles:
-                    cost = compiled_cost(planned, program, mesh, topology, cache, say)
-                else:
-                    cost = counted_cost(planned, program, whole, flash)
-                    say("counted")
-                found.costs[planned.name].append(cost)
+                found.costs[planned.name].append(compiled_cost(planned, program, mesh, topology, cache, say))
+            found.attention[planned.name] = list(calls)
+            calls.clear()
     return found

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from unipic2_jax.parallel.mesh import batch_shards
 from unipic2_jax.training.config import ConfigError
 from unipic2_jax.training.plan import Cache, Cost, Plan, Planned, local_bytes, plan
-from unipic2_jax.training.topology import GB, Topology
+from unipic2_jax.training.topology import GB, Topology, has_compiler
 
 Costs = Mapping[str, Sequence[Cost]]
 
@@ -36,7 +36,7 @@ def table(costs: Costs, topology: Topology) -> str:
             at_least = "" if cost.moved is not None else "> "
             cells = [
                 *(stage, cost.name, *(f"{size / GB:.2f}" for size in sizes)),
-                f"{cost.peak / GB:.1f}, {cost.peak / chip.memory:.0%}"
+                f"{cost.peak / GB:.1f}, {cost.peak / topology.memory:.0%}"
                 + ("" if fits(cost, topology) else " **too much**"),
                 *(f"{cost.flops / 1e12:.2f} T{useful}", links, f"{at_least}{seconds:.3f}", mfu),
             ]
@@ -49,9 +49,49 @@ def table(costs: Costs, topology: Topology) -> str:
     return "\n".join(lines) + "\n"
 
 
+SUMMARY = "| recipe | machine | split | fits | peak, of memory | seconds a step | MFU bound | bound by |\n|---|---|---|---|---:|---|---|---|"
+
+
+def summary(recipe: str, costs: Costs, topology: Topology, split: str) -> str:
+    """The row of `SUMMARY` for a recipe on a machine; what is given by stage stands in the schedule's order."""
+    worst = max((cost for rows in costs.values() for cost in rows), key=lambda cost: cost.peak)
+    seconds, shares, bounds = [], [], []
+    for stage, rows in costs.items():
+        whole = sum(cost.calls * cost.seconds(topology) for cost in rows)
+        model = sum(cost.calls * cost.model_flops for cost in rows)
+        seconds.append(f"{stage} {whole:.2f}" if len(costs) > 1 else f"{whole:.2f}")
+        shares.append(f"{model / topology.chip.flops / whole:.0%}")
+        bounds.append(bound(max(rows, key=lambda cost: cost.calls * cost.seconds(topology)), topology))
+    by = bounds[0] if len(set(bounds)) == 1 else ", ".join(bounds)
+    cells = [
+        *(recipe, str(topology), split, "yes" if fits(worst, topology) else "**no**"),
+        f"{worst.peak / GB:.1f}, {worst.peak / topology.memory:.0%} ({worst.stage}: {worst.name})",
+        *(", ".join(seconds), ", ".join(shares), by),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def bound(cost: Cost, topology: Topology) -> str:
+    """What bounds a program: products, memory or links."""
+    parts = cost.parts(topology)
+    return max(parts, key=parts.__getitem__)
+
+
+def kernels(made: Plan) -> Iterator[str]:
+    """Sentences: which kernel attention got in every network, and the kernels of cuDNN in the compiled programs."""
+    for stage, calls in made.attention.items():
+        if calls:
+            yield f"Attention in '{stage}': {'; '.join(map(str, calls))}."
+    for stage, rows in made.costs.items():
+        for cost in rows:
+            found = [f"{name.split('$')[-1]} in {n} places" for name, n in cost.kernels.items() if "fmha" in name]
+            if found:
+                yield f"The compiled {cost.name} of '{stage}' calls cuDNN's {', '.join(found)}."
+
+
 def fits(cost: Cost, topology: Topology) -> bool:
     """Whether a chip has the memory."""
-    return cost.peak <= topology.chip.memory
+    return cost.peak <= topology.memory
 
 
 def advice(config: ConfigDict, costs: Costs, topology: Topology) -> list[str]:
@@ -62,7 +102,7 @@ def advice(config: ConfigDict, costs: Costs, topology: Topology) -> list[str]:
         if fits(worst, topology):
             continue
         kept = worst.parameters + worst.optimizer + worst.results
-        needs = f"Stage '{stage}' needs {worst.peak / GB:.1f} GB of {topology.chip.memory / GB:.1f} GB a chip ({worst.name})"
+        needs = f"Stage '{stage}' needs {worst.peak / GB:.1f} GB of {topology.memory / GB:.1f} GB a chip ({worst.name})"
         sentences.append(f"{needs}; {_remedy(config, stage, worst, kept, topology)}.")
     return sentences
 
@@ -117,7 +157,7 @@ def smallest(config: ConfigDict, made: Plan, topology: Topology) -> tuple[Topolo
             continue
         ratio = rows / batch_shards(there)
         if all(
-            _scaled_peak(cost, planned, there, ratio) <= other.chip.memory
+            _scaled_peak(cost, planned, there, ratio) <= other.memory
             for planned in made.stages
             for cost in made.costs[planned.name]
         ):
@@ -170,12 +210,10 @@ def smallest_sentence(
     if how == "confirm":
         found = confirmed(config, made, found, cache, log)
         if found is None:
-            return (
-                f"No slice of {topology.kind} that is rented has the memory, by compiling the largest program{parts}."
-            )
-        known = "confirmed by the largest program, " + ("compiled" if topology.is_tpu else "counted") + " for it"
+            return f"No slice of {topology.kind} that is rented has the memory, by the largest program on each{parts}."
+        known = "confirmed by the largest program, " + ("compiled" if has_compiler(topology) else "counted") + " for it"
     elif found.name == topology.name:
         known = "by these figures, and by scaling them to the smaller ones"
     else:
-        known = f"an estimate, by scaling these figures; --smallest=confirm {'compiles' if topology.is_tpu else 'counts'} for it"
+        known = f"an estimate, by scaling these figures; --smallest=confirm {'compiles' if has_compiler(topology) else 'counts'} for it"
     return f"The smallest slice that fits: {found}, {known}{parts}."

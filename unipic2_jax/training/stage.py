@@ -41,6 +41,7 @@ class StageContext:
     workdir: Path
     following: ConfigDict | None = None  # the configuration of the next stage
     log: Callable[[str], None] = print  # a sentence for the person who watches
+    gather: str = "update"  # config.parallel.gather
 
     def key(self, step: int) -> jax.Array:
         """The one source of device randomness: the same (seed, stage, step) always gives the same key."""
@@ -51,8 +52,9 @@ class StageContext:
         return self.seed * 1000 + self.index
 
 
-# What an argument of a program holds: what is trained with its optimizer, other parameters, or something of this step.
-ROLES = ("state", "parameters", "batch")
+# What an argument of a program holds: what is trained with its optimizer, other parameters, such that the program gathers whole
+# before anything else, or something of this step.
+ROLES = ("state", "parameters", "gathered", "batch")
 
 
 @dataclasses.dataclass(frozen=True)

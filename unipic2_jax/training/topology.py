@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
@@ -128,6 +129,14 @@ class Topology:
             return self.chip.memory
         return self.chip.memory * float(os.environ.get(POOL_VARIABLE) or POOL)
 
+    def crossing(self, mesh: AbstractMesh, axes: Sequence[str]) -> int:
+        """How many chips of one node are in a group along these axes of a mesh that reaches over several nodes; 0: none does."""
+        if self.nodes == 1:
+            return 0
+        numbers = np.arange(self.count).reshape(list(mesh.shape.values()))
+        group = numbers[tuple(slice(None) if axis in axes else 0 for axis in mesh.shape)].ravel() // NODE
+        return 0 if len(set(group)) == 1 else int(np.bincount(group)[group].min())
+
     def larger(self) -> Iterator[Topology]:
         """All slices of its kind, from the smallest."""
         for shape in SLICES[self.kind]:
@@ -187,6 +196,22 @@ def read_topology(text: str, slices: int = 1) -> Topology:
     raise ConfigError(
         f"The topology '{text}' is unknown; write v5p:4x4x4, v5e:8x8, v6e:8x8, gpu:8xh100, gpu:8xh200 or gpu:8xb200."
     )
+
+
+def of_devices(devices: Sequence[jax.Device]) -> Topology:
+    """The topology of devices that are there.
+
+    Raises:
+      ConfigError: when there is no data sheet of them.
+    """
+    kind = next((name for start, name in KINDS if devices[0].device_kind.startswith(start)), None)
+    if kind is None:
+        raise ConfigError(
+            f"There is no data sheet of a {devices[0].device_kind}, and so no split of its own; choose one: "
+            "--config.parallel.preset=fsdp, or ddp."
+        )
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    return Topology(f"{len(devices)} x {kind}", kind, len(devices), slices)
 
 
 def has_compiler(topology: Topology) -> bool:
