@@ -132,7 +132,7 @@ def described(config: ConfigDict) -> str:
 def _words(parallel: ConfigDict, reinforces: bool) -> str:
     axes = ", ".join(f"{axis} {parallel[axis]}" for axis in AXES if parallel[axis] > 1)
     how = "layer by layer" if parallel.gather == "layer" else "once an update"
-    split = parallel.fsdp > 1 or "fsdp" in parallel.preset and not parallel.fsdp
+    split = parallel.fsdp > 1 or ("fsdp" in parallel.preset and not parallel.fsdp)
     shape = axes if parallel.fsdp else ", ".join(filter(None, (f"preset {parallel.preset}", axes)))
     return (shape or "one device") + (f", frozen weights gathered {how}" if split and reinforces else "")
 
