@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.data.buckets import MULTIPLE
 from unipic2_jax.data.examples import make_examples
+from unipic2_jax.models.precision import PRECISIONS
 from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh
 from unipic2_jax.parallel.rules import devices_along
@@ -141,6 +142,7 @@ def stages(
     """
     from unipic2_jax.pipelines.blank import abstract_bundle
 
+    precision = PRECISIONS[config.precision]
     for index, name in enumerate(config.schedule):
         stage, model = config.stages[name].copy_and_resolve_references(), config.stages[name].model
         if stage_class(stage.kind).programs is Stage.programs:
@@ -155,7 +157,7 @@ def stages(
         if shards > 1:
             with (stage := stage.copy_and_resolve_references()).unlocked():
                 _part_of_batch(name, stage, shards, log)
-        context = StageContext(name, index, config.seed, mesh, Path("."), log=log)
+        context = StageContext(name, index, config.seed, mesh, Path("."), log=log, precision=precision)
         bundle = abstract_bundle(_sized(config, model), mesh)
         made = stage_class(stage.kind)(stage, bundle, context)
         programs = made.programs()
@@ -165,7 +167,7 @@ def stages(
             from unipic2_jax.training.judge import judge_program
 
             samples = stage.num_prompts * stage.grpo.group_size
-            programs.append(judge_program(mesh, samples, stage.height, stage.width))
+            programs.append(judge_program(mesh, samples, stage.height, stage.width, precision))
             parameters["reward"] = programs[-1].arguments[0]
         yield dataclasses.replace(planned, parameters=parameters, programs=programs)
 
