@@ -13,28 +13,27 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app
 from ml_collections import ConfigDict
 
 from configs import unipic2
 from unipic2_jax.data.buckets import bucket_size
+from unipic2_jax.models.precision import PRECISIONS
 from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.pipelines.bundle import TOKENIZERS, init_params, make_modules
 from unipic2_jax.training.flops import flow_step_flops, forward_flops
 from unipic2_jax.training.optimizer import split_params
 
+PRECISION = PRECISIONS["mixed"]
 CONTEXT = {"sd35_medium": 77 + 256, "unipic2_metaquery": 256}  # tokens
 
 
 def abstract_params(model: str) -> dict[str, Any]:
-    """Shapes and dtypes of a model's parameters; a language model is kept in bfloat16."""
+    """Shapes and dtypes of a model's parameters, held as frozen ones are at full size."""
     sizes = SIZES[model]
     tokenizer = type("Tokenizer", (SimpleNamespace,), {"__len__": lambda self: 1})(model_max_length=77)
-    modules = make_modules(
-        sizes.networks, dict.fromkeys(TOKENIZERS, tokenizer), sizes.settings, jnp.float32, jnp.bfloat16
-    )
-    return jax.eval_shape(lambda key: init_params(*modules, key), jax.random.key(0))
+    modules = make_modules(sizes.networks, dict.fromkeys(TOKENIZERS, tokenizer), sizes.settings, PRECISION)
+    return jax.eval_shape(lambda key: PRECISION.hold(init_params(*modules, key)), jax.random.key(0))
 
 
 def count(tree: Any) -> tuple[int, int]:
@@ -70,7 +69,7 @@ def main(argv: list[str]) -> None:
         stage = config.stages[name]
         model = "sd35_medium" if stage.model == "text" else "unipic2_metaquery"
         trained, frozen = split_params(params[model], stage.optimizer.trainable)
-        (many, size), (others, held) = count(trained), count(frozen)
+        (many, size), (others, held) = count(jax.eval_shape(PRECISION.lift, trained)), count(frozen)
         starts = [part for part, _ in stage.resolutions] + [1.0]
         phases = [(resolution, step_flops(model, stage, resolution)) for _, resolution in stage.resolutions]
         total = sum(f * stage.steps * (end - start) for (_, f), start, end in zip(phases, starts, starts[1:]))

@@ -39,7 +39,6 @@ def full_stage(lora: bool) -> dict:
         "heldout": f"{DATA}/heldout",
         "measure": 2048,
         "batch_size": 128,
-        "compute_dtype": "bfloat16",
         "lora": {"rank": 64 if lora else 0, "alpha": 128.0},
         "optimizer": {"lr": 1e-4 if lora else 1e-5, "schedule": "cosine", "warmup": 100, "weight_decay": 0.0},
     }
@@ -93,6 +92,4 @@ def get_config(arg: str = "") -> ConfigDict:
             }
             start = {"vlm": vlm}
         return make_config({**shared, **start, "schedule": tuple(stages), "settings": settings, "stages": stages})
-    lora = "lora" in words
-    vlm_dtype = "bfloat16" if lora else None  # what is trained is kept in float32
-    return make_config({**shared, "vlm_dtype": vlm_dtype, "stages": {"reward": full_stage(lora)}})
+    return make_config({**shared, "precision": "mixed", "stages": {"reward": full_stage("lora" in words)}})

@@ -35,7 +35,7 @@ from unipic2_jax.training.config import make_config
 # --config.stages.t2i.rewards.geneval.detector.device=cpu.
 REWARDS = {
     "edit": {
-        "editreward": {"editreward": {"weight": 1.0, "model": "", "dtype": "bfloat16"}},
+        "editreward": {"editreward": {"weight": 1.0, "model": ""}},
         "judge": {"judge": {"weight": 1.0, "base_url": "https://api.openai.com/v1", "model": "gpt-4.1"}},
     },
     "t2i": {
@@ -93,7 +93,6 @@ def full_stage(task: str, rewards: dict, negative_prompt: str = "") -> dict:
         "rewards": rewards,
         "num_prompts": 16,
         "audit_every": 50,
-        "compute_dtype": "bfloat16",
         "negative_prompt": negative_prompt,
         "grpo": {"micro_batch": 32},
     }
@@ -197,8 +196,8 @@ def get_config(arg: str = "") -> ConfigDict:
     else:
         negatives = {"edit": EDIT_NEGATIVE if metaquery else "", "t2i": ""}
         stages = {task: full_stage(task, own, negatives[task]) for task, own in rewards.items()}
-        model = {"model": "unipic2_metaquery", "vlm_dtype": "bfloat16"} if metaquery else {"model": "sd35_medium"}
-        model["init"] = None
+        size = "unipic2_metaquery" if metaquery else "sd35_medium"
+        model = {"model": size, "init": None, "precision": "mixed"}
     if "joint" in flags:
         stages = {"joint": joined(stages, tiny)}
     for stage in stages.values():

@@ -18,7 +18,6 @@ FULL = {
     "save_every": 1000,
     "eval_every": 10000,
     "log_every": 10,
-    "compute_dtype": "bfloat16",
     "latents": "sample",
 }
 WARMUP = 0.01  # of all steps

@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return make_config(
         {
             "model": aligned.model,
-            "vlm_dtype": aligned.vlm_dtype,
+            "precision": aligned.precision,
             "parts": parts,
             "models": {"text": words},
             "schedule": order,

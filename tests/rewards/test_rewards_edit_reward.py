@@ -123,7 +123,7 @@ def test_processes_with_unequal_numbers_of_edits(folder):
 
 def test_a_judge_is_in_memory_once_and_reads_when_it_is_asked(folder, monkeypatch):
     read, load = [], edit_scoring.EditRewardModel.load
-    monkeypatch.setattr(edit_scoring.EditRewardModel, "load", lambda *a: read.append(a) or load(*a))
+    monkeypatch.setattr(edit_scoring.EditRewardModel, "load", lambda *a, **k: read.append(a) or load(*a, **k))
     mesh = make_mesh(jax.devices()[:1])
     one, other = (make_reward("editreward", mesh, model=str(folder), combine=how) for how in ("geometric", "quality"))
     assert not read

@@ -56,7 +56,8 @@ def load(config, mesh):
     return TwoBundle(jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())))
 
 
-def save(bundle, folder):
+def save(bundle, folder, changed):
+    del changed
     folder.mkdir(parents=True)
     flat = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(bundle.params)}
     np.savez(folder / "params.npz", **flat)

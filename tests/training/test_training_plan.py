@@ -70,7 +70,7 @@ def test_topologies():
     for text in ("v4:2x2x2", "v5p", "v5p:64", "gpu:h100", "gpu:0xh100", "v5p:4x0x4"):
         with pytest.raises(ConfigError, match="is unknown; write v5p:4x4x4"):
             read_topology(text)
-    with pytest.raises(ConfigError, match="The chip 'a100' .* is unknown; there are h100, h200, b200"):
+    with pytest.raises(ConfigError, match=r"The chip 'a100' .* is unknown; there are h100, h200, b200"):
         read_topology("gpu:8xa100")
     with pytest.raises(ConfigError, match="whole nodes; take a multiple of 8"):
         read_topology("gpu:12xh100")

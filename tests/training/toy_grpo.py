@@ -12,6 +12,7 @@ import numpy as np
 from unipic2_jax.data.prompts import SOURCES, PromptRecord
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
+from unipic2_jax.models.precision import PRECISIONS
 from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
 from unipic2_jax.rewards.base import REWARDS, Reward, Scores
 from unipic2_jax.training.config import make_config
@@ -86,7 +87,7 @@ def stop_at_call(number):
 
 
 def load(config=None, mesh=None):
-    del config
+    precision = PRECISIONS[config.precision if config else "float32"]
     transformer = MMDiT(
         MMDiTConfig(
             sample_size=4,
@@ -102,9 +103,11 @@ def load(config=None, mesh=None):
             dual_attention_layers=(),
         ),
         remat="none",
+        dtype=precision.compute,
     )
     vae = AutoencoderKL(
-        VAEConfig(latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2, sample_size=SIZE)
+        VAEConfig(latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2, sample_size=SIZE),
+        dtype=precision.compute,
     )
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = jax.eval_shape(
@@ -119,12 +122,14 @@ def load(config=None, mesh=None):
     rng = np.random.default_rng(0)
     scale = lambda x: 1 / np.sqrt(np.prod(x.shape[-2:-1] or (1,)))
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, scale(x), x.shape), jnp.float32), shapes)
+    params = precision.hold(params)
     if mesh is not None:
         params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     return ToyBundle(transformer, vae, WordConditioner(), FlowMatchConfig(), params)
 
 
-def save(bundle, folder):
+def save(bundle, folder, changed):
+    del changed
     folder.mkdir(parents=True)
     flat = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(bundle.params)}
     np.savez(folder / "params.npz", **flat)

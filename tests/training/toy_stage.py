@@ -145,7 +145,8 @@ def load(config, mesh):
     )
 
 
-def save(bundle, folder):
+def save(bundle, folder, changed, **options):
+    del changed, options
     folder.mkdir(parents=True)
     flat = {jax.tree_util.keystr(p): np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(bundle.params)}
     np.savez(folder / "params.npz", **flat)

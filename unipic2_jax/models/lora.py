@@ -73,8 +73,8 @@ def init_lora(key: jax.Array, params: Mapping[str, Any], rank: int, dtype: Any =
     return tree
 
 
-def merge_lora(params: Mapping[str, Any], lora: Mapping[str, Any], alpha: float) -> dict[str, Any]:
-    """Parameters with the update added: kernel + A B * alpha / rank, summed in float32, in the kernel's dtype.
+def merge_lora(params: Mapping[str, Any], lora: Mapping[str, Any], alpha: float, dtype: Any = None) -> dict[str, Any]:
+    """Parameters with the update added: kernel + A B * alpha / rank, summed in float32, in `dtype` or the kernel's own.
 
     Raises:
       ValueError: when `lora` does not fit `params`.
@@ -92,7 +92,7 @@ def merge_lora(params: Mapping[str, Any], lora: Mapping[str, Any], alpha: float)
                 "it belongs to a model of another size."
             )
         update = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32)) * (alpha / a.shape[-1])
-        new = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+        new = (kernel.astype(jnp.float32) + update).astype(dtype or kernel.dtype)
         attn = {**merged[group]["attn"], name: {**leaf, "kernel": new}}
         merged[group] = {**merged[group], "attn": attn}
     if left:

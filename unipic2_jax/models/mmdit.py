@@ -138,7 +138,7 @@ class PatchEmbed(nn.Module):
         patch = self.config.patch_size
         tokens = self.proj(rearrange(latents, "n (h p) (w q) c -> n h w p q c", p=patch, q=patch))
         _, height, width, _ = tokens.shape
-        table = jax.lax.stop_gradient(self.table).reshape(grid, grid, -1).astype(jnp.float32)
+        table = jax.lax.stop_gradient(self.table).reshape(grid, grid, -1)
         if grids is None:
             top, left = (grid - height) // 2, (grid - width) // 2
             positions = table[top : top + height, left : left + width]
@@ -148,7 +148,7 @@ class PatchEmbed(nn.Module):
             rows = jnp.clip(start[:, :1] + jnp.arange(height), 0, grid - 1)
             columns = jnp.clip(start[:, 1:] + jnp.arange(width), 0, grid - 1)
             positions = table[rows[:, :, None], columns[:, None, :]]
-        return rearrange((tokens + positions).astype(tokens.dtype), "n h w d -> n (h w) d")
+        return rearrange((tokens + positions.astype(jnp.float32)).astype(tokens.dtype), "n h w d -> n (h w) d")
 
 
 class TimeTextEmbed(nn.Module):

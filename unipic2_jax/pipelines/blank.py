@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from unipic2_jax.flow.schedule import FlowMatchConfig
+from unipic2_jax.models.precision import as_precision
 from unipic2_jax.models.qwen import Qwen2_5_VLConfig
 from unipic2_jax.models.qwen_vision import pack_images
 from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.parallel.rules import described
-from unipic2_jax.pipelines.bundle import TOKENIZERS, Bundle, check_dtype, init_params, make_modules, read_configs
+from unipic2_jax.pipelines.bundle import TOKENIZERS, Bundle, init_params, make_modules, read_configs
 from unipic2_jax.pipelines.vlm import LEAST_TOKENS, VLMInput, bucket
 
 PROMPT_TOKENS = 48  # of a prompt with its template, images not counted
@@ -80,7 +81,8 @@ class BlankProcessor:
 
 
 def abstract_bundle(config: ConfigDict, mesh: Mesh) -> Bundle:
-    """The model of a run's configuration with descriptions of parameters, where they would be on the mesh.
+    """The model of a run's configuration with descriptions of parameters, all of them held as frozen ones are, where they
+    would be on the mesh.
 
     Of `config.init` and `config.parts` only the config.json of each network is read; where they name no folder, the sizes
     called `config.model` stand for them.
@@ -92,14 +94,14 @@ def abstract_bundle(config: ConfigDict, mesh: Mesh) -> Bundle:
     for name, folder in config.parts.items():
         if os.fspath(folder):
             configs |= read_configs({name: Path(folder)})
-    dtype = check_dtype(None)
-    vlm_dtype = dtype if config.vlm_dtype is None else check_dtype(config.vlm_dtype)
+    precision = as_precision(config.precision)
     if "vlm" in configs:
         tokenizers = BlankProcessor(configs["vlm"])
     else:
         tokenizers = dict.fromkeys(TOKENIZERS, BlankTokenizer(configs["text_encoder"].max_position_embeddings))
     settings = {**sizes.settings, **config.settings.to_dict()}
-    transformer, *others = make_modules(configs, tokenizers, settings, dtype, vlm_dtype)
+    transformer, *others = make_modules(configs, tokenizers, settings, precision)
     modules = (transformer.clone(attention_implementation=config.attention), *others)
-    params = jax.eval_shape(lambda key: init_params(*modules, key), jax.eval_shape(lambda: jax.random.key(0)))
+    new = lambda key: precision.hold(init_params(*modules, key))
+    params = jax.eval_shape(new, jax.eval_shape(lambda: jax.random.key(0)))
     return Bundle(*modules, FlowMatchConfig(shift=sizes.shift), described(mesh, params))

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.models.clip import CLIPTextConfig, CLIPTextModelWithProjection
 from unipic2_jax.models.connector import MetaQuery, MetaQueryConfig
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
+from unipic2_jax.models.precision import Precision, as_precision, check_dtype
 from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig
 from unipic2_jax.models.sizes import SIZES, ModelSizes
 from unipic2_jax.models.t5 import T5Config, T5Encoder
@@ -56,7 +57,6 @@ EXTRAS_FILE = "unipic2.json"
 # The published scripts resize an edit's longer edge to this.
 EDIT_PIXELS = 512
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
-DTYPES = ("float32", "bfloat16", "float16")
 # Weights come as safetensors only: nothing that is downloaded is ever executed.
 HUB_PATTERNS = [f"{name}/*.{kind}" for name in (*COMPONENTS, *TOKENIZERS) for kind in ("json", "txt", "safetensors")]
 HUB_PATTERNS += ["scheduler/*.json", "model_index.json", "vlm/*.jinja", EXTRAS_FILE]
@@ -69,6 +69,7 @@ class Bundle:
 
     Attributes:
       params: {'transformer': ..., 'vae': ..., 'conditioner': {'text_encoder': ..., ...}}, the conditioner's by folder.
+      files: where the networks were read from, by folder name; those that are not in it are new.
 
     Raises:
       ValueError: when the networks do not fit each other.
@@ -79,6 +80,7 @@ class Bundle:
     conditioner: Conditioner
     scheduler: FlowMatchConfig
     params: dict[str, Any]
+    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config = self.transformer.config
@@ -123,16 +125,11 @@ class Bundle:
         return self.transformer.config.pos_embed_max_size * self.patch_pixels
 
 
-def for_training(bundle: Bundle, dtype: Any, remat: str = "full") -> Bundle:
-    """The same networks for taking gradients: they compute in `dtype` whatever their parameters have, and keep what the
-    policy `remat` says for the backward pass.
-    """
+def for_training(bundle: Bundle, remat: str = "full") -> Bundle:
+    """The same networks for taking gradients: they keep what the policy `remat` says for the backward pass."""
 
     def with_changes(module: Any) -> Any:
-        if not isinstance(module, nn.Module):
-            return module
-        again = {"remat": remat} if hasattr(module, "remat") else {}
-        return module.clone(dtype=dtype, **again)
+        return module.clone(remat=remat) if isinstance(module, nn.Module) and hasattr(module, "remat") else module
 
     def fields(holder: Any) -> Any:
         if not dataclasses.is_dataclass(holder):
@@ -149,7 +146,6 @@ def make_conditioner(
     width: int,
     settings: Mapping[str, Any],
     dtype: Any,
-    vlm_dtype: Any = None,
 ) -> Conditioner:
     """The conditioner that these configs, by folder name, are of: MetaQuery's, or text encoders (T5 may be absent).
 
@@ -157,11 +153,11 @@ def make_conditioner(
       tokenizers: for text encoders transformers' tokenizers by folder name, for MetaQuery a `VLMProcessor`.
       width: joint_attention_dim.
       settings: the conditioner's own fields, as `unipic2.json` holds them.
+      dtype: a `Precision`, or a dtype for everything.
     """
-    kinds = {"dtype": dtype, "param_dtype": dtype}
+    kinds = _kinds(dtype)
     if "conditioner" in configs:
-        vlm_dtype = dtype if vlm_dtype is None else vlm_dtype
-        vlm = Qwen2_5_VL(configs["vlm"], dtype=vlm_dtype, param_dtype=vlm_dtype)
+        vlm = Qwen2_5_VL(configs["vlm"], **kinds)
         return MetaQueryConditioner(vlm, MetaQuery(configs["conditioner"], **kinds), tokenizers, **settings)
     third = configs.get("text_encoder_3")
     return TextConditioner(
@@ -198,7 +194,6 @@ def init_bundle(
     mesh: Mesh | None = None,
     dtype: Any = None,
     parts: Mapping[str, str | os.PathLike] | None = None,
-    vlm_dtype: Any = None,
 ) -> Bundle:
     """A model with random weights, or one put together: networks of other models, and random weights for the rest.
 
@@ -208,10 +203,9 @@ def init_bundle(
       tokenizers: as `make_conditioner` takes them, or a folder that holds them (`tokenizer/` ..., `vlm/`). None builds
         those of the shapes world, which fit the tiny models only.
       mesh: parameters are on it as `parallel.rules` says; None: the default device.
-      dtype: of parameters and arithmetic; float32 by default.
+      dtype: of parameters and arithmetic, float32 by default; or a `Precision`, and all networks are held as frozen ones.
       parts: networks that are read, by folder name: 'transformer', 'vae', 'vlm' (with its tokenizer) ... -> the folder of
         that network, whose config.json overrules `sizes`.
-      vlm_dtype: of the language model; None: `dtype`.
 
     Raises:
       FileNotFoundError: a part is missing.
@@ -241,19 +235,19 @@ def init_bundle(
         with tempfile.TemporaryDirectory() as folder:
             build_tokenizers(WORDS, sizes.text_encoder.max_position_embeddings, folder)
             tokenizers = load_tokenizers(folder)
-    dtype = check_dtype(dtype)
-    vlm_dtype = dtype if vlm_dtype is None else check_dtype(vlm_dtype)
-    modules = make_modules(configs, tokenizers, sizes.settings, dtype, vlm_dtype)
+    precision = as_precision(dtype)
+    modules = make_modules(configs, tokenizers, sizes.settings, precision)
     key = jax.random.key(seed) if isinstance(seed, (int, np.integer)) else seed
 
     def fresh(key):
-        return {name: tree for name, tree in _by_folder(init_params(*modules, key)).items() if name not in folders}
+        made = _by_folder(precision.hold(init_params(*modules, key)))
+        return {name: tree for name, tree in made.items() if name not in folders}
 
-    loaded = _load_folders(folders, configs, modules, mesh, dtype, vlm_dtype)
+    loaded = _load_folders(folders, configs, modules, mesh, precision)
     placed = None if mesh is None else shardings(mesh, jax.eval_shape(fresh, key))
     # It runs once, so compiling fast matters and running fast does not.
     made = jax.jit(fresh, out_shardings=placed, compiler_options=FAST_COMPILE)(key)
-    return Bundle(*modules, FlowMatchConfig(shift=sizes.shift), _by_group({**made, **loaded}))
+    return Bundle(*modules, FlowMatchConfig(shift=sizes.shift), _by_group({**made, **loaded}), folders)
 
 
 def load_bundle(
@@ -261,7 +255,6 @@ def load_bundle(
     dtype: Any = None,
     mesh: Mesh | None = None,
     vlm: str | os.PathLike | None = None,
-    vlm_dtype: Any = None,
 ) -> Bundle:
     """Reads a model folder in diffusers layout, with safetensors or with what `convert.from_torch` writes.
 
@@ -270,10 +263,10 @@ def load_bundle(
     Args:
       source: the folder, or the id of a model on the Hugging Face hub ('owner/name'), of which only safetensors, JSON
         and text files are fetched.
-      dtype: of parameters and arithmetic: float32 (default), bfloat16 or float16, whatever the files hold.
+      dtype: of parameters and arithmetic: float32 (default), bfloat16 or float16, whatever the files hold; or a `Precision`,
+        and all networks are held as frozen ones.
       mesh: parameters are on it as `parallel.rules` says; None: the default device.
       vlm: where a MetaQuery model's language model is, folder or hub id; None: `vlm/` in the model folder.
-      vlm_dtype: of the language model, which is frozen; None: `dtype`.
 
     Raises:
       FileNotFoundError: the folder or a part of it is missing.
@@ -281,7 +274,7 @@ def load_bundle(
         read.
     """
     folder = find_model(source)
-    dtype = check_dtype(dtype)
+    precision = as_precision(dtype)
     folders = _component_folders(folder, vlm)
     configs = read_configs(folders)
     scheduler = FlowMatchConfig.load(folder / "scheduler")
@@ -291,10 +284,9 @@ def load_bundle(
         raise ValueError(f"{folder / EXTRAS_FILE} has the field {unknown[0]!r}; a model of this kind knows {known}.")
     if not isinstance(length := settings.get("max_sequence_length"), (int, type(None))):
         raise ValueError(f"max_sequence_length in {folder / EXTRAS_FILE} is {length!r}; give a number of tokens.")
-    vlm_dtype = dtype if vlm_dtype is None else check_dtype(vlm_dtype)
-    modules = make_modules(configs, _load_tokenizers(folder, configs, folders), settings, dtype, vlm_dtype)
-    loaded = _load_folders(folders, configs, modules, mesh, dtype, vlm_dtype)
-    return Bundle(*modules, scheduler, _by_group(loaded))
+    modules = make_modules(configs, _load_tokenizers(folder, configs, folders), settings, precision)
+    loaded = _load_folders(folders, configs, modules, mesh, precision)
+    return Bundle(*modules, scheduler, _by_group(loaded), folders)
 
 
 def read_configs(
@@ -310,7 +302,7 @@ def _read_config(name: str, folder: Path) -> Any:
 
 
 def _load_folders(
-    folders: Mapping[str, Path], configs: Mapping[str, Any], modules: Any, mesh: Mesh | None, dtype: Any, vlm_dtype: Any
+    folders: Mapping[str, Path], configs: Mapping[str, Any], modules: Any, mesh: Mesh | None, precision: Precision
 ) -> dict[str, Any]:
     """Parameters of these networks, by folder name."""
     abstract = _by_folder(jax.eval_shape(lambda key: init_params(*modules, key), jax.random.key(0)))
@@ -318,19 +310,27 @@ def _load_folders(
     parts = {name: (at, COMPONENTS[name][1](configs[name]), abstract[name]) for name, at in folders.items()}
     for part in parts.values():
         native.check_component(*part)
-    dtypes = {"vlm": vlm_dtype}
     placed = dict.fromkeys(abstract) if mesh is None else shardings(mesh, abstract)
-    return {name: native.load_component(*part, placed[name], dtypes.get(name, dtype)) for name, part in parts.items()}
+    return {name: native.load_component(*part, placed[name], precision) for name, part in parts.items()}
 
 
-def save_bundle(bundle: Bundle, folder: str | os.PathLike, dtype: Any = "float32", with_vlm: bool = True) -> Path:
+def save_bundle(
+    bundle: Bundle,
+    folder: str | os.PathLike,
+    dtype: Any = "float32",
+    with_vlm: bool = True,
+    changed: Collection[str] | None = None,
+) -> Path:
     """Writes a folder that `load_bundle` and diffusers' `StableDiffusion3Pipeline.from_pretrained` read.
 
     Args:
       dtype: of the files: float32, float16 or bfloat16; None keeps each parameter's own.
       with_vlm: write a MetaQuery model's language model, too, which no training changes.
+      changed: with `dtype` None: which leaves ('transformer/path/to/leaf') are not what was read. All others are copied from
+        `bundle.files` bit for bit, and these get the dtypes that their files have; a new network has no files and keeps its own.
 
     Raises:
+      FileNotFoundError: when what has to be copied is not there any more.
       ValueError: when a parameter does not fit `dtype` (too large for float16, or not finite).
     """
     folder = Path(folder)
@@ -341,7 +341,14 @@ def save_bundle(bundle: Bundle, folder: str | os.PathLike, dtype: Any = "float32
         if name == "vlm" and not with_vlm:
             continue
         config = module.config
-        tensors = _finite(table.to_torch(COMPONENTS[name][1](config), params[name], dtype), name)
+        rules = COMPONENTS[name][1](config)
+        if dtype is None and changed is not None and name in bundle.files:
+            group = f"{name}/" if name in bundle.params else f"conditioner/{name}/"
+            own = {path.removeprefix(group) for path in changed if path.startswith(group)}
+            tensors = native.with_changes(bundle.files[name], rules, params[name], own)
+        else:
+            tensors = table.to_torch(rules, params[name], dtype)
+        tensors = _finite(tensors, name)
         by_transformers = name in TRANSFORMERS
         stem = io.TRANSFORMERS_STEM if by_transformers else io.DIFFUSERS_STEM
         with np.errstate(over="ignore"):  # reported by _finite, as an error
@@ -387,13 +394,17 @@ def find_model(source: str | os.PathLike, patterns: Sequence[str] = HUB_PATTERNS
         ) from error
 
 
-def make_modules(
-    configs: Mapping[str, Any], tokenizers: Any, settings: Mapping[str, Any], dtype: Any, vlm_dtype: Any = None
-):
+def _kinds(dtype: Any) -> dict[str, Any]:
+    """Options of a network. What is drawn is drawn as what is trained, and held as frozen afterwards."""
+    precision = as_precision(dtype)
+    return {"dtype": precision.compute, "param_dtype": precision.trained}
+
+
+def make_modules(configs: Mapping[str, Any], tokenizers: Any, settings: Mapping[str, Any], dtype: Any):
     """(transformer, vae, conditioner) for configs by folder name; the rest is `make_conditioner`'s."""
-    options = {"dtype": dtype, "param_dtype": dtype}
+    options = _kinds(dtype)
     width = configs["transformer"].joint_attention_dim
-    conditioner = make_conditioner(configs, tokenizers, width, settings, dtype, vlm_dtype)
+    conditioner = make_conditioner(configs, tokenizers, width, settings, dtype)
     return MMDiT(configs["transformer"], **options), AutoencoderKL(configs["vae"], **options), conditioner
 
 
@@ -414,14 +425,6 @@ def _by_group(folders: Mapping[str, Any]) -> dict[str, Any]:
 
 def _by_folder(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"transformer": params["transformer"], "vae": params["vae"], **params["conditioner"]}
-
-
-def check_dtype(dtype: Any) -> np.dtype:
-    """A dtype for parameters and arithmetic; None is float32. Raises ValueError for one that is not supported."""
-    name = "float32" if dtype is None else str(jnp.dtype(dtype))
-    if name not in DTYPES:
-        raise ValueError(f"The dtype {name!r} is not supported for a model; choose one of {', '.join(DTYPES)}.")
-    return jnp.dtype(name)
 
 
 def _component_folders(folder: Path, vlm: str | os.PathLike | None) -> dict[str, Path]:

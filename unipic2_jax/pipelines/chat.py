@@ -12,8 +12,9 @@ from typing import Any, Self
 import numpy as np
 
 from unipic2_jax.data.images import to_pil
+from unipic2_jax.models.precision import check_dtype
 from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig
-from unipic2_jax.pipelines.bundle import VLM_PATTERNS, check_dtype, find_model
+from unipic2_jax.pipelines.bundle import VLM_PATTERNS, find_model
 from unipic2_jax.pipelines.text_generation import GREEDY, SamplingConfig, generate
 from unipic2_jax.pipelines.vlm import Message, VLMProcessor
 from unipic2_jax.weights import native, qwen, registry

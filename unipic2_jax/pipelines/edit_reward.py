@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,17 +26,19 @@ from PIL import Image
 
 from unipic2_jax.models import edit_reward
 from unipic2_jax.models.edit_reward import DEFAULT_TARGETS, EditReward, variables
+from unipic2_jax.models.precision import as_precision, check_dtype
 from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh, shard_batch
 from unipic2_jax.parallel.processes import agreed, local_rows, rows_to_host
 from unipic2_jax.parallel.rules import shardings
-from unipic2_jax.pipelines.bundle import VLM_PATTERNS, check_dtype, find_model
+from unipic2_jax.pipelines.bundle import VLM_PATTERNS, find_model
 from unipic2_jax.pipelines.vlm import VLMInput, VLMProcessor
 from unipic2_jax.weights import edit_reward as files
 from unipic2_jax.weights import io, native, qwen, registry, table
 from unipic2_jax.weights.lora import PEFT_FILE
 
 MODEL_TYPE = "edit_reward"
+WORDS = "lm_head"  # of the language model: makes words of its states, which a score does not need
 # What a question is made of, in any order. Instruction first: what is looked for is known when the pictures are looked at.
 PARTS = ("instruction", "source", "edited")
 TEMPLATE = (
@@ -143,6 +145,7 @@ class EditRewardModel:
     Attributes:
       params: {'vlm', 'head'} and, unless all was trained, 'lora'.
       alpha: of the LoRA that was read or begun; None: there was none.
+      vlm_files: where the language model was read from.
     """
 
     module: EditReward
@@ -150,6 +153,7 @@ class EditRewardModel:
     processor: VLMProcessor
     spec: Spec
     alpha: float | None = None
+    vlm_files: Path | None = None
 
     @classmethod
     def create(cls, spec: Spec, mesh: Mesh | None = None, dtype: Any = None) -> Self:
@@ -189,19 +193,26 @@ class EditRewardModel:
         return cls.create(Spec(base=vlm, **settings), mesh, dtype)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None) -> Self:
+    def load(
+        cls, folder: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = None, scoring: bool = False
+    ) -> Self:
         """Reads a folder.
 
         Args:
           mesh: parameters are on it as `parallel.rules` says; None: the default device.
-          dtype: of the language model's weights and arithmetic; None: float32. Head and LoRA are float32.
+          dtype: of the language model's weights and arithmetic, or a `Precision`; None: float32. Head and LoRA are float32.
+          scoring: read only what `score` needs, frozen: no weights that make words of states.
 
         Raises:
           FileNotFoundError: the folder, its language model or a file of either is missing.
           ValueError: it is no EditReward, or its parts do not fit each other.
         """
         spec = cls.check(folder)
-        return cls._made(*_vlm_folder(Path(folder), spec), spec, Path(folder), mesh, dtype)
+        made = cls._made(*_vlm_folder(Path(folder), spec), spec, Path(folder), mesh, dtype, scoring)
+        if not scoring or "lora" not in made.params:
+            return made
+        held = {**made.params, "lora": as_precision(dtype).hold(made.params["lora"])}
+        return dataclasses.replace(made, params=held)
 
     @classmethod
     def check(cls, folder: str | os.PathLike) -> Spec:
@@ -220,12 +231,20 @@ class EditRewardModel:
 
     @classmethod
     def _made(
-        cls, vlm: Path, config: Qwen2_5_VLConfig, spec: Spec, folder: Path | None, mesh: Mesh | None, dtype: Any
+        cls,
+        vlm: Path,
+        config: Qwen2_5_VLConfig,
+        spec: Spec,
+        folder: Path | None,
+        mesh: Mesh | None,
+        dtype: Any,
+        scoring: bool = False,
     ) -> Self:
-        dtype, abstract = check_dtype(dtype), registry.NETWORKS[config.CLASS_NAME].abstract(config)
+        precision, abstract = as_precision(dtype), registry.NETWORKS[config.CLASS_NAME].abstract(config)
         placed = None if mesh is None else shardings(mesh, {"vlm": abstract})["vlm"]
         processor, alpha = VLMProcessor.load(vlm, config), None
-        params = {"vlm": native.load_component(vlm, qwen.rules(config), abstract, placed, dtype)}
+        wanted = (lambda path: not path.startswith(f"{WORDS}/")) if scoring else (lambda path: True)
+        params = {"vlm": native.load_component(vlm, qwen.rules(config), abstract, placed, precision, wanted)}
         if folder is None:
             shapes = files.abstract_head(config, len(spec.targets))
             zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
@@ -234,15 +253,17 @@ class EditRewardModel:
             params["head"] = files.load_head(folder, config, len(spec.targets), mesh)
             if (folder / PEFT_FILE).is_file():
                 params["lora"], alpha = files.load_lora(folder, config, mesh)
-        module = EditReward(config, len(spec.targets), dtype=dtype, param_dtype=dtype)
+        module = EditReward(config, len(spec.targets), dtype=precision.compute, param_dtype=precision.trained)
         module = module if alpha is None else module.clone(lora_alpha=alpha)
-        return cls(module, params, processor, spec, alpha)
+        return cls(module, params, processor, spec, alpha, vlm)
 
-    def save(self, folder: str | os.PathLike, dtype: Any = None) -> Path:
+    def save(self, folder: str | os.PathLike, dtype: Any = None, changed: Collection[str] | None = None) -> Path:
         """Writes a folder that `load` reads.
 
         Args:
           dtype: of the files: float32, float16 or bfloat16; None keeps each parameter's own.
+          changed: with `dtype` None: which leaves ('vlm/path/to/leaf') are not what was read. All others of the language model
+            are copied from its files bit for bit, and these get the dtypes that the files have.
         """
         folder, config = Path(folder), self.module.config
         folder.mkdir(parents=True, exist_ok=True)
@@ -251,8 +272,13 @@ class EditRewardModel:
         if "lora" in self.params:
             files.save_lora(folder, self.params["lora"], self.module.lora_alpha, config, dtype)
         if self.spec.base is None:
-            vlm = folder / "vlm"
-            io.write_folder(vlm, io.TRANSFORMERS_STEM, table.to_torch(qwen.rules(config), self.params["vlm"], dtype))
+            vlm, rules = folder / "vlm", qwen.rules(config)
+            if dtype is None and changed is not None and self.vlm_files is not None:
+                own = {path.removeprefix("vlm/") for path in changed}
+                tensors = native.with_changes(self.vlm_files, rules, self.params["vlm"], own)
+            else:
+                tensors = table.to_torch(rules, self.params["vlm"], dtype)
+            io.write_folder(vlm, io.TRANSFORMERS_STEM, tensors)
             kind = {"architectures": [config.CLASS_NAME], "model_type": config.MODEL_TYPE}
             (vlm / "config.json").write_text(json.dumps({**kind, **config.to_dict()}, indent=2) + "\n", "utf-8")
             self.processor.save(vlm)

@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unipic2_jax.data.prompts import PromptRecord
+from unipic2_jax.models.precision import PRECISIONS, Precision, as_precision
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.pipelines.bundle import check_dtype
 from unipic2_jax.pipelines.edit_reward import EditRewardModel, check_combine, combine
 from unipic2_jax.rewards.base import Reward, Scores
 
 # A run's stages and evaluations ask the same judge; it is in memory once, for as long as one of them is.
-_LOADED: weakref.WeakValueDictionary[tuple[str, Mesh, str], EditRewardModel] = weakref.WeakValueDictionary()
+_LOADED: weakref.WeakValueDictionary[tuple[str, Mesh, Precision], EditRewardModel] = weakref.WeakValueDictionary()
 
 
 class EditRewardReward(Reward):
@@ -25,7 +25,7 @@ class EditRewardReward(Reward):
       model: folder of an EditReward.
       batch_size: edits judged at a time, on all devices together; one program serves all batches.
       combine: 'geometric' or 'mean' of the targets, or the name of one of them.
-      dtype: of the language model.
+      precision: what the language model is kept and computed in: the run's, or another by name.
       mesh: what it computes on; None: all devices.
 
     Raises:
@@ -39,7 +39,7 @@ class EditRewardReward(Reward):
         model: str = "",
         batch_size: int = 32,
         combine: str = "geometric",
-        dtype: str = "float32",
+        precision: Precision | str = PRECISIONS["float32"],
         mesh: Mesh | None = None,
     ):
         if not model:
@@ -49,7 +49,7 @@ class EditRewardReward(Reward):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; use 1 or more.")
         self.folder, self.batch_size, self.combine, self.mesh = str(model), batch_size, combine, mesh
-        self.dtype = str(check_dtype(dtype))
+        self.precision = as_precision(precision)
         self.targets = EditRewardModel.check(model).targets
         check_combine(combine, self.targets)
         self._model: EditRewardModel | None = None
@@ -57,8 +57,8 @@ class EditRewardReward(Reward):
     def _loaded(self) -> EditRewardModel:
         if self._model is None:
             self.mesh = self.mesh or make_mesh()
-            key = (self.folder, self.mesh, self.dtype)
-            self._model = _LOADED.get(key) or EditRewardModel.load(self.folder, self.mesh, self.dtype)
+            key = (self.folder, self.mesh, self.precision)
+            self._model = _LOADED.get(key) or EditRewardModel.load(*key, scoring=True)
             _LOADED[key] = self._model
         return self._model
 

@@ -99,8 +99,8 @@ class Reward:
 
     Attributes:
       groupwise: a call gets the images of one group, all for the same record, and may compare them.
-      on_mesh: it computes on the devices that the model is trained on. It is then made with `mesh`, gets the images of this
-        process's devices, perhaps none, and is called by all processes at the same place instead of in the background, once
+      on_mesh: it computes on the devices that the model is trained on. It is then made with `mesh` and `precision`, gets the
+        images of this process's devices, perhaps none, and is called by all processes at the same place instead of in the background, once
         and without `calls`: it splits its work itself.
       calls: how it is called by default.
       request_timeout: seconds that it waits for an answer itself; a call's timeout has to be longer.

@@ -15,6 +15,7 @@ import numpy as np
 import tenacity
 
 from unipic2_jax.data.prompts import FinitePromptSource, PromptRecord, PromptSource
+from unipic2_jax.models.precision import PRECISIONS, Precision
 from unipic2_jax.rewards.base import Calls, Reward, RewardError, Scores, make_reward, reward_class
 from unipic2_jax.rl.advantages import NORMALIZATIONS
 
@@ -56,8 +57,15 @@ class Entry:
         return not self.datasets or record.metadata.get("dataset") in self.datasets
 
 
-def make_entries(rewards: Mapping[str, Mapping[str, Any]], mesh: jax.sharding.Mesh | None = None) -> dict[str, Entry]:
+def make_entries(
+    rewards: Mapping[str, Mapping[str, Any]],
+    mesh: jax.sharding.Mesh | None = None,
+    precision: Precision = PRECISIONS["float32"],
+) -> dict[str, Entry]:
     """{name: fields of `Entry`, fields of `Calls`, `kind` (the name by default), and the kind's own options}.
+
+    Args:
+      mesh, precision: of the run, for what computes on its devices; an option `precision` overrules the latter.
 
     Raises:
       ValueError: one sentence with the reward's name.
@@ -71,6 +79,8 @@ def make_entries(rewards: Mapping[str, Mapping[str, Any]], mesh: jax.sharding.Me
             # What computes on the mesh is called once for all, in the main thread: there is nothing to decide about its calls.
             taken = () if reward_class(kind).on_mesh else CALL_FIELDS
             calls = {field: options.pop(field) for field in taken if field in options}
+            if reward_class(kind).on_mesh:
+                options.setdefault("precision", precision)
             reward = make_reward(kind, mesh, **options)
             if isinstance(own.get("datasets"), str):
                 raise ValueError(f"datasets is '{own['datasets']}'; write ('{own['datasets']}',).")

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -86,8 +85,8 @@ class AutoencoderStage(Stage):
         return mean, to_uint8(self.vae.apply({"params": params}, mean, method="decode"))
 
     def init(self) -> AutoencoderState:
-        params = self.bundle.params["vae"]
-        return self.place(AutoencoderState(jax.tree.map(jnp.copy, params), self.optimizer.init(params)))
+        params = self.context.precision.lift(self.bundle.params["vae"])
+        return self.place(AutoencoderState(params, self.optimizer.init(params)))
 
     def release(self) -> None:
         for leaf in jax.tree.leaves(self.bundle.params["vae"]):

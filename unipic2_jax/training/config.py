@@ -11,6 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from unipic2_jax.models.precision import PRECISIONS
+
 
 class ConfigError(ValueError):
     """Something in the configuration that its author has to change; the message is one sentence."""
@@ -27,7 +29,7 @@ class TrainingPaused(TrainingError):
 # When frozen weights that are split are gathered.
 GATHERS = ("update", "layer")
 # What says which model is trained.
-MODEL_FIELDS = ("init", "model", "parts", "vlm", "vlm_dtype", "settings")
+MODEL_FIELDS = ("init", "model", "parts", "vlm", "settings")
 
 
 def base_config() -> ConfigDict:
@@ -40,15 +42,16 @@ def base_config() -> ConfigDict:
             "model": "tiny",
             # Without `init`: networks that are read, by name ('transformer', 'vae', 'vlm', ...) -> the folder of that network.
             "parts": {},
-            # Of a MetaQuery model: where its Qwen2.5-VL is when not in `init`/vlm, and the dtype it is kept in.
+            # Of a MetaQuery model: where its Qwen2.5-VL is when not in `init`/vlm.
             "vlm": config_dict.placeholder(str),
-            "vlm_dtype": config_dict.placeholder(str),
             # Of the conditioner: fields that overrule the model's own (positions, max_sequence_length, reference_path ...).
             "settings": {},
             # Other models, by name, that stages can name as theirs: {'text': {'init': DIR}}; fields as the ones above.
             "models": {},
             "schedule": (),
             "stages": {},
+            # What all networks are kept, trained and computed in: float32 | mixed, see `models.precision`.
+            "precision": "float32",
             # How many of the newest stay, and of which steps of the whole run all stay (multiples of it; 0: of none).
             "keep_checkpoints": 3,
             "keep_every": 0,
@@ -137,6 +140,8 @@ def validate(config: ConfigDict) -> ConfigDict:
       ConfigError: one sentence that names the field and its nearest match or remedy.
     """
     config = make_config(config)
+    if config.precision not in PRECISIONS:
+        raise ConfigError(f"config.precision is '{config.precision}'" + nearest(config.precision, PRECISIONS))
     if not config.schedule:
         raise ConfigError("config.schedule is empty; name at least one of the stages in it.")
     for name in config.schedule:

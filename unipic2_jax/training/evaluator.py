@@ -13,6 +13,7 @@ from PIL import Image
 
 from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.evaluation.grids import contact_sheet
+from unipic2_jax.models.precision import PRECISIONS, Precision
 from unipic2_jax.parallel.mesh import batch_shards, shard_batch
 from unipic2_jax.parallel.processes import gather_json, own_share, to_host
 from unipic2_jax.pipelines import images as pictures
@@ -95,10 +96,17 @@ class Evaluator:
     Sample j of prompt i has the seed `config.seed + i * samples + j`, whatever the batch size or number of devices.
     """
 
-    def __init__(self, name: str, config: ConfigDict, bundle: Any, mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        name: str,
+        config: ConfigDict,
+        bundle: Any,
+        mesh: jax.sharding.Mesh,
+        precision: Precision = PRECISIONS["float32"],
+    ):
         self.name, self.config, self.bundle, self.mesh = name, config, bundle, mesh
         self.records = make_source(config.source, config.seed).batch(0, config.num_prompts)
-        self.scorer = Scorer(make_entries(config.rewards, mesh))
+        self.scorer = Scorer(make_entries(config.rewards, mesh, precision))
         factor = bundle.vae.config.downsampling
         pictures.check_size(config.height, config.width, factor * bundle.transformer.config.patch_size)
         self.shape = (config.height // factor, config.width // factor, bundle.transformer.config.in_channels)

@@ -26,7 +26,7 @@ from unipic2_jax.models.remat import check_policy
 from unipic2_jax.parallel.mesh import batch_shards, described_rows, described_whole, replicated, shard_batch
 from unipic2_jax.parallel.processes import local_rows, tree_to_host
 from unipic2_jax.parallel.rules import constrain_parameters, described
-from unipic2_jax.pipelines.bundle import check_dtype, for_training
+from unipic2_jax.pipelines.bundle import for_training
 from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, reference_latents
 from unipic2_jax.rl.ema import ema_update
 from unipic2_jax.training.ahead import Ahead
@@ -68,7 +68,6 @@ class FlowStage(Stage):
         config.pool = 0
         config.batch_size = 128
         config.accumulation = 1  # parts that a batch is computed in, one after the other
-        config.compute_dtype = "float32"  # bfloat16: arithmetic only, weights and their sums stay float32
         config.remat = "full"  # what the backward pass finds of the forward pass: full | attention | dots | none
         config.latents = "mode"  # of pictures under the VAE: mode | sample
         config.loader_threads = 16
@@ -90,7 +89,6 @@ class FlowStage(Stage):
                 raise ConfigError(f"caption_dropout has no rate for the task '{task}'; add one.")
         if config.latents not in LATENTS:
             raise ConfigError(f"latents is '{config.latents}'; use one of {', '.join(LATENTS)}.")
-        check_dtype(config.compute_dtype)
         check_policy(config.remat)
         TimestepSampling(**config.timesteps)
         make_optimizer(config.optimizer, config.steps)
@@ -106,12 +104,14 @@ class FlowStage(Stage):
             check_evaluation(name, fields)
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
+        self.trained, frozen = split_params(bundle.params, config.optimizer.trainable)
+        self.frozen = context.precision.hold(frozen)
+        bundle = dataclasses.replace(bundle, params=merge_params(self.trained, self.frozen))
         super().__init__(config, bundle, context)
         self.sampling = TimestepSampling(**config.timesteps)
         self.optimizer = make_optimizer(config.optimizer, config.steps)
-        self.trained, self.frozen = split_params(bundle.params, config.optimizer.trainable)
         check_rules(config.optimizer.lr_scales, self.trained)
-        self.networks = for_training(bundle, check_dtype(config.compute_dtype), config.remat)
+        self.networks = for_training(bundle, config.remat)
         # Loaders' threads tokenise, and this one when it compiles; tokenizers do not bear that, nor evaluators beside them.
         self.reader, self.reading = copy.deepcopy(bundle.conditioner), threading.Lock()
         self.sources = make_sources(config, config.data, context.data_seed())
@@ -128,7 +128,7 @@ class FlowStage(Stage):
         self.asked_phase = -1
         self.nothing: dict[str, Any] = {}
         self.evaluators = [
-            Evaluator(name, read_evaluation(name, fields), bundle, context.mesh)
+            Evaluator(name, read_evaluation(name, fields), bundle, context.mesh, context.precision)
             for name, fields in config.evaluations.items()
         ]
 
@@ -301,8 +301,8 @@ class FlowStage(Stage):
     # The stage.
 
     def _new_state(self, trained: Any) -> FlowState:
-        ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
-        return FlowState(jax.tree.map(jnp.copy, trained), self.optimizer.init(trained), ema)
+        own, ema = (self.context.precision.lift(trained) for _ in range(2))
+        return FlowState(own, self.optimizer.init(own), ema)
 
     def init(self) -> FlowState:
         return self.place(self._new_state(self.trained))
@@ -432,9 +432,8 @@ class FlowStage(Stage):
         self.ahead.close()
 
     def finish(self, state: FlowState) -> Any:
-        """The averaged weights in the dtypes they had."""
-        kept = jax.tree.map(lambda average, leaf: average.astype(leaf.dtype), state.ema, self.trained)
-        params = merge_params(kept, self.frozen)
+        """The averaged weights."""
+        params = merge_params(state.ema, self.frozen)
         groups = {name: params[name] for name in self.bundle.params}
         return dataclasses.replace(self.bundle, params=groups)
 

@@ -32,7 +32,6 @@ from unipic2_jax.parallel.processes import gather_rows, is_main, leaders, local_
 from unipic2_jax.parallel.rules import RULES, described, gathered
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
-from unipic2_jax.pipelines.bundle import check_dtype
 from unipic2_jax.pipelines.conditioner import tokenize_negative
 from unipic2_jax.rewards.audit import write_audit
 from unipic2_jax.rewards.scoring import Scored, Scorer, check_tasks, make_entries
@@ -51,7 +50,7 @@ from unipic2_jax.training.evaluator import (
     to_uint8,
 )
 from unipic2_jax.training.flops import forward_flops, grpo_step_flops
-from unipic2_jax.training.optimizer import make_optimizer
+from unipic2_jax.training.optimizer import make_optimizer, merge_params
 from unipic2_jax.training.stage import Program, Stage, StageContext
 
 
@@ -124,7 +123,6 @@ class GRPOStage(Stage):
         config.same_latent = False  # a group starts from one noise: rewards then differ by the stochastic steps alone
         config.use_ema = True  # evaluate and keep the moving average rather than the last LoRA
         config.batch_branches = False  # both branches of guidance in one call: faster to compile, twice the memory
-        config.compute_dtype = "float32"  # of the transformer; bfloat16: arithmetic only, the rest stays float32
         config.remat = "full"  # what the backward pass finds of the forward pass: full | attention | dots | none
         config.sampling_batches = (
             1  # parts in which a step's prompts are sampled; one is scored while the next is sampled
@@ -176,7 +174,6 @@ class GRPOStage(Stage):
         if not grpo.weights:
             raise ConfigError("there is no reward with a weight; name one in `rewards`.")
         check_policy(config.remat)
-        check_dtype(config.compute_dtype)
         if config.lora.rank < 1:
             raise ConfigError(f"lora.rank is {config.lora.rank}; it must be at least 1.")
         make_optimizer(config.optimizer, config.steps * grpo.updates_per_rollout)
@@ -196,16 +193,16 @@ class GRPOStage(Stage):
             check_evaluation(name, fields)
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
+        held = {n: tree if n == "lora" else context.precision.hold(tree) for n, tree in bundle.params.items()}
+        bundle = dataclasses.replace(bundle, params=held)
         super().__init__(config, bundle, context)
         self.grpo = read_grpo(config, batch_shards(context.mesh))
         tell_micro_batch(context.name, config, batch_shards(context.mesh), context.log)
         pixels = bundle.vae.config.downsampling * bundle.transformer.config.patch_size
         pictures.check_size(config.height, config.width, pixels)
-        self.transformer = bundle.transformer.clone(
-            lora_alpha=config.lora.alpha, remat=config.remat, dtype=check_dtype(config.compute_dtype)
-        )
+        self.transformer = bundle.transformer.clone(lora_alpha=config.lora.alpha, remat=config.remat)
         self.source = make_source(config.source, context.data_seed())
-        self.scorer = Scorer(make_entries(config.rewards, context.mesh))
+        self.scorer = Scorer(make_entries(config.rewards, context.mesh, context.precision))
         self.samples = config.num_prompts * self.grpo.group_size
         self.prompts_at_once = config.num_prompts // config.sampling_batches
         self.samples_at_once = self.prompts_at_once * self.grpo.group_size
@@ -237,7 +234,7 @@ class GRPOStage(Stage):
         self.ahead = Ahead(context.mesh, lambda sentence: context.log(f"{context.name}: {sentence}"))
         tuned = dataclasses.replace(bundle, transformer=self.transformer)
         self.evaluators = [
-            Evaluator(name, read_evaluation(name, fields), tuned, context.mesh)
+            Evaluator(name, read_evaluation(name, fields), tuned, context.mesh, context.precision)
             for name, fields in config.evaluations.items()
         ]
 
@@ -511,8 +508,18 @@ class GRPOStage(Stage):
         params = {name: tree for name, tree in self.params.items() if name != "lora"}
         if following is not None and following.kind == "grpo" and following.reference == "base":
             return dataclasses.replace(self.bundle, params={**params, "lora": lora})
-        merge = jax.jit(lambda weights, lora: merge_lora(weights, lora, self.config.lora.alpha))
-        return dataclasses.replace(self.bundle, params={**params, "transformer": merge(params["transformer"], lora)})
+        return dataclasses.replace(self.bundle, params={**params, "transformer": self._merged(lora)})
+
+    def _merged(self, lora: Any) -> Any:
+        """The transformer's parameters with the LoRA in them; a matrix that it changes is not rounded to what frozen ones have."""
+        kernels = lambda tree: {
+            group: {"attn": {name: {"kernel": tree[group]["attn"][name]["kernel"]} for name in part["attn"]}}
+            for group, part in lora.items()
+        }
+        dtype = self.context.precision.trained
+        merge = jax.jit(lambda tree, lora: merge_lora(tree, lora, self.config.lora.alpha, dtype))
+        before = self.params["transformer"]
+        return merge_params(merge(kernels(before), lora), before)
 
     def export(self, state: PolicyState, folder: Path) -> None:
         """The LoRA in the file that diffusers' `load_lora_weights` reads."""

@@ -5,26 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from PIL import Image
 
 from unipic2_jax.data.blank import PROMPT
 from unipic2_jax.models.edit_reward import EditReward
+from unipic2_jax.models.precision import Precision
 from unipic2_jax.models.qwen import QWEN2_5_VL_7B, Qwen2_5_VLConfig, example_inputs
 from unipic2_jax.parallel.mesh import described_rows
 from unipic2_jax.parallel.rules import described
 from unipic2_jax.pipelines.blank import BlankProcessor
-from unipic2_jax.pipelines.edit_reward import Spec, apply
+from unipic2_jax.pipelines.edit_reward import WORDS, Spec, apply
 from unipic2_jax.training.stage import Program
 
 
 def judge_program(
-    mesh: Mesh, samples: int, height: int, width: int, config: Qwen2_5_VLConfig = QWEN2_5_VL_7B
+    mesh: Mesh,
+    samples: int,
+    height: int,
+    width: int,
+    precision: Precision,
+    config: Qwen2_5_VLConfig = QWEN2_5_VL_7B,
 ) -> Program:
-    """Source, edited picture (pixels) and instruction of every sample -> scores [B, targets], in bfloat16."""
-    model = EditReward(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    new = lambda key: model.init(key, *example_inputs(config))["params"]
+    """Source, edited picture (pixels) and instruction of every sample -> scores [B, targets]."""
+    model = EditReward(config, dtype=precision.compute, param_dtype=precision.trained)
+
+    def new(key: jax.Array) -> dict[str, Any]:
+        made = model.init(key, *example_inputs(config))["params"]
+        seen = {name: tree for name, tree in made["vlm"].items() if name != WORDS}
+        return {**made, "vlm": precision.hold(seen)}
+
     params: Any = described(mesh, jax.eval_shape(new, jax.eval_shape(lambda: jax.random.key(0))))
     pictures = [Image.new("RGB", (width, height))] * 2
     given = BlankProcessor(config)([Spec().question(*pictures, PROMPT)])

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from unipic2_jax.models.attention import check_implementation
+from unipic2_jax.models.precision import PRECISIONS, Precision
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.parallel.processes import agreed, end, is_lost_peer, is_main, tree_to_host, wait_for_all
 from unipic2_jax.training import config as config_lib
@@ -45,7 +46,7 @@ def run(
     *,
     mesh: jax.sharding.Mesh | None = None,
     load: Callable[[ConfigDict, jax.sharding.Mesh], Any] | None = None,
-    save: Callable[[Any, Path], None] | None = None,
+    save: Callable[[Any, Path, Collection[str]], None] | None = None,
     own_process: bool = False,
 ) -> Path:
     """Runs the stages of `config.schedule` in `workdir`, continuing what is there, and exports the final model.
@@ -58,7 +59,8 @@ def run(
       workdir: receives config.json, metrics.jsonl, tensorboard/, samples/, evaluations/, checkpoints/, curves.png,
         report.md and export/ (plus export/ extras of each stage under stages/).
       mesh: devices; all of them in the shape of `config.parallel` by default.
-      load, save: how a bundle is made from the configuration, and written; diffusers layout by default.
+      load, save: how a bundle is made from the configuration, and written, with the paths of the leaves that are not as they
+        were read; diffusers layout by default.
       own_process: the process is for this run alone, so that a signal may end it where Python cannot be interrupted, and
         without waiting for what still compiles.
 
@@ -88,7 +90,7 @@ def run(
     use_compilation_cache(workdir)
     # A language model that came from a folder of its own stays there.
     with_vlm = config_lib.model_config(config, config.stages[config.schedule[-1]].model).vlm is None
-    save = save or functools.partial(save_bundle, with_vlm=with_vlm)
+    save = save or functools.partial(save_bundle, with_vlm=with_vlm, precision=PRECISIONS[config.precision])
     try:
         with jax.set_mesh(mesh):
             return _Run(config, workdir, mesh, load or load_bundle, save, own_process).go()
@@ -133,15 +135,16 @@ def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
     """The model a run starts from: the folder `config.init`, or random weights of the size `config.model`."""
     from unipic2_jax.pipelines import bundle
 
+    precision = PRECISIONS[config.precision]
     if config.model == EDIT_REWARD:
         from unipic2_jax.pipelines.edit_reward import EditRewardModel
 
-        return EditRewardModel.start(config.init, config.vlm, config.settings.to_dict(), mesh, config.vlm_dtype)
+        return EditRewardModel.start(config.init, config.vlm, config.settings.to_dict(), mesh, precision)
     if config.init is not None:
-        found = bundle.load_bundle(config.init, mesh=mesh, vlm=config.vlm, vlm_dtype=config.vlm_dtype)
+        found = bundle.load_bundle(config.init, precision, mesh, config.vlm)
     else:
         parts = config.parts.to_dict()
-        found = bundle.init_bundle(config.model, config.seed, mesh=mesh, parts=parts, vlm_dtype=config.vlm_dtype)
+        found = bundle.init_bundle(config.model, config.seed, mesh=mesh, dtype=precision, parts=parts)
     settings, known = config.settings.to_dict(), found.conditioner.SETTINGS
     if unknown := [name for name in settings if name not in known]:
         raise config_lib.ConfigError(
@@ -154,14 +157,25 @@ def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
-def save_bundle(bundle: Any, folder: Path, with_vlm: bool = True) -> None:
-    """Writes a bundle in diffusers layout, or an EditReward in its own."""
+def save_bundle(
+    bundle: Any,
+    folder: Path,
+    changed: Collection[str],
+    *,
+    with_vlm: bool = True,
+    precision: Precision = PRECISIONS["float32"],
+) -> None:
+    """Writes a bundle in diffusers layout, or an EditReward in its own: in float32, or in the dtypes of the files that it came
+    from, with a copy of what is not `changed`, as the policy wants it.
+    """
     from unipic2_jax.pipelines import bundle as bundle_lib
 
     if not isinstance(bundle, bundle_lib.Bundle):
-        bundle.save(folder)
-        return
-    bundle_lib.save_bundle(bundle, folder, with_vlm=with_vlm)
+        bundle.save(folder, changed=changed if precision.as_files else None)
+    elif precision.as_files:
+        bundle_lib.save_bundle(bundle, folder, None, with_vlm, changed)
+    else:
+        bundle_lib.save_bundle(bundle, folder, with_vlm=with_vlm)
 
 
 def use_compilation_cache(workdir: str | os.PathLike) -> None:
@@ -324,10 +338,11 @@ class _Run:
             self.metrics.close()
         self.checkpoints.close()
         if not agreed(is_main() and export.exists()):
+            changed = self.changed(bundle).keys()
             whole = dataclasses.replace(bundle, params=self.whole(bundle.params))
             if is_main():
                 part = self.workdir / f"export.part{os.getpid()}"
-                self.save_bundle(whole, part)
+                self.save_bundle(whole, part, changed)
                 part.rename(export)
         if is_main():
             draw_curves(self.workdir)
@@ -356,8 +371,17 @@ class _Run:
         params, self.carried = self.checkpoints.load_params(index, self.initial.params, self.mesh)
         bundle = dataclasses.replace(self.initial, params=params)
         following = self.config.stages[self.names[index + 1]] if index + 1 < len(self.names) else None
-        gather = self.config.parallel.gather
-        context = StageContext(name, index, self.config.seed, self.mesh, self.workdir, following, self.say, gather)
+        context = StageContext(
+            name,
+            index,
+            self.config.seed,
+            self.mesh,
+            self.workdir,
+            following,
+            self.say,
+            PRECISIONS[self.config.precision],
+            self.config.parallel.gather,
+        )
         return stage_class(self.config.stages[name].kind)(self.config.stages[name], bundle, context)
 
     def train(self, stage: Stage, step: int, state: Any) -> Any:
@@ -461,6 +485,11 @@ class _Run:
         self.say(f"Stopped by a signal after step {place['step']} of '{place['stage']}'; the same command continues.")
         raise SystemExit(128 + agreed(self.signals.received))
 
+    def changed(self, bundle: Any) -> dict[str, Any]:
+        """Leaves by path that are not those of the model as it was before any training."""
+        before, after = (traverse_util.flatten_dict(b.params, sep="/") for b in (self.initial, bundle))
+        return {path: leaf for path, leaf in after.items() if leaf is not before.get(path)}
+
     def finish(self, stage: Stage, state: Any) -> Any:
         """Ends a stage: its extras under stages/, and the parameters that the next stage starts from."""
         bundle = stage.finish(state)
@@ -468,9 +497,7 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         stage.export(state, folder)
         if stage.context.index + 1 < len(self.names):
-            before, after = (traverse_util.flatten_dict(b.params, sep="/") for b in (self.initial, bundle))
-            changed = {path: leaf for path, leaf in after.items() if leaf is not before.get(path)}
-            kept = traverse_util.unflatten_dict({**self.carried, **changed}, sep="/")
+            kept = traverse_util.unflatten_dict({**self.carried, **self.changed(bundle)}, sep="/")
             self.checkpoints.save_params(stage.context.index + 1, kept)
         return bundle
 

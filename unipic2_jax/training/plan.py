@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from unipic2_jax.data.buckets import MULTIPLE
 from unipic2_jax.data.examples import make_examples
 from unipic2_jax.models.attention import Call, recorded
+from unipic2_jax.models.precision import PRECISIONS
 from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh
 from unipic2_jax.parallel.rules import RULES, devices_along
@@ -155,6 +156,7 @@ def stages(
     """
     from unipic2_jax.pipelines.blank import abstract_bundle
 
+    precision = PRECISIONS[config.precision]
     for index, name in enumerate(config.schedule):
         stage, model = config.stages[name].copy_and_resolve_references(), config.stages[name].model
         if stage_class(stage.kind).programs is Stage.programs:
@@ -169,7 +171,9 @@ def stages(
         if shards > 1:
             with (stage := stage.copy_and_resolve_references()).unlocked():
                 _part_of_batch(name, stage, shards, log)
-        context = StageContext(name, index, config.seed, mesh, Path("."), log=log, gather=config.parallel.gather)
+        context = StageContext(
+            name, index, config.seed, mesh, Path("."), log=log, precision=precision, gather=config.parallel.gather
+        )
         bundle = abstract_bundle(_sized(config, model), mesh)
         made = stage_class(stage.kind)(stage, bundle, context)
         programs = made.programs()
@@ -179,7 +183,7 @@ def stages(
             from unipic2_jax.training.judge import judge_program
 
             samples = stage.num_prompts * stage.grpo.group_size
-            programs.append(judge_program(mesh, samples, stage.height, stage.width))
+            programs.append(judge_program(mesh, samples, stage.height, stage.width, precision))
             parameters["reward"] = programs[-1].arguments[0]
         yield dataclasses.replace(planned, parameters=parameters, programs=programs)
 

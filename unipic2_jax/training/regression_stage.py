@@ -25,7 +25,6 @@ from unipic2_jax.models.remat import check_policy
 from unipic2_jax.parallel.mesh import batch_shards, check_rows, shard_batch
 from unipic2_jax.parallel.processes import is_main, local_rows, to_host
 from unipic2_jax.parallel.rules import constrain_parameters
-from unipic2_jax.pipelines.bundle import check_dtype
 from unipic2_jax.pipelines.edit_reward import (
     EditRewardModel,
     apply,
@@ -75,7 +74,6 @@ class RegressionStage(Stage):
         config.gate = 0.0  # the run fails when Spearman's correlation ends below it; 0: it never does
         config.in_memory = False  # prepare all questions once and keep them; with LoRA the vision tower sees them once
         config.batch_size = 64
-        config.compute_dtype = "float32"
         config.remat = "full"
         config.lora = ConfigDict({"rank": 32, "alpha": 64.0})  # rank 0: the whole language model is trained
         del config.optimizer["trainable"]
@@ -88,7 +86,6 @@ class RegressionStage(Stage):
             if not config[field]:
                 raise ConfigError(f"{field} names no folder of scored edits; make one with launch.score_edits.")
             ScoredEdits(config[field], (config.overall,))
-        check_dtype(config.compute_dtype)
         check_policy(config.remat)
         if config.lora.rank < 0:
             raise ConfigError(
@@ -110,8 +107,7 @@ class RegressionStage(Stage):
             self.model = with_lora(bundle, context.key(config.steps), config.lora.rank, config.lora.alpha)
         elif "lora" in bundle.params:
             raise ConfigError("the EditReward that is continued has a LoRA; give lora.rank its rank instead of 0.")
-        dtype = check_dtype(config.compute_dtype)
-        self.module = self.model.module.clone(dtype=dtype, remat=config.remat)
+        self.module = self.model.module.clone(remat=config.remat)
         self.trained_groups = ("lora", "head") if config.lora.rank else ("vlm", "head")
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self._step = jax.jit(self._train_step, donate_argnums=0)
@@ -200,7 +196,7 @@ class RegressionStage(Stage):
         return new, {"loss": loss, "absolute_error": error, "gradient_norm": optax.global_norm(gradients)}
 
     def init(self) -> RegressionState:
-        trained = {name: jax.tree.map(jnp.copy, self.model.params[name]) for name in self.trained_groups}
+        trained = self.context.precision.lift({name: self.model.params[name] for name in self.trained_groups})
         return self.place(RegressionState(trained, self.optimizer.init(trained)))
 
     def release(self) -> None:
@@ -283,11 +279,8 @@ class RegressionStage(Stage):
                     f"Stage '{self.context.name}' ends with a Spearman correlation of {self.last.spearman:.3f} on held-out edits, "
                     f"below the gate of {self.config.gate}; train longer or on more edits in a new workdir."
                 )
-        before = self.model.params
-        cast = lambda tree, old: jax.tree.map(lambda new, leaf: new.astype(leaf.dtype), tree, old)
-        trained = {name: cast(tree, before[name]) for name, tree in state.trained.items()}
         spec = self.model.spec if self.config.lora.rank else dataclasses.replace(self.model.spec, base=None)
-        return dataclasses.replace(self.model, params={**before, **trained}, spec=spec)
+        return dataclasses.replace(self.model, params={**self.model.params, **state.trained}, spec=spec)
 
     def export(self, state: RegressionState, folder: Path) -> None:
         """calibration.json: the numbers of the last evaluation, and the reliability table."""

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from unipic2_jax.models.precision import PRECISIONS, Precision
 from unipic2_jax.parallel.rules import shardings
 from unipic2_jax.training.config import ConfigError, nearest, stage_fields
 
@@ -41,6 +42,7 @@ class StageContext:
     workdir: Path
     following: ConfigDict | None = None  # the configuration of the next stage
     log: Callable[[str], None] = print  # a sentence for the person who watches
+    precision: Precision = PRECISIONS["float32"]
     gather: str = "update"  # config.parallel.gather
 
     def key(self, step: int) -> jax.Array:
@@ -136,7 +138,8 @@ class Stage:
         raise ConfigError(f"Stage '{self.context.name}' is of kind '{self.config.kind}', which cannot be planned.")
 
     def finish(self, state: Any) -> Any:
-        """The bundle that the next stage starts from; unchanged groups of `bundle.params` stay the same objects."""
+        """The bundle that the next stage starts from; unchanged leaves of `bundle.params` stay the same objects, and what was
+        trained is as it was in the state."""
         raise NotImplementedError
 
     def export(self, state: Any, folder: Path) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -110,8 +109,8 @@ class VLMStage(Stage):
 
     def init(self) -> VLMState:
         params = self.bundle.params["conditioner"]["vlm"]
-        ema = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
-        return self.place(VLMState(jax.tree.map(jnp.copy, params), self.optimizer.init(params), ema))
+        own, ema = (self.context.precision.lift(params) for _ in range(2))
+        return self.place(VLMState(own, self.optimizer.init(own), ema))
 
     def release(self) -> None:
         for leaf in jax.tree.leaves(self.bundle.params["conditioner"]["vlm"]):
@@ -134,7 +133,6 @@ class VLMStage(Stage):
         return {"metrics": metrics, "scores": {"vqa/exact": right.astype(float)}}
 
     def finish(self, state: VLMState) -> Any:
-        """The averaged weights in the dtypes they had."""
-        before = self.bundle.params["conditioner"]
-        kept = jax.tree.map(lambda average, leaf: average.astype(leaf.dtype), state.ema, before["vlm"])
-        return dataclasses.replace(self.bundle, params={**self.bundle.params, "conditioner": {**before, "vlm": kept}})
+        """The averaged weights."""
+        conditioner = {**self.bundle.params["conditioner"], "vlm": state.ema}
+        return dataclasses.replace(self.bundle, params={**self.bundle.params, "conditioner": conditioner})

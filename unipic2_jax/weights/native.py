@@ -16,7 +16,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,28 +164,34 @@ def save_tree(checkpoint: str | os.PathLike, tree: Mapping[str, Any]) -> None:
 
 
 def load_tree(
-    checkpoint: str | os.PathLike, abstract: Mapping[str, Any], sharding: Any = None, dtype: Any = None
+    checkpoint: str | os.PathLike,
+    abstract: Mapping[str, Any],
+    sharding: Any = None,
+    dtype: Any = None,
+    wanted: Callable[[str], bool] = lambda path: True,
 ) -> Any:
     """The tree of an Orbax checkpoint on its sharding.
 
     Args:
       abstract: tree of shapes.
-      sharding, dtype: as in `table.to_flax`.
+      sharding, dtype, wanted: as in `table.to_flax`.
 
     Raises ValueError in one sentence when a leaf is missing, extra or of another shape.
     """
     from orbax.checkpoint import v1 as ocp
 
     check_tree(checkpoint, abstract)
-    stored, wanted = leaf_shapes(checkpoint), table.flatten(abstract)
+    stored, leaves = leaf_shapes(checkpoint), table.flatten(abstract)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = table.flatten(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(wanted, sharding)
-    structs = {
-        path: jax.ShapeDtypeStruct(leaf.shape, stored[path].dtype if dtype is None else dtype, sharding=shardings[path])
-        for path, leaf in wanted.items()
-    }
-    return ocp.load(Path(checkpoint).absolute(), table.unflatten(structs))
+    shardings = table.flatten(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(leaves, sharding)
+    structs: dict[str, Any] = dict.fromkeys(leaves, ocp.PLACEHOLDER)
+    for path, leaf in leaves.items():
+        if wanted(path):
+            of = table.loaded_dtype([stored[path].dtype], dtype)
+            structs[path] = jax.ShapeDtypeStruct(leaf.shape, of, sharding=shardings[path])
+    loaded = table.flatten(ocp.load(Path(checkpoint).absolute(), table.unflatten(structs)))
+    return table.unflatten({path: leaf for path, leaf in loaded.items() if wanted(path)})
 
 
 def check_tree(checkpoint: str | os.PathLike, abstract: Mapping[str, Any]) -> None:
@@ -256,11 +262,44 @@ def load_component(
     abstract: Mapping[str, Any],
     sharding: Any = None,
     dtype: Any = None,
+    wanted: Callable[[str], bool] = lambda path: True,
 ) -> dict[str, Any]:
     """Parameters of one network from its folder, be it safetensors (diffusers, transformers) or our own checkpoint.
 
     Streams onto `sharding`; arguments and errors are those of `table.to_flax`.
     """
     if is_native(folder):
-        return load_tree(Path(folder) / PARAMS, abstract, sharding, dtype)
-    return table.to_flax(rules, io.open_folder(folder), abstract, sharding, dtype)
+        return load_tree(Path(folder) / PARAMS, abstract, sharding, dtype, wanted)
+    return table.to_flax(rules, io.open_folder(folder), abstract, sharding, dtype, wanted)
+
+
+def with_changes(
+    folder: str | os.PathLike, rules: Iterable[Rule], params: Mapping[str, Any], changed: Collection[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a network's folder, with what they hold now where a leaf's path is in `changed`.
+
+    Everything else is read from the folder, bit for bit and one tensor at a time; what changed is written in the dtype that
+    the folder's tensor has.
+
+    Raises FileNotFoundError or ValueError in one sentence when the folder is not what it was.
+    """
+    rules = tuple(rule for rule in rules if rule.path)
+    leaves = table.flatten(params)
+    if is_native(folder):
+        dtypes = {name: _dtype(dtype) for name, dtype in Manifest.read(Path(folder), rules).dtypes.items()}
+        kept = [rule for rule in rules if rule.path not in changed]
+        shapes = leaf_shapes(Path(folder) / PARAMS)
+        for batch in _batches(kept, shapes):
+            read = read_leaves(Path(folder) / PARAMS, [rule.path for rule in batch])
+            for rule in batch:
+                yield from table.split_leaf(rule, read.pop(rule.path), dtypes)
+        for rule in rules:
+            if rule.path in changed:
+                yield from table.split_leaf(rule, leaves[rule.path], dtypes)
+        return
+    source = table.canonical(rules, io.open_folder(folder))
+    for rule in rules:
+        if rule.path in changed:
+            yield from table.split_leaf(rule, leaves[rule.path], {name: source[name].dtype for name, _ in rule.names()})
+        else:
+            yield from ((name, np.asarray(source[name])) for name, _ in rule.names())

@@ -15,6 +15,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from unipic2_jax.models.precision import Precision
+
 # A transform is a permutation of axes, torch -> Flax, so that it is exactly invertible, costs no arithmetic, and a
 # slice of the Flax leaf is a slice of the stored tensor. `None` leaves the tensor alone, whatever its rank.
 TRANSFORMS: dict[str, tuple[int, ...] | None] = {
@@ -205,12 +207,20 @@ def promote(dtypes: Iterable[Any]) -> np.dtype:
     return np.dtype(np.float64) if np.dtype(np.float64) in dtypes else np.dtype(np.float32)
 
 
+def loaded_dtype(stored: Iterable[Any], dtype: Any) -> np.dtype:
+    """What a leaf of tensors that are stored in these dtypes is loaded in; `dtype` as in `to_flax`."""
+    if isinstance(dtype, Precision):
+        return promote(dtype.kept(one) for one in stored)
+    return promote(stored) if dtype is None else np.dtype(dtype)
+
+
 def to_flax(
     rules: Iterable[Rule],
     source: Mapping[str, Any],
     abstract: Mapping[str, Any],
     sharding: Any = None,
     dtype: Any = None,
+    wanted: Callable[[str], bool] = lambda path: True,
 ) -> dict[str, Any]:
     """Parameters of a network from named PyTorch tensors.
 
@@ -220,7 +230,9 @@ def to_flax(
       abstract: tree of shapes of the parameters (`jax.eval_shape(module.init, ...)['params']`).
       sharding: None (default device), one `jax.sharding.Sharding`, or a tree of them like `abstract`. A process reads
         only the slices that its own devices hold.
-      dtype: of the result; None keeps what is stored (a stacked leaf of mixed layers takes `promote` of them).
+      dtype: of the result; None keeps what is stored (a stacked leaf of mixed layers takes `promote` of them), a `Precision`
+        keeps frozen tensors as it says.
+      wanted: which leaves are read, by path; the others are missing in the result.
 
     Raises ValueError with one sentence for a missing, extra or mis-shaped tensor.
     """
@@ -230,7 +242,11 @@ def to_flax(
     shardings = flatten(sharding) if isinstance(sharding, Mapping) else dict.fromkeys(leaves, sharding)
     by_path = {rule.path: rule for rule in rules if rule.path}
     return unflatten(
-        {path: _load_leaf(by_path[path], source, leaf.shape, shardings[path], dtype) for path, leaf in leaves.items()}
+        {
+            path: _load_leaf(by_path[path], source, leaf.shape, shardings[path], dtype)
+            for path, leaf in leaves.items()
+            if wanted(path)
+        }
     )
 
 
@@ -258,7 +274,7 @@ def read_leaf(rule: Rule, source: Mapping[str, Any], index: tuple[slice, ...], o
 
 
 def _load_leaf(rule: Rule, source: Mapping[str, Any], shape: tuple[int, ...], sharding: Any, dtype: Any) -> jax.Array:
-    dtype = leaf_dtype(rule, source) if dtype is None else np.dtype(dtype)
+    dtype = loaded_dtype((source[name].dtype for name, _ in rule.names()), dtype)
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         out = np.empty(tuple(len(range(*s.indices(n))) for s, n in zip(index, shape)), dtype)
