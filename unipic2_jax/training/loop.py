@@ -152,7 +152,8 @@ def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
         found = bundle.load_bundle(config.init, mesh=mesh, vlm=config.vlm, vlm_dtype=config.vlm_dtype)
     else:
         parts = config.parts.to_dict()
-        found = bundle.init_bundle(config.model, config.seed, mesh=mesh, parts=parts, vlm_dtype=config.vlm_dtype)
+        options = {"vlm_dtype": config.vlm_dtype, "zero_projectors": config.zero_projectors}
+        found = bundle.init_bundle(config.model, config.seed, mesh=mesh, parts=parts, **options)
     settings, known = config.settings.to_dict(), found.conditioner.SETTINGS
     if unknown := [name for name in settings if name not in known]:
         raise config_lib.ConfigError(
