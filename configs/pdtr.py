@@ -28,7 +28,6 @@ from ml_collections import ConfigDict
 
 from configs.shapes import SIZE, evaluations
 from unipic2_jax.pipelines import TINY, TINY_EDIT_REWARD, TINY_METAQUERY
-from unipic2_jax.pipelines.metaquery import EDIT_NEGATIVE
 from unipic2_jax.training.config import make_config
 
 # The rewards that can be chosen at full size. Flags reach their fields by their names, as in
@@ -84,18 +83,58 @@ TURNS = {
 }
 
 
-def full_stage(task: str, rewards: dict, negative_prompt: str = "") -> dict:
+def full_stage(task: str, rewards: dict) -> dict:
     """A stage with the paper's hyper-parameters, which are the defaults of the GRPO stage."""
     return {
         "kind": "grpo",
         "steps": 1000,
+        "eval_every": 0,  # before and after only
         "source": {"kind": "jsonl", "path": "", "task": task},
         "rewards": rewards,
         "num_prompts": 16,
         "audit_every": 50,
-        "negative_prompt": negative_prompt,
+        "negative_prompt": None,  # the model's own: for edits the published quality string
         "grpo": {"micro_batch": 32},
     }
+
+
+def full_evaluations(rewards: dict[str, dict]) -> dict:
+    """What is measured before and after each stage, as the published scripts draw: GenEval's 553 prompts with four pictures of each,
+    which is its protocol, and two edits of each of at most 256 held-out pictures, once `source.path` names them.
+
+    In evaluations of the transformer that is 43 rollouts for text-to-image and 10 for edits, and each picture is scored once.
+    """
+    shared = {
+        "height": 512,
+        "width": 512,
+        "num_steps": 50,
+        "guidance_scale": 3.5,
+        "negative_prompt": None,
+        "seed": 1000,
+    }
+    # GenEval also tells what a run on edits alone does to text-to-image; its detector needs nothing of the user's.
+    t2i = {"source": {"kind": "geneval"}, "rewards": rewards.get("t2i", REWARDS["t2i"]["geneval"])}
+    found = {"t2i": {**t2i, "num_prompts": 553, "samples": 4, **shared}}
+    if "edit" in rewards:
+        source = {"kind": "jsonl", "path": "", "task": "edit"}
+        found["edit"] = {"source": source, "rewards": rewards["edit"], "num_prompts": 256, "samples": 2, **shared}
+    return found
+
+
+def share_evaluations(config: ConfigDict) -> ConfigDict:
+    """The same evaluations in all stages of reinforcement, by the rewards as they are trained on: a flag on one is for all of them.
+
+    A stage can then start from what the one before has ended with, without measuring it again.
+    """
+    stages = [stage for stage in config.stages.values() if stage.kind == "grpo"]
+    for stage in stages:
+        stage.evaluations = stages[0].evaluations
+        for evaluation in stage.evaluations.values():
+            for name in {*evaluation.rewards} & {*stage.rewards}:
+                own, trained = evaluation.rewards[name], stage.rewards[name]
+                for field in own:
+                    own[field] = trained[field] if isinstance(trained[field], ConfigDict) else trained.get_ref(field)
+    return config
 
 
 # Rollouts of the tiny stages. A group shares its first noise and differs by one stochastic step, so that all of what its
@@ -194,8 +233,7 @@ def get_config(arg: str = "") -> ConfigDict:
         stages = {task: tiny_stage(task, own, *length[task], 2 if smoke else 14) for task, own in rewards.items()}
         model = {"init": TINY_METAQUERY, "model": "tiny_metaquery"} if metaquery else {"init": TINY, "model": "tiny"}
     else:
-        negatives = {"edit": EDIT_NEGATIVE if metaquery else "", "t2i": ""}
-        stages = {task: full_stage(task, own, negatives[task]) for task, own in rewards.items()}
+        stages = {task: full_stage(task, own) for task, own in rewards.items()}
         size = "unipic2_metaquery" if metaquery else "sd35_medium"
         model = {"model": size, "init": None, "precision": "mixed"}
     if "joint" in flags:
@@ -208,4 +246,6 @@ def get_config(arg: str = "") -> ConfigDict:
         if tiny:
             stage["grpo"] |= {"global_std": bool(INEXACT & set(stage["rewards"]))}
             stage["evaluations"] = evaluations(6, 1) if smoke else evaluations(750, 2)
-    return make_config({**model, "schedule": tuple(stages), "stages": stages})
+        else:
+            stage["evaluations"] = full_evaluations(rewards)
+    return share_evaluations(make_config({**model, "schedule": tuple(stages), "stages": stages}))

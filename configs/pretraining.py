@@ -14,13 +14,21 @@ TRANSFORMER = "^transformer/"
 CONNECTOR = "^conditioner/conditioner/"  # with the queries
 BOTH = "^(conditioner/conditioner|transformer)/"
 
+# What the paper leaves open is as in its lineage: docs/training.md has a sentence on each.
+CHOICES = {
+    "caption_dropout": {"t2i": 0.1, "edit": 0.0},
+    "timesteps": {"kind": "logit_normal", "mean": 0.0, "std": 1.0, "shift": None},  # None: the model's scheduler's
+    "weighting": "none",
+    "latents": "sample",
+    "ema_decay": 0.999,
+}
 FULL = {
     "save_every": 1000,
     "eval_every": 10000,
     "log_every": 10,
-    "latents": "sample",
 }
 WARMUP = 0.01  # of all steps
+CLIP_NORM = 1.0
 
 
 def prepared(*tasks: str) -> dict[str, Any]:
@@ -39,7 +47,14 @@ def full_stage(
         "tasks": tasks,
         "resolutions": resolutions,
         "data": prepared(*tasks),
-        "optimizer": {"lr": lr, "schedule": "cosine", "warmup": int(WARMUP * steps), "trainable": trainable},
+        "optimizer": {
+            "lr": lr,
+            "schedule": "cosine",
+            "warmup": int(WARMUP * steps),
+            "clip_norm": CLIP_NORM,
+            "trainable": trainable,
+        },
+        **CHOICES,
         **FULL,
         **fields,
     }

@@ -35,13 +35,15 @@ def get_config(arg: str = "") -> ConfigDict:
     if "base" in stages:
         words = {"model": text.model, "parts": text.parts.to_dict()}
         del parts["transformer"]  # it comes from `base`
-    return make_config(
+    config = make_config(
         {
             "model": aligned.model,
             "precision": aligned.precision,
+            "zero_projectors": aligned.zero_projectors,
             "parts": parts,
             "models": {"text": words},
             "schedule": order,
             "stages": {**stages, **reinforced.stages},
         }
     )
+    return pdtr.share_evaluations(config)

@@ -32,7 +32,9 @@ WIDTH = flags.DEFINE_integer("width", None, "Pixels; follows the first picture i
 STEPS = flags.DEFINE_integer("steps", 50, "Sampling steps.")
 GUIDANCE = flags.DEFINE_float("guidance", 3.5, "Guidance scale; 1 switches guidance off.")
 SEED = flags.DEFINE_integer("seed", 0, "Picture k has the seed SEED + k.")
-NEGATIVE = flags.DEFINE_string("negative", None, "What not to draw; the model's own if not given.")
+NEGATIVE = flags.DEFINE_string(
+    "negative", None, "What not to draw; the model's own if not given: the published quality string at full size."
+)
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures per edit.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "At most this many pictures at a time.")
 KEEP_ASPECT = flags.DEFINE_bool("keep_aspect", False, "Keep references in their own aspect ratio instead of resizing.")

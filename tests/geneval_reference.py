@@ -6,8 +6,6 @@ the seed 43, eighty single objects in random order, then a hundred draws of each
 
 import functools
 import itertools
-import os
-from pathlib import Path
 
 import numpy as np
 
@@ -15,12 +13,6 @@ from unipic2_jax.data.coco import CLASSES
 
 COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis, sign
-
-
-def official_file() -> Path | None:
-    """The official evaluation_metadata.jsonl, where the environment variable GENEVAL_METADATA names it."""
-    path = os.environ.get("GENEVAL_METADATA")
-    return Path(path) if path else None
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """Prompts in GenEval's format: the official ones are known, and none that is written says the same."""
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from unipic2_jax.data.geneval_prompts import (
     with_article,
     write_prompts,
 )
-from unipic2_jax.data.prompts import JSONLSource
+from unipic2_jax.data.prompts import JSONLSource, make_source
 from unipic2_jax.rewards.geneval import COLORS, TAGS
 
 COUNTS = {"two_object": 1400, "counting": 160, "colors": 640, "position": 1400, "color_attr": 1400}
@@ -54,18 +53,20 @@ def mirrored(row):
     return turned
 
 
-def test_the_shipped_hashes_are_those_of_the_official_prompts():
-    rows = official_rows()
+def test_the_shipped_prompts_are_the_official_ones():
+    rows = list(official_rows())
     assert len(rows) == 553 and Counter(row["tag"] for row in rows)["single_object"] == 80
-    shipped = (Path(geneval_prompts.__file__).parents[1] / "assets/geneval/official.txt").read_text().split()
-    assert digests(rows) == shipped and all(digest(row) in official() for row in rows)
+    shipped = (Path(geneval_prompts.__file__).parents[1] / "assets/geneval/evaluation_metadata.jsonl").read_text()
+    assert [json.loads(line) for line in shipped.splitlines()] == rows
+    assert frozenset(digests(rows)) == official()
 
 
-def test_the_official_file_is_what_the_tests_draw():
-    path = os.environ.get("GENEVAL_METADATA")
-    if not path:
-        pytest.skip("GENEVAL_METADATA names no evaluation_metadata.jsonl of GenEval")
-    assert [json.loads(line) for line in Path(path).read_text().splitlines()] == list(official_rows())
+def test_they_are_a_source_of_prompts():
+    source = make_source({"kind": "geneval"}, seed=1000)
+    whole, part = source.batch(0, 553), source.batch(0, 60)
+    assert {record.prompt for record in whole} == {row["prompt"] for row in official_rows()}
+    assert [record.prompt for record in part] == [record.prompt for record in whole[:60]]
+    assert {record.metadata["tag"] for record in part} == set(TAGS)
 
 
 def test_official_prompts_are_recognised_in_any_order():

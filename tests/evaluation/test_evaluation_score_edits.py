@@ -34,7 +34,7 @@ class Source:
 class Pipe:
     """An editor that counts its pictures; they depend on prompt, seed and steps."""
 
-    bundle = types.SimpleNamespace(edit_size=8, patch_pixels=8)
+    bundle = types.SimpleNamespace(default_size=8, patch_pixels=8)
 
     def __init__(self, same=False):
         self.made, self.same = 0, same

@@ -93,6 +93,24 @@ def test_logit_normal_sampling_has_the_asked_mean_and_std():
     assert abs(logits.mean() - 0.5) < 0.03 and abs(logits.std() - 0.8) < 0.03
 
 
+def test_levels_with_the_schedulers_shift_are_those_of_diffusers_training_script():
+    levels = lambda shift: np.asarray(
+        timesteps.sample_sigmas(jax.random.key(0), 40000, timesteps.TimestepSampling(mean=0.3, shift=shift))
+    )
+    u = jax.nn.sigmoid(-0.3 + jax.random.normal(jax.random.key(1), (40000,)))  # the script's logit_mean
+    scheduler = diffusers_scheduler(3.0)
+    theirs = scheduler.timesteps.numpy()[np.asarray(u * 1000, np.int32)] / 1000
+    parts = np.arange(5, 100, 5)
+    np.testing.assert_allclose(*(np.percentile(drawn, parts) for drawn in (levels(3.0), theirs)), atol=0.01)
+    assert np.abs(np.percentile(levels(1.0), parts) - np.percentile(theirs, parts)).max() > 0.2
+
+
+def test_levels_of_full_size_are_high():
+    sigma = np.asarray(timesteps.sample_sigmas(jax.random.key(0), 40000, timesteps.TimestepSampling(shift=3.0)))
+    # logit(sigma) is normal around log(3): half lie above 0.75, and 0.8 is log(4/3) standard deviations higher.
+    assert np.median(sigma) == pytest.approx(0.75, abs=0.005) and np.mean(sigma > 0.8) == pytest.approx(0.387, abs=0.01)
+
+
 def test_sampling_refuses_nonsense():
     for fields, word in (({"kind": "cosine"}, "cosine"), ({"std": 0.0}, "std"), ({"shift": -1.0}, "shift")):
         with pytest.raises(ValueError, match=word):

@@ -48,6 +48,9 @@ def test_a_new_conditioner_starts_from_no_condition():
     params = jax.jit(MetaQuery(SMALL).init)(jax.random.key(0), jnp.zeros((1, 5, 64)))
     context, pooled = MetaQuery(SMALL).apply(params, jnp.ones((1, 5, 64)))
     assert not context.any() and not pooled.any()
+    other = MetaQuery(SMALL, zero_projectors=False)
+    context, pooled = other.apply(jax.jit(other.init)(jax.random.key(0), jnp.zeros((1, 5, 64))), jnp.ones((1, 5, 64)))
+    assert context.any() and pooled.any()
     queries = params["params"]["meta_queries"]
     assert abs(float(queries.std()) * 64**0.5 - 1) < 0.3
 

@@ -1,16 +1,23 @@
 """A model folder: written and read back, and every way in which it can be incomplete."""
 
+import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from pipelines_common import SIZES, small_bundle, text_tokenizers
 
 from unipic2_jax import pipelines
+from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.pipelines import bundle as bundles
+from unipic2_jax.pipelines.blank import abstract_bundle
+from unipic2_jax.pipelines.conditioner import EDIT_NEGATIVE, tokenize_negative
+from unipic2_jax.training.config import make_config
 from unipic2_jax.weights import convert, io
 
 
@@ -43,7 +50,38 @@ def test_round_trip_is_exact(bundle, saved):
     assert loaded.conditioner.max_sequence_length == SIZES.settings["max_sequence_length"]
     tokens = [b.conditioner.tokenize(["a red circle", "zebra"]) for b in (loaded, bundle)]
     assert_same_params(*tokens)
-    assert (loaded.default_size, loaded.edit_size, loaded.patch_pixels, loaded.largest_size) == (24, 24, 8, 64)
+    assert (loaded.default_size, loaded.patch_pixels, loaded.largest_size) == (24, 8, 64)
+
+
+def test_models_of_full_size_have_the_published_defaults():
+    mesh = make_mesh(jax.devices()[:1])
+    for model, size, negative in (
+        ("sd35_medium", 512, EDIT_NEGATIVE),
+        ("unipic2_metaquery", 512, EDIT_NEGATIVE),
+        ("tiny", 48, ""),
+        ("tiny_metaquery", 48, ""),
+    ):
+        bundle = abstract_bundle(make_config({"model": model}), mesh)
+        assert bundle.default_size == size
+        assert [bundle.conditioner.default_negative(is_edit) for is_edit in (False, True)] == ["", negative]
+        # The picture's size, with and without one to edit.
+        pipe = pipelines.Pipeline(bundle)
+        assert pipe._size(None, None, ()) == (size, size)
+        assert pipe._size(None, None, (Image.new("RGB", (700, 700)),)) == (size, size)
+    for folder in (pipelines.TINY, pipelines.TINY_METAQUERY):
+        assert json.loads((Path(folder) / "unipic2.json").read_text())["edit_negative"] == ""
+
+
+def test_a_negative_prompt_that_nobody_says_is_the_conditioners(bundle):
+    conditioner = dataclasses.replace(bundle.conditioner, edit_negative="blurry")
+    picture = Image.new("RGB", (24, 24))
+    for given, images, wanted in (
+        (None, [[picture]], "blurry"),
+        (None, None, ""),
+        ("a red circle", [[picture]], "a red circle"),
+        ("", [[picture]], ""),
+    ):
+        assert_same_params(tokenize_negative(conditioner, given, images), conditioner.tokenize([wanted]))
 
 
 def test_half_precision_files_are_computed_in_float32(bundle, tmp_path):

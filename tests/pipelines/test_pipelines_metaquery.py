@@ -248,6 +248,9 @@ def test_a_model_is_put_together_from_parts(folder, tmp_path):
         assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     queries = [tree["conditioner"]["conditioner"]["meta_queries"] for tree in (given, old)]
     assert queries[0].shape == queries[1].shape and not np.array_equal(*queries)
+    assert not given["conditioner"]["conditioner"]["projector_3"]["kernel"].any()
+    other = bundles.init_bundle(SIZES, seed=3, parts=parts, zero_projectors=False).params["conditioner"]["conditioner"]
+    assert other["projector_3"]["kernel"].any()
     # The tokenizer comes with the language model.
     assert (new.conditioner.tokenize(["a"]).input_ids == made.conditioner.tokenize(["a"]).input_ids).all()
     with pytest.raises(ValueError, match="has no part 'text_encoder'; it has transformer, vae, conditioner, vlm"):

@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import toy_grpo
 
 from unipic2_jax.data.examples import EXAMPLES, EndlessExamples, Example, make_examples
+from unipic2_jax.flow.schedule import FlowMatchConfig
+from unipic2_jax.flow.timesteps import TimestepSampling
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training.autoencoder_stage import AutoencoderStage
 from unipic2_jax.training.config import ConfigError, make_stage
@@ -53,6 +55,23 @@ def train(stage, steps):
         state, metrics = stage.step(state, step)
         losses.append(float(metrics["loss"]))
     return state, losses
+
+
+def test_noise_levels_have_the_shift_of_the_models_scheduler(tmp_path):
+    mesh, said = make_mesh(jax.devices()[:1]), []
+    bundle = dataclasses.replace(toy_grpo.load(mesh=mesh), scheduler=FlowMatchConfig(shift=3.0))
+
+    def sampling(**timesteps):
+        config = make_stage({"kind": "flow", "data": {"kind": "toy"}, "batch_size": 8, "timesteps": timesteps})
+        FlowStage.check(config, mesh)
+        context = StageContext("kontext", 0, 0, mesh, tmp_path, log=said.append)
+        return FlowStage(config, bundle, context).sampling
+
+    assert sampling() == TimestepSampling("logit_normal", 0.0, 1.0, shift=3.0)
+    assert said == ["kontext: noise levels have the shift of the model's scheduler, 3."]
+    assert sampling(kind="uniform", shift=1) == TimestepSampling("uniform", shift=1.0) and len(said) == 1
+    with pytest.raises(ValueError, match="has shift 0"):
+        sampling(shift=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.rewards.base import RewardError
 from unipic2_jax.training import grpo_stage, loop
 from unipic2_jax.training.config import ConfigError, TrainingPaused
+from unipic2_jax.training.evaluator import check_evaluation, make_evaluators
 from unipic2_jax.training.metrics import read_evaluations, read_rows
 from unipic2_jax.training.stage import StageContext
 
@@ -173,11 +174,42 @@ def test_a_stage_that_cannot_work_is_refused_before_any_work(tmp_path):
     assert "'toi'" in sentence(source={"kind": "toi"})
     assert "cannot be split" in sentence(num_prompts=3, grpo={"updates_per_rollout": 5})
     assert "'sampels'" in sentence(evaluations={"x": {"sampels": 3}})
+    assert "evaluations.x has no source; give it one" in sentence(evaluations={"x": {"rewards": {"brightness": {}}}})
+    nowhere = {"source": {"kind": "jsonl", "path": "heldout.jsonl"}}
+    assert "evaluations.x: The prompt file heldout.jsonl does not exist" in sentence(evaluations={"x": nowhere})
+    assert "evaluations.x has -1 prompts" in sentence(evaluations={"x": {**nowhere, "num_prompts": -1}})
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a cat on a mat"}\n')
     unscorable = {"source": {"kind": "jsonl", "path": str(prompts)}, "rewards": {"shapes_t2i": {}}}
     wanted = f"rewards.shapes_t2i: Line 1 of {prompts}: The prompt 'a cat on a mat' says nothing of what to find"
     assert wanted in sentence(**unscorable) and wanted in sentence(evaluations={"x": unscorable})
+
+
+def test_an_evaluation_without_held_out_prompts_is_left_out(tmp_path):
+    said = []
+    context = StageContext("edit", 0, 0, make_mesh(jax.devices()[:1]), tmp_path, log=said.append)
+    evaluations = {
+        "edit": {"source": {"kind": "jsonl", "path": "", "task": "edit"}},
+        "unwanted": {"source": {"kind": "jsonl", "path": "there.jsonl"}, "num_prompts": 0},
+    }
+    for name, fields in evaluations.items():
+        check_evaluation(name, fields)
+    assert make_evaluators(evaluations, toy_grpo.load(), context) == []
+    (sentence,) = said  # what has no prompts on purpose needs no word
+    assert sentence.startswith("edit: 'edit' is not evaluated") and "\n" not in sentence
+    assert sentence.endswith("--config.stages.edit.evaluations.edit.source.path=FILE.")
+
+
+def test_an_evaluation_asks_each_prompt_of_a_file_once(tmp_path):
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "bcd"}\n{"prompt": "cde"}\n')
+    fields = toy_grpo.stage()["evaluations"]["toy"]
+    fields |= {"source": {"kind": "jsonl", "path": str(tmp_path / "heldout.jsonl")}, "num_prompts": 256, "samples": 2}
+    context = StageContext("edit", 0, 0, make_mesh(jax.devices()[:1]), tmp_path, log=print)
+    bundle = toy_grpo.load(mesh=context.mesh)
+    (evaluator,) = make_evaluators({"toy": fields}, bundle, context)
+    found = evaluator.run(bundle.params)
+    assert found["scores"]["toy/brightness"].shape == (3, 2)
+    assert {record.prompt for record in evaluator.records} == {"abc", "bcd", "cde"}
 
 
 DEVICES = """

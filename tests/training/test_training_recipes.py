@@ -63,6 +63,63 @@ def test_the_papers_numbers():
     assert (config.stages.kontext.model, config.stages.unified.model) == ("text", None)
 
 
+def test_what_the_paper_leaves_open_is_in_the_full_recipes():
+    config = recipe("unipic2", "")
+    for name in ("connector", "kontext", "unified"):
+        stage = config.stages[name]
+        assert stage.caption_dropout.to_dict() == {"t2i": 0.1, "edit": 0.0}
+        assert stage.timesteps.to_dict() == {"kind": "logit_normal", "mean": 0.0, "std": 1.0, "shift": None}
+        assert (stage.weighting, stage.optimizer.clip_norm, stage.latents) == ("none", 1.0, "sample")
+    assert config.zero_projectors
+    # Tiny models have a schedule of their own, and the tiny recipes say so.
+    shifts = {
+        stage.timesteps.shift
+        for name in ("tiny", "tiny_metaquery", "kontext", "connector", "unified")
+        for stage in recipe(name, "" if name.startswith("tiny") else "tiny").stages.values()
+        if stage.kind == "flow"
+    }
+    assert shifts == {5.0}
+
+
+def test_the_full_pdtr_measures_before_and_after():
+    def asked(config, **flags):
+        """What validation makes of a recipe after some flags."""
+        for path, value in flags.items():
+            *parents, name = path.split("__")
+            node = config
+            for part in parents:
+                node = node[part]
+            node[name] = value
+        return validate(config).stages
+
+    full = importlib.import_module("configs.pdtr").get_config
+    for config in (full(), importlib.import_module("configs.unipic2").get_config()):
+        # One flag on one stage is for all, so that a stage starts from what the one before has ended with.
+        found = asked(
+            config,
+            stages__t2i__evaluations__edit__source__path="heldout.jsonl",
+            stages__edit__rewards__editreward__model="DIR",
+            stages__t2i__rewards__geneval__detector__device="cpu",
+        )
+        first, second = found.edit.evaluations, found.t2i.evaluations
+        assert first == second and set(first) == {"t2i", "edit"}
+        assert (first.t2i.source.kind, first.t2i.num_prompts, first.t2i.samples) == ("geneval", 553, 4)
+        assert first.edit.source.path == "heldout.jsonl" and first.edit.rewards == found.edit.rewards
+        assert first.t2i.rewards == found.t2i.rewards and first.t2i.rewards.geneval.detector.device == "cpu"
+        for evaluation in first.values():
+            published = (evaluation.height, evaluation.width, evaluation.num_steps, evaluation.guidance_scale)
+            assert published == (512, 512, 50, 3.5) and evaluation.negative_prompt is None
+        assert {stage.eval_every for stage in (found.edit, found.t2i)} == {0}
+        assert {stage.negative_prompt for stage in (found.edit, found.t2i)} == {None}
+    joint = asked(full("joint"), stages__joint__rewards__editreward__model="DIR").joint
+    # The records of an evaluation are of no dataset.
+    assert joint.evaluations.edit.rewards.to_dict() == {
+        "editreward": {"weight": 1.0, "model": "DIR", "dtype": "bfloat16"}
+    }
+    assert set(asked(full("t2i=none")).edit.evaluations) == {"t2i", "edit"}
+    assert set(asked(full("edit=none")).t2i.evaluations) == {"t2i"}
+
+
 def test_words_that_a_recipe_does_not_know():
     for name in ("connector", "kontext", "unified", "unipic2"):
         with pytest.raises(ValueError, match="has no variant 'tin'"):

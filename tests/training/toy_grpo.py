@@ -27,6 +27,9 @@ class WordConditioner:
     reads_images = False
     latent_references = True
 
+    def default_negative(self, is_edit):
+        return ""
+
     def tokenize(self, prompts, images=None):
         return {"ids": np.array([[ord(c) % 16 for c in prompt.ljust(3)[:3]] for prompt in prompts], np.int32)}
 

@@ -1,13 +1,14 @@
-"""Training prompts in GenEval's format, none of which says what one of the 553 official ones says.
+"""GenEval's 553 official prompts, which measure, and prompts in their format for training, none of which says what one of them says.
 
-Templates: djghosh13/geneval, `prompts/create_prompts.py`. What an official prompt says is known here by a short hash of its
-canonical form, so that no official file is needed: `assets/geneval/official.txt` is `digests` of the official rows, one on a
-line. The canonical form is free of order: 'a dog and a cat' is 'a cat and a dog', and a position is its two objects and its
-axis, so that 'a dog right of a cat', 'a cat left of a dog' and 'a cat right of a dog' are one.
+Templates: djghosh13/geneval, `prompts/create_prompts.py`; the official file (MIT, `assets/geneval/LICENSE`) is in the package.
+What a prompt says is told by a short hash of its canonical form, which is free of order: 'a dog and a cat' is 'a cat and a dog',
+and a position is its two objects and its axis, so that 'a dog right of a cat', 'a cat left of a dog' and 'a cat right of a dog'
+are one.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -92,13 +93,21 @@ def digest(row: Mapping[str, Any]) -> str:
 
 
 def digests(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Those of all rows, sorted, each once; `assets/geneval/official.txt` has them of GenEval's evaluation_metadata.jsonl."""
+    """Those of all rows, sorted, each once."""
     return sorted({digest(row) for row in rows})
 
 
+class OfficialSource(JSONLSource):
+    """GenEval's official prompts, for measuring. `shuffle`: fewer than all are then of all tags."""
+
+    def __init__(self, seed: int = 0, shuffle: bool = True, task: str | None = "t2i"):
+        super().__init__(str(ASSETS / "evaluation_metadata.jsonl"), seed, shuffle, task)
+
+
+@functools.cache
 def official() -> frozenset[str]:
     """Digests of the official prompts."""
-    return frozenset((ASSETS / "official.txt").read_text(encoding="utf-8").split())
+    return frozenset(digests(row["metadata"] for row in OfficialSource().rows))
 
 
 def read_digests(path: str | Path) -> frozenset[str]:

@@ -18,6 +18,7 @@ from unipic2_jax.data.kinds import make_kind
 SOURCES: dict[str, Any] = {
     "shapes": "unipic2_jax.data.shapes.sources:ShapesSource",
     "jsonl": "unipic2_jax.data.prompts:JSONLSource",
+    "geneval": "unipic2_jax.data.geneval_prompts:OfficialSource",
     "turns": "unipic2_jax.data.prompts:TurnsSource",
     "blank": "unipic2_jax.data.blank:BlankSource",
 }

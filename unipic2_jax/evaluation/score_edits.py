@@ -182,7 +182,7 @@ class ScoredEdits:
             failed += self._judge(self._waiting(asked), asked, judge, budget)
         keys = {row["key"] for row in self.made.values()}
         scored = len(keys & self.scores.keys())
-        self._write_results(pipe.bundle.edit_size, pipe.bundle.patch_pixels, variety.heldout)
+        self._write_results(pipe.bundle.default_size, pipe.bundle.patch_pixels, variety.heldout)
         unmade = variety.prompts * variety.samples - len(self.made)
         unasked = len(keys - self.scores.keys()) - failed + max(0, unmade)
         counts = {"made": len(self.made), "duplicates": len(self.made) - len(keys), "scored": scored}

@@ -21,7 +21,9 @@ class TimestepSampling:
     """How training draws noise levels.
 
     `logit_normal` is the sigmoid of a normal with `mean` and `std` (SD3 paper, section 3.1). `shift` is applied to
-    what was drawn, whichever kind; 1 leaves it alone.
+    what was drawn, whichever kind; 1 leaves it alone. With the shift of a model's scheduler this is what diffusers' SD3
+    script draws, where u is a place in the scheduler's table, which is shifted already. The table counts down, so that the
+    script's `logit_mean` is `-mean`.
 
     Raises:
       ValueError: when a field is out of range.

@@ -88,13 +88,15 @@ class ConnectorLayer(nn.Module):
 class MetaQuery(nn.Module):
     """The queries that a language model reads behind its prompt, and the way from its states there to the MMDiT.
 
-    A new model's projections onto the MMDiT are zero, so that it starts from an unconditioned one.
+    Attributes:
+      zero_projectors: a new model's projections onto the MMDiT are zero, so that it starts from an unconditioned one.
     """
 
     config: MetaQueryConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
+    zero_projectors: bool = True
 
     def setup(self) -> None:
         c = self.config
@@ -112,9 +114,9 @@ class MetaQuery(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         self.layers = layers(c.connector_config, **kinds)
-        zeros = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros, **kinds)
-        self.projector_2 = zeros(c.pooled_projection_dim)
-        self.projector_3 = zeros(c.joint_attention_dim)
+        start = {"kernel_init": nn.initializers.zeros} if self.zero_projectors else {}
+        self.projector_2 = nn.Dense(c.pooled_projection_dim, **kinds, **start)
+        self.projector_3 = nn.Dense(c.joint_attention_dim, **kinds, **start)
 
     def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The language model's last states at the queries [B, Q, llm_hidden_size] to context [B, Q, J], pooled [B, P]."""

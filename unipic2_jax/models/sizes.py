@@ -100,7 +100,7 @@ TINY = ModelSizes(
     text_encoder_2=dataclasses.replace(_TINY_CLIP, hidden_act="gelu"),
     text_encoder_3=T5Config(vocab_size=116, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),
     shift=5.0,
-    settings={"max_sequence_length": 11},
+    settings={"max_sequence_length": 11, "edit_negative": ""},
 )
 
 # UniPic2-Tiny with a language model of its own instead of the text encoders. Vocabulary and special tokens are those of

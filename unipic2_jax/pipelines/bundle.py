@@ -54,8 +54,8 @@ METAQUERY_LAYOUT = ("transformer", "vae", "conditioner", "vlm")
 TRANSFORMERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vlm")
 # What diffusers does not know about a model; it leaves files of other names alone.
 EXTRAS_FILE = "unipic2.json"
-# The published scripts resize an edit's longer edge to this.
-EDIT_PIXELS = 512
+# The published scripts make pictures of this edge, and resize an edit's longer edge to it.
+DEFAULT_PIXELS = 512
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 # Weights come as safetensors only: nothing that is downloaded is ever executed.
 HUB_PATTERNS = [f"{name}/*.{kind}" for name in (*COMPONENTS, *TOKENIZERS) for kind in ("json", "txt", "safetensors")]
@@ -111,13 +111,12 @@ class Bundle:
 
     @property
     def default_size(self) -> int:
-        """Edge in pixels of a picture generated without height and width, as in diffusers."""
-        return self.transformer.config.sample_size * self.vae_scale
+        """Edge in pixels of a picture made without height and width, for an edit its longer edge.
 
-    @property
-    def edit_size(self) -> int:
-        """Longer edge in pixels of an edit made without height and width."""
-        return min(EDIT_PIXELS, self.default_size)
+        512, as in the published scripts, or the transformer's `sample_size` where that is smaller. diffusers takes
+        `sample_size`, which is 1024 pixels for SD3.5-Medium; a Kontext model has the same configuration.
+        """
+        return min(DEFAULT_PIXELS, self.transformer.config.sample_size * self.vae_scale)
 
     @property
     def largest_size(self) -> int:
@@ -194,6 +193,7 @@ def init_bundle(
     mesh: Mesh | None = None,
     dtype: Any = None,
     parts: Mapping[str, str | os.PathLike] | None = None,
+    zero_projectors: bool = True,
 ) -> Bundle:
     """A model with random weights, or one put together: networks of other models, and random weights for the rest.
 
@@ -206,6 +206,7 @@ def init_bundle(
       dtype: of parameters and arithmetic, float32 by default; or a `Precision`, and all networks are held as frozen ones.
       parts: networks that are read, by folder name: 'transformer', 'vae', 'vlm' (with its tokenizer) ... -> the folder of
         that network, whose config.json overrules `sizes`.
+      zero_projectors: see `models.connector.MetaQuery`.
 
     Raises:
       FileNotFoundError: a part is missing.
@@ -237,6 +238,12 @@ def init_bundle(
             tokenizers = load_tokenizers(folder)
     precision = as_precision(dtype)
     modules = make_modules(configs, tokenizers, sizes.settings, precision)
+    if not zero_projectors:
+        *others, conditioner = modules
+        if not isinstance(conditioner, MetaQueryConditioner):
+            raise ValueError("A model with text encoders has no projectors; leave zero_projectors as it is.")
+        connector = conditioner.connector.clone(zero_projectors=False)
+        modules = (*others, dataclasses.replace(conditioner, connector=connector))
     key = jax.random.key(seed) if isinstance(seed, (int, np.integer)) else seed
 
     def fresh(key):

@@ -18,6 +18,12 @@ from unipic2_jax.models.t5 import T5Encoder
 
 logger = logging.getLogger(__name__)
 
+# What the published scripts tell the unconditional branch of an edit, whichever conditioner the model has.
+EDIT_NEGATIVE = (
+    "blurry, low quality, low resolution, distorted, deformed, broken content, missing parts, damaged details, artifacts, "
+    "glitch, noise, pixelated, grainy, compression artifacts, bad composition, wrong proportion, incomplete editing, "
+    "unfinished, unedited areas."
+)
 # Tokenizers without a length of their own report a number of this order.
 _UNBOUNDED = 10**6
 
@@ -70,8 +76,14 @@ class Conditioner(Protocol):
         ...
 
 
-def tokenize_negative(conditioner: Conditioner, negative: str, images: Sequence[Sequence[Any]] | None) -> Any:
-    """Tokens of the unconditional branch: one row for all prompts, or one for each where images are read."""
+def tokenize_negative(conditioner: Conditioner, negative: str | None, images: Sequence[Sequence[Any]] | None) -> Any:
+    """Tokens of the unconditional branch: one row for all prompts, or one for each where images are read.
+
+    Args:
+      negative: None: the conditioner's own, which for edits may be another than for text-to-image.
+      images: what is edited; None for text-to-image.
+    """
+    negative = conditioner.default_negative(images is not None) if negative is None else negative
     if images is None or not conditioner.reads_images:
         return conditioner.tokenize([negative])
     return conditioner.tokenize([negative] * len(images), images)
@@ -99,6 +111,7 @@ class TextConditioner:
       tokenizer, tokenizer_2, tokenizer_3: transformers tokenizers of the three; tokenizer_3 is None with t5.
       max_sequence_length: tokens of T5 in the context.
       joint_attention_dim: width of the context, J.
+      edit_negative: what an edit's unconditional branch is told; by default what the published script says.
     """
 
     clip_l: CLIPTextModelWithProjection
@@ -109,10 +122,11 @@ class TextConditioner:
     tokenizer_3: Any
     max_sequence_length: int = 256
     joint_attention_dim: int = 4096
+    edit_negative: str = EDIT_NEGATIVE
 
     reads_images: ClassVar[bool] = False
     latent_references: ClassVar[bool] = True
-    SETTINGS: ClassVar[tuple[str, ...]] = ("max_sequence_length",)
+    SETTINGS: ClassVar[tuple[str, ...]] = ("max_sequence_length", "edit_negative")
 
     def __post_init__(self) -> None:
         if (self.t5 is None) != (self.tokenizer_3 is None):
@@ -166,9 +180,8 @@ class TextConditioner:
         return f"text encoders (CLIP, CLIP{'' if self.t5 is None else ', T5'})"
 
     def default_negative(self, is_edit: bool) -> str:
-        """Nothing, as in diffusers."""
-        del is_edit
-        return ""
+        """Nothing for text-to-image, as in diffusers; `edit_negative` for edits."""
+        return self.edit_negative if is_edit else ""
 
     @property
     def modules(self) -> dict[str, Any]:

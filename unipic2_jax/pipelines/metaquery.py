@@ -20,15 +20,10 @@ from einops import rearrange
 from unipic2_jax.data.images import to_pil
 from unipic2_jax.models.connector import MetaQuery
 from unipic2_jax.models.qwen import Qwen2_5_VL, example_inputs, init_cache
-from unipic2_jax.pipelines.conditioner import check_prompts
+from unipic2_jax.pipelines.conditioner import EDIT_NEGATIVE, check_prompts
 from unipic2_jax.pipelines.vlm import VLMInput, VLMProcessor, user_message
 
 T2I_TEMPLATE = "Generate an image: {prompt}"
-EDIT_NEGATIVE = (
-    "blurry, low quality, low resolution, distorted, deformed, broken content, missing parts, damaged details, artifacts, "
-    "glitch, noise, pixelated, grainy, compression artifacts, bad composition, wrong proportion, incomplete editing, "
-    "unfinished, unedited areas."
-)
 # The tower sees an edit's image at this part of its edges: one merged token of 28 pixels for 32 of the image.
 VISION_SCALE = 28 / 32
 POSITIONS = ("1d", "mrope")

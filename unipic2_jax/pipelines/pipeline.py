@@ -110,9 +110,10 @@ class Pipeline:
           image: what to edit. One picture (PIL, path, or array, see `data.images.to_pil`) serves all prompts. A list (or an
             array [N, H, W, 3]) holds one entry per prompt; an entry is a picture, a list of pictures when the prompt
             has several references, or None when it has none. One prompt with two references: `[[a, b]]`.
-          negative_prompt: one for all, or one per prompt; None: the conditioner's own, which is empty for text encoders.
-          height, width: pixels. Without them a generated picture has the model's default size, and an edit follows its
-            first reference: longer edge 512 (or the model's default where that is smaller), edges rounded to 32.
+          negative_prompt: one for all, or one per prompt; None: the conditioner's own, which is empty for text-to-image and the
+            published quality string for edits.
+          height, width: pixels. Without them a generated picture has the model's default size, which is 512 for a model of
+            full size, and an edit follows its first reference: that for its longer edge, edges rounded to 32.
           num_inference_steps: Euler steps.
           guidance_scale: 1 and less switch guidance off.
           seed: picture k of this call uses `seed + k`; or one seed per picture. A picture depends on its own seed only,
@@ -243,7 +244,7 @@ class Pipeline:
             own = None
             for reference in references:
                 # Every reference must be usable, although the first one alone decides on the size.
-                fitted = pictures.fit_longer_edge(reference.size[::-1], bundle.edit_size, bundle.patch_pixels)
+                fitted = pictures.fit_longer_edge(reference.size[::-1], bundle.default_size, bundle.patch_pixels)
                 own = own or fitted
         size = tuple(default if given is None else given for given, default in zip((height, width), own))
         pictures.check_size(*size, bundle.patch_pixels)
@@ -333,7 +334,7 @@ class Pipeline:
             for r, reference in enumerate(request.references):
                 size = request.size
                 if not settings.resize_references:
-                    size = pictures.fit_longer_edge(reference.size[::-1], bundle.edit_size, bundle.patch_pixels)
+                    size = pictures.fit_longer_edge(reference.size[::-1], bundle.default_size, bundle.patch_pixels)
                 slots.setdefault(size, []).append((i, r))
         scale = bundle.vae_scale
         grid = tuple(max(size[axis] for size in slots) // scale for axis in (0, 1))

@@ -229,7 +229,7 @@ def make_inputs(settings: Settings) -> Inputs:
         references=normal(batch, settings.references, *shape[1:]) if settings.references else None,
         conditioning=conditioning,
         unconditional=unconditional,
-        corruption=draw_corruption(next(keys), shape, TimestepSampling()),
+        corruption=draw_corruption(next(keys), shape, TimestepSampling(shift=SHIFT)),
         advantages=normal(batch),
         sigmas=FlowMatchConfig(shift=SHIFT).sigmas(settings.num_steps),
         key=key,

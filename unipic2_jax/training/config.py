@@ -29,7 +29,7 @@ class TrainingPaused(TrainingError):
 # When frozen weights that are split are gathered.
 GATHERS = ("update", "layer")
 # What says which model is trained.
-MODEL_FIELDS = ("init", "model", "parts", "vlm", "settings")
+MODEL_FIELDS = ("init", "model", "parts", "vlm", "settings", "zero_projectors")
 
 
 def base_config() -> ConfigDict:
@@ -46,6 +46,8 @@ def base_config() -> ConfigDict:
             "vlm": config_dict.placeholder(str),
             # Of the conditioner: fields that overrule the model's own (positions, max_sequence_length, reference_path ...).
             "settings": {},
+            # Of a new connector: its projections onto the transformer start at zero, which then starts unconditioned.
+            "zero_projectors": True,
             # Other models, by name, that stages can name as theirs: {'text': {'init': DIR}}; fields as the ones above.
             "models": {},
             "schedule": (),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 from PIL import Image
 
 from unipic2_jax.data.prompts import PromptRecord, make_source
@@ -21,6 +21,7 @@ from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.conditioner import tokenize_negative
 from unipic2_jax.rewards.scoring import Scorer, check_tasks, make_entries
 from unipic2_jax.training.config import ConfigError, nearest
+from unipic2_jax.training.stage import StageContext
 
 
 def evaluation_fields() -> ConfigDict:
@@ -29,13 +30,13 @@ def evaluation_fields() -> ConfigDict:
         {
             "source": {},  # of held-out prompts: kind and options; see data.prompts.make_source
             "rewards": {},  # name -> fields; see rewards.scoring.make_entries
-            "num_prompts": 64,
+            "num_prompts": 64,  # at most, where the source is a file; 0: nothing is evaluated
             "samples": 4,  # pictures per prompt
             "height": 512,
             "width": 512,
             "num_steps": 40,
             "guidance_scale": 3.5,  # 1 and less: no guidance
-            "negative_prompt": "",
+            "negative_prompt": config_dict.placeholder(str),  # None: the model's own for the task
             "seed": 0,  # of the prompts and of the noise: the same before and after
             "batch_size": 64,
             "pictures": 12,  # prompts shown on the contact sheet
@@ -58,10 +59,31 @@ def read_evaluation(name: str, values: Mapping[str, Any]) -> ConfigDict:
 
 
 def check_evaluation(name: str, values: Mapping[str, Any]) -> None:
-    """Makes the source and the rewards of an evaluation, which say what is wrong with them, and with the source for the rewards."""
+    """Makes the source and the rewards of an evaluation, which say what is wrong with them, and with the source for the rewards.
+
+    Raises:
+      ConfigError: one sentence with the name of the evaluation.
+    """
     config = read_evaluation(name, values)
-    source = make_source(config.source, config.seed)
-    check_tasks(make_entries(config.rewards), source)
+    if config.num_prompts < 0 or config.samples < 1:
+        raise ConfigError(
+            f"evaluations.{name} has {config.num_prompts} prompts and {config.samples} samples of each; use 0 or more prompts, "
+            "and a sample at least."
+        )
+    if not is_wanted(config):
+        return
+    if not config.source:
+        raise ConfigError(f"evaluations.{name} has no source; give it one, as source={{'kind': 'geneval'}}.")
+    try:
+        source = make_source(config.source, config.seed)
+        check_tasks(make_entries(config.rewards), source)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"evaluations.{name}: {error}") from error
+
+
+def is_wanted(config: ConfigDict) -> bool:
+    """Whether an evaluation has prompts; a recipe leaves the path to them empty where only its user has some."""
+    return config.num_prompts > 0 and config.source.get("path") != ""
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -105,14 +127,17 @@ class Evaluator:
         precision: Precision = PRECISIONS["float32"],
     ):
         self.name, self.config, self.bundle, self.mesh = name, config, bundle, mesh
-        self.records = make_source(config.source, config.seed).batch(0, config.num_prompts)
+        source = make_source(config.source, config.seed)
+        # A file is gone through once at most: the same prompt with the same seeds would be no further evidence.
+        self.count = min(config.num_prompts, len(source)) if isinstance(source, Sized) else config.num_prompts
+        self.records = source.batch(0, self.count)
         self.scorer = Scorer(make_entries(config.rewards, mesh, precision))
         factor = bundle.vae.config.downsampling
         pictures.check_size(config.height, config.width, factor * bundle.transformer.config.patch_size)
         self.shape = (config.height // factor, config.width // factor, bundle.transformer.config.in_channels)
         self.sigmas = bundle.scheduler.sigmas(config.num_steps)
         devices = batch_shards(mesh)
-        self.batch = math.ceil(min(config.batch_size, config.num_prompts * config.samples) / devices) * devices
+        self.batch = math.ceil(min(config.batch_size, self.count * config.samples) / devices) * devices
         self._sample = jax.jit(self._images)
 
     def _images(self, params, lora, tokens, negative, seeds, sources):
@@ -131,9 +156,9 @@ class Evaluator:
         )
 
     def generate(self, params: Any, lora: Any = None) -> np.ndarray:
-        """uint8 [num_prompts * samples, H, W, 3], the samples of a prompt next to each other."""
+        """uint8 [prompts * samples, H, W, 3], the samples of a prompt next to each other."""
         config = self.config
-        total = config.num_prompts * config.samples
+        total = self.count * config.samples
         conditioner = self.bundle.conditioner
         edited = source_pictures(self.records, config.height, config.width)
         sources = stack_sources(edited)
@@ -170,7 +195,7 @@ class Evaluator:
         repeated = [record for record in self.records for _ in range(config.samples)]
         metrics, scores = {}, {}
         for title, column in self._scores(images, repeated).items():
-            table = column.reshape(config.num_prompts, config.samples)
+            table = column.reshape(self.count, config.samples)
             scores[f"{self.name}/{title}"] = table
             metrics |= self._means(f"{self.name}/{title}", table)
         for name, entry in self.scorer.entries.items():
@@ -181,7 +206,7 @@ class Evaluator:
 
     def _scores(self, images: np.ndarray, records: list[PromptRecord]) -> dict[str, np.ndarray]:
         """'{reward}' and '{reward}_{detail}' -> [prompts * samples]; each process scores its share of the prompts."""
-        own = own_share(self.config.num_prompts, self.mesh)
+        own = own_share(self.count, self.mesh)
         rows = slice(own.start * self.config.samples, own.stop * self.config.samples)
         scored = self.scorer.score(list(images[rows]), records[rows])
         columns = {}
@@ -218,3 +243,19 @@ class Evaluator:
             captions += [record.prompt] * samples
         together = samples + (self.records[0].image is not None)
         return contact_sheet(shown, captions, columns=together * max(1, 6 // together))
+
+
+def make_evaluators(
+    evaluations: Mapping[str, Mapping[str, Any]], bundle: Any, context: StageContext
+) -> list[Evaluator]:
+    """Those of a stage. One whose source has an empty path is left out, and the log says how to name a file."""
+    made = []
+    for name, values in evaluations.items():
+        if is_wanted(config := read_evaluation(name, values)):
+            made.append(Evaluator(name, config, bundle, context.mesh, context.precision))
+        elif config.num_prompts:
+            flag = f"--config.stages.{context.name}.evaluations.{name}.source.path=FILE"
+            context.log(
+                f"{context.name}: '{name}' is not evaluated, for want of held-out prompts; name some with {flag}."
+            )
+    return made

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from einops import rearrange
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 from tqdm import tqdm
 
 from unipic2_jax.data.examples import Example, ExampleSource, make_examples
@@ -31,7 +31,7 @@ from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, reference
 from unipic2_jax.rl.ema import ema_update
 from unipic2_jax.training.ahead import Ahead
 from unipic2_jax.training.config import ConfigError, stage_fields
-from unipic2_jax.training.evaluator import Evaluator, check_evaluation, read_evaluation
+from unipic2_jax.training.evaluator import check_evaluation, make_evaluators
 from unipic2_jax.training.flops import flow_step_flops, forward_flops
 from unipic2_jax.training.flow import draw_corruption, flow_losses, loss_by_noise
 from unipic2_jax.training.optimizer import check_rules, make_optimizer, merge_params, split_params
@@ -72,7 +72,9 @@ class FlowStage(Stage):
         config.latents = "mode"  # of pictures under the VAE: mode | sample
         config.loader_threads = 16
         config.caption_dropout = ConfigDict({"t2i": 0.1, "edit": 0.0})
+        # Of noise levels; without a shift they have that of the model's own scheduler.
         config.timesteps = ConfigDict(dataclasses.asdict(TimestepSampling()))
+        config.timesteps.shift = config_dict.placeholder(float)
         config.weighting = "none"
         config.ema_decay = 0.999
         config.validation = ConfigDict({"data": {}, "batches": 4, "sigmas": (0.1, 0.3, 0.5, 0.7, 0.9), "seed": 0})
@@ -90,7 +92,7 @@ class FlowStage(Stage):
         if config.latents not in LATENTS:
             raise ConfigError(f"latents is '{config.latents}'; use one of {', '.join(LATENTS)}.")
         check_policy(config.remat)
-        TimestepSampling(**config.timesteps)
+        read_timesteps(config)
         make_optimizer(config.optimizer, config.steps)
         devices = batch_shards(mesh)
         if config.accumulation < 1 or config.batch_size % (config.accumulation * devices):
@@ -108,7 +110,11 @@ class FlowStage(Stage):
         self.frozen = context.precision.hold(frozen)
         bundle = dataclasses.replace(bundle, params=merge_params(self.trained, self.frozen))
         super().__init__(config, bundle, context)
-        self.sampling = TimestepSampling(**config.timesteps)
+        self.sampling = read_timesteps(config, bundle.scheduler.shift)
+        if config.timesteps.shift is None:
+            context.log(
+                f"{context.name}: noise levels have the shift of the model's scheduler, {self.sampling.shift:g}."
+            )
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         check_rules(config.optimizer.lr_scales, self.trained)
         self.networks = for_training(bundle, config.remat)
@@ -127,10 +133,7 @@ class FlowStage(Stage):
         self.ahead = Ahead(context.mesh, lambda sentence: context.log(f"{context.name}: {sentence}"))
         self.asked_phase = -1
         self.nothing: dict[str, Any] = {}
-        self.evaluators = [
-            Evaluator(name, read_evaluation(name, fields), bundle, context.mesh, context.precision)
-            for name, fields in config.evaluations.items()
-        ]
+        self.evaluators = make_evaluators(config.evaluations, bundle, context)
 
     # The host's side: examples become batches.
 
@@ -447,6 +450,16 @@ def make_sources(config: ConfigDict, data: Any, seed: int) -> dict[str, ExampleS
     if not config.tasks:
         raise ConfigError("tasks is empty; name 't2i', 'edit' or both.")
     return {task: make_examples(data, seed, task) for task in sorted(set(config.tasks))}
+
+
+def read_timesteps(config: ConfigDict, shift: float = 1.0) -> TimestepSampling:
+    """The noise levels of a stage; `shift` is what they have where the stage names none.
+
+    Raises:
+      ValueError: when a field is out of range.
+    """
+    fields = config.timesteps.to_dict()
+    return TimestepSampling(**{**fields, "shift": shift if fields["shift"] is None else fields["shift"]})
 
 
 def make_plan(config: ConfigDict, sources: dict[str, ExampleSource], seed: int, final: bool = False) -> BatchPlan:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.flow.sde import SDEConfig
@@ -42,9 +42,8 @@ from unipic2_jax.rl.update import PolicyState, init_state, make_rollout, make_up
 from unipic2_jax.training.ahead import Ahead
 from unipic2_jax.training.config import ConfigError, TrainingPaused, stage_fields
 from unipic2_jax.training.evaluator import (
-    Evaluator,
     check_evaluation,
-    read_evaluation,
+    make_evaluators,
     source_pictures,
     stack_sources,
     to_uint8,
@@ -117,7 +116,7 @@ class GRPOStage(Stage):
         config.num_prompts = 16  # per step; with groups of 16 that is the paper's batch of 256
         config.height = 512
         config.width = 512
-        config.negative_prompt = ""
+        config.negative_prompt = config_dict.placeholder(str)  # of guidance; None: the model's own for each task
         config.reference = "stage_start"  # stage_start | base
         config.reference_mode = "sample"  # of the source image's latents: sample | mode
         config.same_latent = False  # a group starts from one noise: rewards then differ by the stochastic steps alone
@@ -233,10 +232,7 @@ class GRPOStage(Stage):
         self._update = make_update(trained, self.optimizer, self.grpo, donate_argnames="state", **prepare)
         self.ahead = Ahead(context.mesh, lambda sentence: context.log(f"{context.name}: {sentence}"))
         tuned = dataclasses.replace(bundle, transformer=self.transformer)
-        self.evaluators = [
-            Evaluator(name, read_evaluation(name, fields), tuned, context.mesh, context.precision)
-            for name, fields in config.evaluations.items()
-        ]
+        self.evaluators = make_evaluators(config.evaluations, tuned, context)
 
     @property
     def params(self) -> dict[str, Any]:

@@ -143,8 +143,8 @@ def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
     if config.init is not None:
         found = bundle.load_bundle(config.init, precision, mesh, config.vlm)
     else:
-        parts = config.parts.to_dict()
-        found = bundle.init_bundle(config.model, config.seed, mesh=mesh, dtype=precision, parts=parts)
+        options = {"parts": config.parts.to_dict(), "zero_projectors": config.zero_projectors}
+        found = bundle.init_bundle(config.model, config.seed, mesh=mesh, dtype=precision, **options)
     settings, known = config.settings.to_dict(), found.conditioner.SETTINGS
     if unknown := [name for name in settings if name not in known]:
         raise config_lib.ConfigError(
