@@ -152,5 +152,5 @@ def test_missing_inputs_are_named():
     rest = (x, x, jnp.zeros(4), jnp.zeros(4))
     with pytest.raises(ValueError, match="reference velocity"):
         loss_of(velocity, None, *rest, GRPOConfig())
-    with pytest.raises(ValueError, match="rollout's means"):
+    with pytest.raises(ValueError, match="old policy's means"):
         loss_of(velocity, None, *rest, GRPOConfig(guard=True, kl_beta=0.0))

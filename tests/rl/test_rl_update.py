@@ -21,7 +21,7 @@ from unipic2_jax.flow.sde import SDEConfig
 from unipic2_jax.rl.advantages import group_advantages
 from unipic2_jax.rl.config import GRPOConfig
 from unipic2_jax.rl.rollout import draw_window, guided_policies, once_per_group, rollout
-from unipic2_jax.rl.update import accumulate_gradients, init_state, make_loss, make_rollout, make_update
+from unipic2_jax.rl.update import OldPolicy, accumulate_gradients, init_state, make_loss, make_rollout, make_update
 
 STEPS, BATCH = 6, 8
 SIGMAS = make_sigmas(STEPS, 3.0)
@@ -49,8 +49,8 @@ def assert_trees_close(a, b, **tolerance):
 
 @pytest.mark.parametrize("guard", (False, True))
 @pytest.mark.parametrize("micro_batch", (None, 2))
-def test_on_policy_ratio_is_one(micro_batch, guard):
-    config = dataclasses.replace(BASE, micro_batch=micro_batch, guard=guard, kl_beta=0.0)
+def test_sampler_and_trainer_agree(micro_batch, guard):
+    config = dataclasses.replace(BASE, micro_batch=micro_batch, guard=guard, kl_beta=0.0, old_log_probs="sampler")
     lora = perturb(LORA)
     trajectory = sample(config, lora)
     _, metrics = gradients_of(config, trajectory, lora, micro_batch=micro_batch)
@@ -74,9 +74,10 @@ def test_accumulation_equals_one_big_batch():
                 {
                     "x": trajectory.latents[k],
                     "x_next": trajectory.latents[k + 1],
-                    "old_log_prob": trajectory.log_probs[k],
-                    "old_mean": None,
+                    "log_prob": trajectory.log_probs[k],
+                    "old": OldPolicy(trajectory.log_probs[k], None, False),
                     "advantage": ADVANTAGES,
+                    "weight": None,
                     "inputs": INPUTS,
                     "sigma": SIGMAS[k],
                     "sigma_next": SIGMAS[k + 1],
