@@ -40,9 +40,9 @@ def world():
         "context": jax.random.normal(keys[1], (BATCH, 8, WIDE.joint_attention_dim)),
         "pooled": jax.random.normal(keys[2], (BATCH, WIDE.pooled_projection_dim)),
     }
-    shapes = jax.eval_shape(
-        module.init, keys[3], noise[:1], jnp.zeros(1), inputs["context"][:1], inputs["pooled"][:1]
-    )["params"]
+    shapes = jax.eval_shape(module.init, keys[3], noise[:1], jnp.zeros(1), inputs["context"][:1], inputs["pooled"][:1])[
+        "params"
+    ]
     rng = np.random.default_rng(0)
 
     def draw(leaf):

@@ -463,8 +463,8 @@ class GRPOStage(Stage):
             return
         self._told_difference = True
         advice = (
-            "ratios are not taken against the sampler's, so that rounding in bfloat16 does no harm, but in float32 the two "
-            "networks differ: compare their inputs"
+            "no ratio depends on it, so that rounding to bfloat16 does no harm; when the run computes in float32, look for what "
+            "rollout and update do differently"
             if self.grpo.old_log_probs == "trainer"
             else "samples are clipped that no update has moved; set grpo.old_log_probs='trainer' or compute in float32"
         )
