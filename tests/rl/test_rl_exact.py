@@ -74,12 +74,13 @@ def updated(world, **fields):
     return {name: float(value) for name, value in metrics.items()}
 
 
-def test_ratios_are_one(world):
+def test_ratios_are_one_in_both_updates(world):
+    """In the second too, which compares with the forward pass of before the first."""
     metrics = updated(world)
-    print(metrics)
+    assert metrics["ratio_min"] == metrics["ratio_max"] == 1.0 and metrics["clip_fraction"] == 0.0
     assert metrics["gradient_norm"] > 0
 
 
-def test_sampler(world):
-    metrics = updated(world, old_log_probs="sampler")
-    print(metrics)
+def test_the_samplers_log_probabilities_clip_before_anything_has_moved(world):
+    metrics = updated(world, old_log_probs="sampler", updates_per_rollout=1)
+    assert metrics["clip_fraction"] >= 0.25 and metrics["log_prob_difference"] > CONFIG.clip_range
