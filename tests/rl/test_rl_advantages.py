@@ -105,6 +105,7 @@ def test_config_defaults_are_the_papers():
         ({"adv_clip_max": -1.0}, "adv_clip_max"),
         ({"kl_beta": -0.1}, "kl_beta"),
         ({"kl_on": "latents"}, "kl_on"),
+        ({"old_log_probs": "judge"}, "old_log_probs"),
         ({"kl_on": "velocity", "kl_divide_by_dt": True}, "kl_divide_by_dt"),
         ({"guard": True, "sde": SDEConfig("cps")}, "guard"),
         ({"timestep_fraction": 0.0}, "timestep_fraction"),

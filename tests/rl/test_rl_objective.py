@@ -87,6 +87,32 @@ def test_on_policy_ratio_is_one_and_its_gradient_is_the_score(kind):
     assert np.abs(gradient[0]).max() > 0 and np.abs(gradient[2]).max() == 0
 
 
+@pytest.mark.parametrize("on_policy", (True, "traced"))
+@pytest.mark.parametrize("guard", (False, True))
+def test_a_policy_can_be_its_own_old_one(guard, on_policy):
+    config = GRPOConfig(guard=guard, kl_beta=0.0)
+    x, velocity = draw(0), draw(1)
+    x_next, log_probs, mean = old_policy(velocity, x, 9, config)
+    advantage = jnp.array([1.0, -2.0, 0.0, 0.5])
+    nothing = (None, None) if on_policy is True else (jnp.full(4, 7.0), jnp.full_like(x, -3.0))
+
+    def own(v, flag):
+        levels = (x, x_next, *LEVELS, nothing[0], advantage, config, nothing[1])
+        loss, metrics = grpo_loss(v, None, *levels, on_policy=on_policy if flag is None else flag)
+        return loss.sum(), metrics
+
+    def recorded(v):
+        return loss_of(v, None, x, x_next, log_probs, advantage, config, mean)[0].sum()
+
+    gradient, metrics = jax.jit(jax.grad(own, has_aux=True))(velocity, None if on_policy is True else jnp.array(True))
+    for name, value in {"ratio": 1.0, "clip_fraction": 0.0, "approx_kl": 0.0}.items():
+        np.testing.assert_array_equal(metrics[name], value)
+    np.testing.assert_allclose(gradient, jax.grad(recorded)(velocity), rtol=1e-5, atol=1e-9)
+    assert np.abs(gradient[0]).max() > 0
+    if on_policy == "traced":
+        assert np.abs(own(velocity, jnp.array(False))[1]["ratio"] - 1).min() > 0.1
+
+
 @pytest.mark.parametrize("kl_on", ("mean", "velocity"))
 def test_the_kl_carries_gradient_towards_the_reference_only(kl_on):
     config = GRPOConfig(kl_on=kl_on)
@@ -152,5 +178,5 @@ def test_missing_inputs_are_named():
     rest = (x, x, jnp.zeros(4), jnp.zeros(4))
     with pytest.raises(ValueError, match="reference velocity"):
         loss_of(velocity, None, *rest, GRPOConfig())
-    with pytest.raises(ValueError, match="rollout's means"):
+    with pytest.raises(ValueError, match="old policy's means"):
         loss_of(velocity, None, *rest, GRPOConfig(guard=True, kl_beta=0.0))

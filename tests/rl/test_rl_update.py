@@ -19,9 +19,9 @@ from unipic2_jax.flow.ode import sample_ode
 from unipic2_jax.flow.schedule import sigmas as make_sigmas
 from unipic2_jax.flow.sde import SDEConfig
 from unipic2_jax.rl.advantages import group_advantages
-from unipic2_jax.rl.config import GRPOConfig
-from unipic2_jax.rl.rollout import draw_window, guided_policies, once_per_group, rollout
-from unipic2_jax.rl.update import accumulate_gradients, init_state, make_loss, make_rollout, make_update
+from unipic2_jax.rl.config import OLD_LOG_PROBS, GRPOConfig
+from unipic2_jax.rl.rollout import draw_window, guided_policies, jit_exactly, once_per_group, rollout
+from unipic2_jax.rl.update import OldPolicy, accumulate_gradients, init_state, make_loss, make_rollout, make_update
 
 STEPS, BATCH = 6, 8
 SIGMAS = make_sigmas(STEPS, 3.0)
@@ -49,8 +49,8 @@ def assert_trees_close(a, b, **tolerance):
 
 @pytest.mark.parametrize("guard", (False, True))
 @pytest.mark.parametrize("micro_batch", (None, 2))
-def test_on_policy_ratio_is_one(micro_batch, guard):
-    config = dataclasses.replace(BASE, micro_batch=micro_batch, guard=guard, kl_beta=0.0)
+def test_sampler_and_trainer_agree(micro_batch, guard):
+    config = dataclasses.replace(BASE, micro_batch=micro_batch, guard=guard, kl_beta=0.0, old_log_probs="sampler")
     lora = perturb(LORA)
     trajectory = sample(config, lora)
     _, metrics = gradients_of(config, trajectory, lora, micro_batch=micro_batch)
@@ -74,9 +74,10 @@ def test_accumulation_equals_one_big_batch():
                 {
                     "x": trajectory.latents[k],
                     "x_next": trajectory.latents[k + 1],
-                    "old_log_prob": trajectory.log_probs[k],
-                    "old_mean": None,
+                    "log_prob": trajectory.log_probs[k],
+                    "old": OldPolicy(trajectory.log_probs[k], None, False),
                     "advantage": ADVANTAGES,
+                    "weight": None,
                     "inputs": INPUTS,
                     "sigma": SIGMAS[k],
                     "sigma_next": SIGMAS[k + 1],
@@ -259,6 +260,73 @@ def test_updates_split_the_rollout():
         make_update(network, optimizer, dataclasses.replace(config, updates_per_rollout=3))(
             PARAMS, init_state(LORA, optimizer), None, trajectory, ADVANTAGES, INPUTS
         )
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        {},
+        {"guard": True},
+        {"sde": SDEConfig("cps", 0.5), "kl_on": "velocity"},
+        {"window": (2, (0, 4)), "updates_per_rollout": 4, "micro_batch": 1},
+        {"updates_per_rollout": 1},
+    ),
+    ids=("flow_grpo", "guard", "cps", "window", "one-update"),
+)
+def test_the_trainers_old_policy_is_the_samplers_up_to_rounding(change):
+    fields = {"updates_per_rollout": 2, "micro_batch": 2, "kl_beta": 0.1, "clip_range": 0.2, **change}
+    config, optimizer, lora = dataclasses.replace(BASE, **fields), optax.sgd(0.5), perturb(LORA)
+    states, metrics = {}, {}
+    for whose in OLD_LOG_PROBS:
+        own = dataclasses.replace(config, old_log_probs=whose)
+        trajectory = sample(own, lora)
+        assert (trajectory.means is not None) == (config.guard and whose == "sampler")
+        update = make_update(network, optimizer, own)
+        states[whose], metrics[whose] = update(
+            PARAMS, init_state(lora, optimizer), None, trajectory, ADVANTAGES, INPUTS
+        )
+    assert_trees_close(states["trainer"], states["sampler"], rtol=1e-4, atol=1e-5)
+    assert_trees_close(metrics["trainer"], metrics["sampler"], rtol=1e-3, atol=1e-5)
+    # The policy has moved between the steps, so that it matters which sample is compared with which, and with which policy.
+    moved = max(abs(metrics["trainer"][name] - 1) for name in ("ratio_min", "ratio_max"))
+    assert moved > 1e-3 if config.updates_per_rollout > 1 else moved == 0
+    assert metrics["trainer"]["log_prob_difference_max"] <= 1e-5
+
+
+def test_samples_without_advantage_can_be_left_out():
+    config = dataclasses.replace(BASE, kl_beta=0.5, micro_batch=2, skip_zero_advantage=True)
+    lora, optimizer = perturb(LORA), optax.sgd(1.0)
+    trajectory, start = sample(config, lora), init_state(lora, optimizer)
+    advantages = ADVANTAGES.at[jnp.array([0, 5, 6])].set(0.0)
+    update = make_update(network, optimizer, config)
+    state, metrics = update(PARAMS, start, None, trajectory, advantages, INPUTS)
+    kept = np.flatnonzero(advantages)
+    assert len(kept) == 4
+    others = trajectory._replace(latents=trajectory.latents[:, kept], log_probs=trajectory.log_probs[:, kept])
+    loss_fn = make_loss(network, PARAMS, None, SIGMAS[1], config)
+    inputs = {"context": INPUTS["context"][kept]}
+    gradients, alone = accumulate_gradients(loss_fn, lora, others, advantages[kept], inputs)
+    assert_trees_close(state.lora, jax.tree.map(jnp.subtract, lora, gradients), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], alone["loss"].mean(), rtol=1e-4)
+    # They are kept by default, where their KL counts.
+    plain = make_update(network, optimizer, dataclasses.replace(config, skip_zero_advantage=False))
+    with_all, _ = plain(PARAMS, start, None, trajectory, advantages, INPUTS)
+    assert optax.global_norm(optax.tree.sub(with_all.lora, state.lora)) > 1e-3
+    # An update of which nothing is left is none.
+    same, metrics = update(PARAMS, start, None, trajectory, jnp.zeros(BATCH), INPUTS)
+    jax.tree.map(np.testing.assert_array_equal, same, start)
+    assert metrics["non_finite"] == 0
+
+
+def test_programs_of_log_probabilities_round_where_they_say_so():
+    # In float32 the product is 1 + 2^-12, in bfloat16 it is 1.
+    left, right = jnp.array([[1, 2**-6]], jnp.bfloat16), jnp.array([[1], [2**-6]], jnp.bfloat16)
+    product = lambda a, b: (a @ b).astype(jnp.float32)
+    assert jax.jit(product)(left, right) == 1 + 2**-12  # what is to be avoided
+    exact = jit_exactly(product)
+    ahead = exact.trace(left, right).lower().compile()
+    other = jit_exactly(product, compiler_options={"xla_backend_optimization_level": 3})
+    assert exact(left, right) == ahead(left, right) == other.lower(left, right).compile()(left, right) == 1
 
 
 @pytest.mark.parametrize("where", ("advantage", "latents"))

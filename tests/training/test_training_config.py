@@ -176,6 +176,7 @@ def test_flops_agree_with_what_the_compiler_counts(references):
 def test_grpo_flops():
     assert grpo_step_flops(10, sampled=80, trained=72, reference=True) == 10 * (80 + 72 * 3)
     assert grpo_step_flops(10, sampled=80, trained=72, reference=False) == 10 * (80 + 72 * 2)
+    assert grpo_step_flops(10, sampled=0, trained=72, reference=True, old=36) == 10 * (36 + 72 * 3)
 
 
 def test_records_are_cut_to_the_resumed_step(tmp_path):

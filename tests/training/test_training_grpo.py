@@ -341,6 +341,25 @@ def test_one_batch_is_scored_while_the_next_is_sampled_and_all_share_a_window(tm
     assert [path.name for path in folder.parent.iterdir()] == ["000000"]
 
 
+def test_sampler_and_trainer_that_differ_are_told_of_once(tmp_path):
+    grpo = {"old_log_probs": "sampler", "guard": True, "clip_range": 1e-12}
+    stage, log = make_stage(tmp_path, sampling_batches=2, grpo=grpo)
+    state = stage.init()
+    for step in range(2):
+        state, metrics = stage.step(state, step)
+        assert metrics["log_prob_difference"] > 1e-12 and metrics["clip_fraction"] > 0
+    told = [line for line in log if "log_prob_difference" in line]
+    assert len(told) == 1 and told[0].startswith("edit, step 0: log_prob_difference between sampler and trainer is ")
+    assert "above grpo.clip_range = 1e-12; " in told[0] and "set grpo.old_log_probs='trainer'" in told[0]
+
+
+def test_the_old_policys_pass_is_work_of_the_algorithm(stage, monkeypatch):
+    sampled, trained = stage._evaluations(True, 0)
+    monkeypatch.setattr(stage, "grpo", dataclasses.replace(stage.grpo, old_log_probs="sampler"))
+    # Forward, backward and reference are three passes; of two updates the second needs one more.
+    assert stage._evaluations(True, 0) == (sampled, trained * 6 // 7)
+
+
 def test_rewards_can_be_normalised_belong_to_datasets_and_only_be_watched(tmp_path):
     rewards = {
         "brightness": {"weight": 1.0, "normalize": "group", "datasets": ("even",)},

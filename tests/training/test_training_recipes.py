@@ -161,6 +161,11 @@ def test_the_words_of_pdtr():
         for words in ("", "edit=judge", "edit=editreward", "edit=editreward,joint", "joint")
     ]
     assert of_batch == [[False, False], [True, False], [True, False], [True], [False]]
+    of_batch = [
+        [stage.grpo.global_std for stage in recipe("pdtr", words).stages.values()]
+        for words in ("", "edit=judge", "edit=none", "joint", "model=metaquery")
+    ]
+    assert of_batch == [[True, False], [True, False], [False], [True], [True, False]]
     wrong = {
         "edit=nobody": "no variant 'edit=nobody'; combine some of tiny",
         "colour": "no variant 'colour'",

@@ -8,6 +8,7 @@ import math
 from unipic2_jax.flow.sde import SDEConfig
 
 KL_KINDS = ("mean", "velocity")
+OLD_LOG_PROBS = ("trainer", "sampler")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,13 @@ class GRPOConfig:
     sde: SDEConfig = dataclasses.field(default_factory=SDEConfig)
     guidance_scale: float = 3.5  # 1 means no guidance
     stop_gradient_uncond: bool = False  # do not differentiate the unconditional branch
+    # Whose log-probabilities ratios are taken against. 'trainer': those of the program that trains, so that the first update's
+    # ratios are 1 to the bit; 'sampler': the rollout's, which that program's agree with up to rounding only.
+    old_log_probs: str = "trainer"
     clip_range: float = 1e-4
     adv_clip_max: float = 5.0
     global_std: bool = False  # divide advantages by the std of the whole batch, not of the group
+    skip_zero_advantage: bool = False  # leave samples whose advantage is 0 out of the loss and the KL
     kl_beta: float = 0.04  # 0 leaves the reference policy out altogether
     # 'mean': distance of the steps' means in units of their noise; 'velocity': of the plain velocities. With cps the
     # last steps have almost no noise, so that 'mean' lets them outweigh all others: prefer 'velocity' there.
@@ -48,6 +53,10 @@ class GRPOConfig:
 
         require(self.num_steps >= 1, f"num_steps is {self.num_steps}; use at least 1")
         require(self.group_size >= 2, f"group_size is {self.group_size}; advantages need at least 2 samples per group")
+        require(
+            self.old_log_probs in OLD_LOG_PROBS,
+            f"old_log_probs is {self.old_log_probs!r}; choose one of {', '.join(OLD_LOG_PROBS)}",
+        )
         require(self.clip_range > 0, f"clip_range is {self.clip_range}; it must be above 0")
         require(self.adv_clip_max > 0, f"adv_clip_max is {self.adv_clip_max}; it must be above 0")
         require(self.kl_beta >= 0, f"kl_beta is {self.kl_beta}; it must be 0 or more")
@@ -98,3 +107,8 @@ class GRPOConfig:
     def trained_steps(self) -> int:
         """How many steps of a rollout are trained: K."""
         return self.trainable_steps if self.window is None else self.window[0]
+
+    @property
+    def keeps_means(self) -> bool:
+        """Whether a rollout keeps the means of its steps: GRPO-Guard compares with them where the trainer has none of its own."""
+        return self.guard and self.old_log_probs == "sampler"

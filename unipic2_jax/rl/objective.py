@@ -15,6 +15,18 @@ def _mean_square(x: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))
 
 
+def _change(new: jax.Array, old: jax.Array | None, on_policy: jax.Array | bool) -> jax.Array:
+    """`new - old`; where `on_policy`, exactly 0 (or NaN) with the gradient of `new`.
+
+    The two differences are made before one is chosen: a compiler may compute `new` twice, once for each operation that uses it,
+    but no operation sees it in two roundings.
+    """
+    own = new - jax.lax.stop_gradient(new)
+    if isinstance(on_policy, bool):
+        return own if on_policy else new - old
+    return jnp.where(on_policy, own, new - old)
+
+
 def grpo_loss(
     velocity: jax.Array,
     reference_velocity: jax.Array | None,
@@ -23,10 +35,11 @@ def grpo_loss(
     sigma: jax.Array,
     sigma_next: jax.Array,
     sigma_1: jax.Array,
-    old_log_prob: jax.Array,
+    old_log_prob: jax.Array | None,
     advantage: jax.Array,
     config: GRPOConfig,
     old_mean: jax.Array | None = None,
+    on_policy: jax.Array | bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`max(-A r, -A clip(r, 1 - eps, 1 + eps)) + beta KL` per sample.
 
@@ -43,7 +56,9 @@ def grpo_loss(
       sigma, sigma_next, sigma_1: scalars.
       old_log_prob, advantage: [B].
       config: the objective's constants.
-      old_mean: [B, ...], the rollout's mean of this step; needed by `guard`.
+      old_mean: [B, ...], the old policy's mean of this step; needed by `guard`.
+      on_policy: scalar; where True the policy is its own old one: the ratio is 1 to the bit, and neither `old_log_prob` nor
+        `old_mean` is looked at. Either may be None when it is a Python True.
 
     Returns:
       Loss [B] and metrics, each [B].
@@ -53,18 +68,18 @@ def grpo_loss(
     """
     if config.kl_beta and reference_velocity is None:
         raise ValueError(f"kl_beta is {config.kl_beta} but there is no reference velocity; give one or set it to 0.")
-    if config.guard and old_mean is None:
-        raise ValueError("guard needs the rollout's means; roll out with the same config.")
+    if config.guard and old_mean is None and on_policy is not True:
+        raise ValueError("guard needs the old policy's means; roll out with the same config.")
     levels = (x, sigma, sigma_next, sigma_1, config.sde)
     mean, std = sde_step_mean_std(velocity, *levels)
     new_log_prob = log_prob(x_next, mean, std, config.sde)
-    log_ratio = new_log_prob - old_log_prob
+    log_ratio = _change(new_log_prob, old_log_prob, on_policy)
     advantage = jnp.clip(advantage, -config.adv_clip_max, config.adv_clip_max)
-    metrics = {"log_prob_difference": jnp.abs(log_ratio), "approx_kl": 0.5 * jnp.square(log_ratio)}
+    metrics = {"log_prob": new_log_prob, "approx_kl": 0.5 * jnp.square(log_ratio)}
 
     if config.guard:
         step_std = jnp.reshape(std, ())
-        log_ratio = (log_ratio + _mean_square(mean - old_mean) / (2.0 * step_std**2)) * step_std
+        log_ratio = (log_ratio + _mean_square(_change(mean, old_mean, on_policy)) / (2.0 * step_std**2)) * step_std
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1.0 - config.clip_range, 1.0 + config.clip_range)
     policy_loss = jnp.maximum(-advantage * ratio, -advantage * clipped)

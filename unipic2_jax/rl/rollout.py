@@ -21,12 +21,23 @@ from unipic2_jax.rl.config import GRPOConfig
 PolicyFn = Callable[[Any, Any, jax.Array, jax.Array, Any], jax.Array]
 
 
+# Inside of a fusion XLA may keep what the program rounds to bfloat16 in float32, and sampler and trainer fuse differently: their
+# log-probabilities then differ by more than the clip range.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+
+
+def jit_exactly(function: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
+    """`jax.jit` of a program that computes log-probabilities: rounded where it says so and nowhere else."""
+    given = jit_options.pop("compiler_options", None) or {}
+    return jax.jit(function, compiler_options={**COMPILER_OPTIONS, **given}, **jit_options)
+
+
 class Trajectory(NamedTuple):
     """What a rollout leaves for training."""
 
     latents: jax.Array  # [T + 1, B, ...] float32, from noise to image
     log_probs: jax.Array  # [T, B] float32; 0 at deterministic steps
-    means: jax.Array | None  # [T, B, ...] means of the steps, kept for GRPO-Guard only
+    means: jax.Array | None  # [T, B, ...] means of the steps; see `GRPOConfig.keeps_means`
     sigmas: jax.Array  # [T + 1] float32
     steps: jax.Array  # [K] int32, the steps that are trained
 
@@ -161,7 +172,7 @@ def rollout(
         else:
             x_next, log_prob, mean = jax.lax.switch(kind(index), kinds, x, *rest)
         x_next = constrain(x_next, "batch", *[None] * (x.ndim - 1))
-        return x_next, (x_next, log_prob, mean if config.guard else None)
+        return x_next, (x_next, log_prob, mean if config.keeps_means else None)
 
     x = initial_noise.astype(jnp.float32)
     scanned = (jnp.arange(total), jax.random.split(key, total), sigmas[:-1], sigmas[1:])

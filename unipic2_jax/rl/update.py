@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unipic2_jax.parallel.rules import constrain_parameters
+from unipic2_jax.flow.sde import log_prob, sde_step_mean_std
+from unipic2_jax.parallel.rules import constrain, constrain_parameters
 from unipic2_jax.rl.config import GRPOConfig
 from unipic2_jax.rl.ema import ema_update
 from unipic2_jax.rl.objective import grpo_loss
-from unipic2_jax.rl.rollout import PolicyFn, Trajectory, draw_window, once_per_group, rollout
+from unipic2_jax.rl.rollout import PolicyFn, Trajectory, draw_window, jit_exactly, once_per_group, rollout
 
 # (lora, batch) -> (scalar loss, metrics [B] each)
 LossFn = Callable[[Any, dict[str, Any]], tuple[jax.Array, dict[str, jax.Array]]]
@@ -48,11 +49,19 @@ def _parts(tree: Any, index: jax.Array, parts: int, axis: int = 0) -> Any:
     return tree if parts == 1 else jax.tree.map(lambda x: _part(x, index, parts, axis), tree)
 
 
+class OldPolicy(NamedTuple):
+    """What ratios are taken against, in micro-batches in the order in which `accumulate_gradients` visits them: V of b samples."""
+
+    log_probs: jax.Array | None  # [V, b] float32
+    means: jax.Array | None  # [V, b, ...] float32, for GRPO-Guard only
+    on_policy: jax.Array | bool  # scalar: the policy is its own old one, and the rest is not looked at
+
+
 def make_loss(policy_fn: PolicyFn, params: Any, reference_lora: Any, sigma_1: jax.Array, config: GRPOConfig) -> LossFn:
     """The loss of a micro-batch at one timestep, as `accumulate_gradients` wants it."""
 
     def loss_fn(lora, batch):
-        x, sigma, inputs = batch["x"], batch["sigma"], batch["inputs"]
+        x, sigma, inputs, old = batch["x"], batch["sigma"], batch["inputs"], batch["old"]
         reference = policy_fn(params, reference_lora, x, sigma, inputs) if config.kl_beta else None
         velocity = policy_fn(params, lora, x, sigma, inputs)
         loss, metrics = grpo_loss(
@@ -63,14 +72,71 @@ def make_loss(policy_fn: PolicyFn, params: Any, reference_lora: Any, sigma_1: ja
             sigma,
             batch["sigma_next"],
             sigma_1,
-            batch["old_log_prob"],
+            old.log_probs,
             batch["advantage"],
             config,
-            batch["old_mean"],
+            old.means,
+            old.on_policy,
         )
+        metrics["log_prob_difference"] = jnp.abs(metrics.pop("log_prob") - batch["log_prob"])
+        if batch["weight"] is not None:
+            loss = metrics["loss"] = batch["weight"] * loss
         return jnp.mean(loss), metrics
 
     return loss_fn
+
+
+def _micro_batches(
+    trajectory: Trajectory, samples: Any, micro_batch: int | None
+) -> tuple[int, Callable[[jax.Array], dict[str, Any]]]:
+    """How many micro-batches the trained steps have, and the one of a number.
+
+    Args:
+      samples: pytree of what belongs to samples, leading axis B.
+
+    Raises:
+      ValueError: when `micro_batch` does not divide B.
+    """
+    batch = trajectory.latents.shape[1]
+    size = batch if micro_batch is None else micro_batch
+    if batch % size:
+        raise ValueError(f"micro_batch {size} does not divide the {batch} samples of an update; choose a divisor.")
+    parts = batch // size
+
+    def data(index):
+        step, part = trajectory.steps[index // parts], index % parts
+
+        def at(values, offset=0):
+            return _parts(jax.lax.dynamic_index_in_dim(values, step + offset, keepdims=False), part, parts)
+
+        return {
+            "x": at(trajectory.latents),
+            "x_next": at(trajectory.latents, 1),
+            "log_prob": at(trajectory.log_probs),
+            "mean": None if trajectory.means is None else at(trajectory.means),
+            "sigma": trajectory.sigmas[step],
+            "sigma_next": trajectory.sigmas[step + 1],
+            **_parts(samples, part, parts),
+        }
+
+    return parts * trajectory.steps.shape[0], data
+
+
+def old_policy(
+    policy_fn: PolicyFn, params: Any, lora: Any, trajectory: Trajectory, inputs: Any, config: GRPOConfig
+) -> OldPolicy:
+    """The policy's log-probabilities by the trainer: a forward pass in the update's micro-batches, without gradients."""
+    count, data = _micro_batches(trajectory, {"inputs": inputs}, config.micro_batch)
+
+    def visit(index):
+        batch = data(index)
+        x, sigma = batch["x"], batch["sigma"]
+        velocity = policy_fn(params, lora, x, sigma, batch["inputs"])
+        mean, std = sde_step_mean_std(velocity, x, sigma, batch["sigma_next"], trajectory.sigmas[1], config.sde)
+        kept = constrain(mean, "batch", *[None] * (x.ndim - 1)) if config.guard else None
+        return log_prob(batch["x_next"], mean, std, config.sde), kept
+
+    return OldPolicy(*jax.lax.map(visit, jnp.arange(count)), on_policy=False)
 
 
 def accumulate_gradients(
@@ -80,6 +146,8 @@ def accumulate_gradients(
     advantages: jax.Array,
     inputs: Any,
     micro_batch: int | None = None,
+    old: OldPolicy | None = None,
+    weights: jax.Array | None = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """The gradient of the mean loss over the trained timesteps and all samples, in the memory of one micro-batch.
 
@@ -90,6 +158,8 @@ def accumulate_gradients(
       advantages: [B].
       inputs: pytree with leading axis B.
       micro_batch: samples per pass; must divide B.
+      old: the old policy; None: as the sampler recorded it in the trajectory.
+      weights: [B] with mean 1, of samples in the loss; None: all count alike.
 
     Returns:
       Gradients (float32, shaped like `lora`) and metrics [K, B], of the samples in the order they were visited.
@@ -97,36 +167,25 @@ def accumulate_gradients(
     Raises:
       ValueError: when `micro_batch` does not divide B.
     """
-    batch = advantages.shape[0]
-    size = batch if micro_batch is None else micro_batch
-    if batch % size:
-        raise ValueError(f"micro_batch {size} does not divide the {batch} samples of an update; choose a divisor.")
-    parts, trained = batch // size, trajectory.steps.shape[0]
+    samples = {"advantage": advantages, "inputs": inputs, "weight": weights}
+    count, data = _micro_batches(trajectory, samples, micro_batch)
 
-    def visit(gradients, index):
-        step, part = trajectory.steps[index // parts], index % parts
-
-        def at(values, offset=0):
-            return _parts(jax.lax.dynamic_index_in_dim(values, step + offset, keepdims=False), part, parts)
-
-        data = {
-            "x": at(trajectory.latents),
-            "x_next": at(trajectory.latents, 1),
-            "old_log_prob": at(trajectory.log_probs),
-            "old_mean": None if trajectory.means is None else at(trajectory.means),
-            "advantage": _parts(advantages, part, parts),
-            "inputs": _parts(inputs, part, parts),
-            "sigma": trajectory.sigmas[step],
-            "sigma_next": trajectory.sigmas[step + 1],
-        }
-        (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(lora, data)
-        weight = 1.0 / (parts * trained)
+    def visit(gradients, scanned):
+        index, log_probs, means = scanned
+        batch = data(index)
+        if old is None:
+            batch["old"] = OldPolicy(batch["log_prob"], batch["mean"], False)
+        else:
+            batch["old"] = OldPolicy(log_probs, means, old.on_policy)
+        (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(lora, batch)
+        weight = 1.0 / count
         gradients = jax.tree.map(lambda g, n: g + weight * n.astype(jnp.float32), gradients, new)
         return constrain_parameters(gradients), metrics
 
     zeros = constrain_parameters(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), lora))
-    gradients, metrics = jax.lax.scan(visit, zeros, jnp.arange(parts * trained))
-    return gradients, jax.tree.map(lambda m: m.reshape(trained, batch), metrics)
+    scanned = (jnp.arange(count), None, None) if old is None else (jnp.arange(count), old.log_probs, old.means)
+    gradients, metrics = jax.lax.scan(visit, zeros, scanned)
+    return gradients, jax.tree.map(lambda m: m.reshape(trajectory.steps.shape[0], -1), metrics)
 
 
 def _summarize(metrics: dict[str, jax.Array], gradient_norm: jax.Array) -> dict[str, jax.Array]:
@@ -184,7 +243,7 @@ def make_rollout(
         velocity, outside = map(bound, policies)
         return rollout(velocity, initial_noise, noise_key, sigmas, config, start, outside, shared_fns)
 
-    return jax.jit(run, **jit_options)
+    return jit_exactly(run, **jit_options)
 
 
 def make_update(
@@ -199,6 +258,14 @@ def make_update(
     The reference policy is `policy_fn` with `reference_lora`, None for the bare weights. The samples are split
     into `updates_per_rollout` strided parts, each used for one optimizer step over all trained timesteps. Gradient
     clipping and the learning rate are the optimizer's. `prepare` is applied to the frozen weights before anything else.
+
+    With `old_log_probs='trainer'` the first of them is on-policy by definition, whatever the trajectory's log-probabilities are:
+    its old ones are its own, without gradient. For the others one forward pass with the parameters of before the first step
+    runs first, over their samples alone. What it leaves is small, [U - 1, K, B / U] numbers; for `guard` also that many means,
+    which is less than the rollout's.
+
+    With `skip_zero_advantage` the loss is the mean over an update's other samples, in the same time; an update that has none is
+    left out. Metrics are of all samples but for the loss.
 
     Metrics are float32 scalars. When a loss or gradient is not finite, `non_finite` is 1 and that optimizer step
     is left out, so the returned state is still the last good one; stopping is the caller's decision.
@@ -216,19 +283,46 @@ def make_update(
         params = prepare(params)
         loss_fn = make_loss(policy_fn, params, reference_lora, trajectory.sigmas[1], config)
 
-        def update(state, index):
-            part = trajectory._replace(
-                latents=_parts(trajectory.latents, index, updates, axis=1),
-                log_probs=_parts(trajectory.log_probs, index, updates, axis=1),
-                means=_parts(trajectory.means, index, updates, axis=1),
+        def part(index):
+            latents, log_probs, means = (
+                _parts(values, index, updates, axis=1)
+                for values in (trajectory.latents, trajectory.log_probs, trajectory.means)
             )
+            return trajectory._replace(latents=latents, log_probs=log_probs, means=means)
+
+        def before_first(index):
+            own = _parts(inputs, index, updates)
+            return old_policy(policy_fn, params, state.lora, part(index), own, config)
+
+        later = None
+        if config.old_log_probs == "trainer" and updates > 1:
+            later = jax.lax.map(before_first, jnp.arange(1, updates))
+
+        def old(index):
+            if config.old_log_probs == "sampler":
+                return None
+            if later is None:
+                return OldPolicy(None, None, True)
+            own = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(index - 1, 0), keepdims=False), later
+            )
+            return own._replace(on_policy=index == 0)
+
+        def update(state, index):
+            own, weights, kept = _parts(advantages, index, updates), None, True
+            if config.skip_zero_advantage:
+                weights = (own != 0).astype(jnp.float32)
+                kept = jnp.any(own != 0)
+                weights = weights / jnp.where(kept, weights.mean(), 1.0)
             gradients, metrics = accumulate_gradients(
                 loss_fn,
                 state.lora,
-                part,
-                _parts(advantages, index, updates),
+                part(index),
+                own,
                 _parts(inputs, index, updates),
                 config.micro_batch,
+                old(index),
+                weights,
             )
             summary = _summarize(metrics, optax.global_norm(gradients))
             gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.lora)
@@ -236,10 +330,10 @@ def make_update(
             lora = optax.apply_updates(state.lora, changes)
             ema = ema_update(state.ema, lora, state.step, config.ema_decay, config.ema_interval)
             new = PolicyState(lora, opt_state, ema, state.step + 1)
-            good = summary["non_finite"] == 0
+            good = (summary["non_finite"] == 0) & kept
             return constrain_parameters(jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)), summary
 
         state, metrics = jax.lax.scan(update, state, jnp.arange(updates))
         return state, _combine(metrics)
 
-    return jax.jit(run, **jit_options)
+    return jit_exactly(run, **jit_options)

@@ -131,7 +131,13 @@ class Settings:
     @property
     def grpo(self) -> GRPOConfig:
         """One optimizer step on all samples at once."""
-        return GRPOConfig(num_steps=self.num_steps, guidance_scale=self.guidance_scale, updates_per_rollout=1)
+        # Updates are repeated with one rollout, so that only the first of them is on-policy.
+        return GRPOConfig(
+            num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+            updates_per_rollout=1,
+            old_log_probs="sampler",
+        )
 
     @property
     def product_shape(self) -> tuple[int, int, int]:

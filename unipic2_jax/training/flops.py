@@ -38,8 +38,8 @@ def flow_step_flops(forward: int, batch: int, trains_weights: bool) -> int:
     return forward * batch * (3 if trains_weights else 2)
 
 
-def grpo_step_flops(forward: int, sampled: int, trained: int, reference: bool) -> int:
-    """One GRPO iteration: sampling, the policy's forward and backward pass, the reference's forward pass.
+def grpo_step_flops(forward: int, sampled: int, trained: int, reference: bool, old: int = 0) -> int:
+    """One GRPO iteration: sampling, the policy's forward and backward pass, the forward passes of the reference and of the old policy.
 
     The backward pass of a LoRA policy is one more forward's worth: gradients go through the frozen matrices and not
     into them. Recomputed activations do not count, as usual for model FLOPs; neither do the VAE and text encoders.
@@ -48,5 +48,7 @@ def grpo_step_flops(forward: int, sampled: int, trained: int, reference: bool) -
       forward: of one sample and branch, from `forward_flops`.
       sampled, trained: evaluations (samples x steps x branches of guidance) of the sampler and of the trainer.
       reference: whether a reference policy is evaluated.
+      old: evaluations of the old policy by the trainer, whose log-probabilities the algorithm needs: those of all optimizer steps
+        of a rollout but the first, or none where the sampler's are used.
     """
-    return forward * (sampled + trained * (3 if reference else 2))
+    return forward * (sampled + trained * (3 if reference else 2) + old)

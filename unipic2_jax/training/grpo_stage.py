@@ -209,6 +209,7 @@ class GRPOStage(Stage):
         self.sigmas = bundle.scheduler.sigmas(self.grpo.num_steps)
         self.failed = collections.deque(maxlen=config.error_window)  # samples of each of the last steps
         self._told: set[str] = set()  # rewards whose first failure was reported
+        self._told_difference = False  # whether sampler and trainer were said to differ
 
         sharded = batch_sharding(context.mesh)
         policy, outside = guided_policies(self._network, self.grpo, config.batch_branches)
@@ -217,7 +218,7 @@ class GRPOStage(Stage):
         # Samples of a group that share their first noise are one sample until the window's first step.
         self.shared = config.same_latent and self.grpo.window is not None
         over_time, whole = NamedSharding(context.mesh, RULES.spec(None, "batch")), replicated(context.mesh)
-        places = Trajectory(over_time, over_time, over_time if self.grpo.guard else None, whole, whole)
+        places = Trajectory(over_time, over_time, over_time if self.grpo.keeps_means else None, whole, whole)
         groups = self.prompts_at_once if self.shared else None
         self.at_once = context.gather == "update"
         prepare = {"prepare": gathered} if self.at_once else {}
@@ -389,6 +390,7 @@ class GRPOStage(Stage):
                 self.params["transformer"], state, None, trajectory, advantages, inputs
             )
             metrics |= {name: float(value) for name, value in jax.device_get(update).items()}
+            self._tell_difference(metrics["log_prob_difference"], step)
         updated = time.perf_counter()
         busy = rolled_out - started + updated - scored
         flops = self._flops("references" in inputs["cond"], first_step)
@@ -452,6 +454,22 @@ class GRPOStage(Stage):
                 metrics |= {f"reward_{name}": float(valid.mean()), f"reward_{name}_std": float(valid.std())}
         return advantages, {name: value for name, value in metrics.items() if not np.isnan(value)}
 
+    def _tell_difference(self, difference: float, step: int) -> None:
+        """Says so, once, when sampler and trainer differ by more than ratios may."""
+        if self._told_difference or not difference > self.grpo.clip_range:
+            return
+        self._told_difference = True
+        advice = (
+            "no ratio depends on it, so that rounding to bfloat16 does no harm; when the run computes in float32, look for what "
+            "rollout and update do differently"
+            if self.grpo.old_log_probs == "trainer"
+            else "samples are clipped that no update has moved; set grpo.old_log_probs='trainer' or compute in float32"
+        )
+        self.context.log(
+            f"{self.context.name}, step {step}: log_prob_difference between sampler and trainer is {difference:.1e}, above "
+            f"grpo.clip_range = {self.grpo.clip_range:.0e}; {advice}."
+        )
+
     def _check_budget(self, failed: float, step: int) -> None:
         """Raises a `TrainingPaused` when too much of the last steps could not be scored."""
         self.failed.append(failed)
@@ -480,8 +498,9 @@ class GRPOStage(Stage):
         trained = self.samples * grpo.trained_steps * inside
         if self.shared_update:
             trained = self.samples // self.micro_batch * self.config.num_prompts * inside
-        reference = grpo.kl_beta > 0
-        return grpo_step_flops(forward, sampled, 0, reference), grpo_step_flops(forward, 0, trained, reference)
+        reference, updates = grpo.kl_beta > 0, grpo.updates_per_rollout
+        old = trained // updates * (updates - 1) if grpo.old_log_probs == "trainer" else 0
+        return grpo_step_flops(forward, sampled, 0, reference), grpo_step_flops(forward, 0, trained, reference, old)
 
     def _kept(self, state: PolicyState) -> Any:
         return state.ema if self.config.use_ema else state.lora
