@@ -99,14 +99,14 @@ def test_a_full_size_run_does_not_begin_on_a_cpu_beside_an_accelerator(monkeypat
     assert "libtpu is there but does not reach it" in cli.unused_accelerator(
         "edit_reward", (None, "far/away"), "cpu", None, tpu
     )
-    for model, folder, platform, platforms, found in [
+    for model, folder, backend, platforms, found in [
         ("tiny_metaquery", None, "cpu", None, gpu),  # made for a CPU
         ("edit_reward", TINY, "cpu", None, gpu),
         ("sd35_medium", None, "gpu", None, gpu),
         ("sd35_medium", None, "cpu", "cpu", gpu),  # meant
         ("sd35_medium", None, "cpu", None, None),
     ]:
-        assert cli.unused_accelerator(model, (folder, None), platform, platforms, found) is None
+        assert cli.unused_accelerator(model, (folder, None), backend, platforms, found) is None
 
 
 def test_the_command_that_trains_asks_for_the_plugin(tmp_path):

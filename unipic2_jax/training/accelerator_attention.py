@@ -1,0 +1,251 @@
+"""Which kernel every network's attention gets on this device, and whether that kernel computes what plain XLA does."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from unipic2_jax.models.attention import KERNELS, Call, attention, recorded
+from unipic2_jax.models.sizes import SIZES
+from unipic2_jax.pipelines.blank import BlankProcessor, BlankTokenizer
+from unipic2_jax.pipelines.bundle import TOKENIZERS, init_params, make_modules
+
+# Relative errors of 16 bits are a few thousandths; a kernel that is wrong is wrong by far more.
+TOLERANCE = 2e-2
+CALLS = 10  # that are timed together
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An attention of a network.
+
+    Attributes:
+      network: and what it is used for.
+      call: shapes and kernel.
+      trained: whether gradients go through it in some recipe.
+    """
+
+    network: str
+    call: Call
+    trained: bool
+
+    @property
+    def shape(self) -> str:
+        """For people."""
+        (batch, queries, heads, width), keys = self.call.query, self.call.key[1]
+        found = f"{batch} x {queries} x {keys}, {heads} heads of {width}"
+        for name in ("mask", "bias"):
+            if shape := getattr(self.call, name):
+                found += f", {name} {list(shape)}"
+        return found
+
+
+def find_cases(size: str, metaquery: str, height: int, width: int, batch: int) -> list[Case]:
+    """All that differ, of the networks of two sizes in bfloat16, in the order of a run. Nothing is computed.
+
+    Args:
+      size: a model with text encoders; metaquery: one with a language model (`models.sizes`).
+      height, width: of the pictures, pixels.
+      batch: prompts.
+    """
+    cases: dict[Case, None] = {}
+
+    def note(network: str, trained: bool, function: Callable[..., Any], *arguments: Any) -> None:
+        with recorded() as calls:
+            jax.eval_shape(function, *arguments)
+        cases.update(dict.fromkeys(Case(network, call, trained) for call in calls))
+
+    pictures = [[Image.new("RGB", (width, height))]] * batch
+    for name in (size, metaquery):
+        transformer, vae, conditioner = modules = _modules(name)
+        params = jax.eval_shape(lambda key, modules=modules: init_params(*modules, key), jax.random.key(0))
+        apply = lambda params, tokens, conditioner=conditioner: conditioner.apply(params["conditioner"], tokens)
+        reads, prompts = conditioner.reads_images, ["x"] * batch
+        who = "Qwen2.5-VL and connector" if reads else "text encoders"
+        note(f"{who}, text to image" if reads else who, reads, apply, params, conditioner.tokenize(prompts))
+        if reads:
+            note(f"{who}, edit", reads, apply, params, conditioner.tokenize(prompts, pictures))
+
+        factor, config = vae.config.downsampling, transformer.config
+        latents = _describe(batch, height // factor, width // factor, config.in_channels)
+        text = [_describe(batch, conditioner.context_length, config.joint_attention_dim)]
+        text += [_describe(batch, config.pooled_projection_dim)]
+        references = _describe(batch, 1, *latents.shape[1:])
+        sizes = jax.ShapeDtypeStruct((batch, 1, 2), jnp.int32)
+        uses = {"text to image": (), "edit": (references,), "edit, references of several sizes": (references, sizes)}
+
+        def denoise(params: Any, *given: Any, transformer: Any = transformer) -> Any:
+            return transformer.apply({"params": params["transformer"]}, *given)
+
+        for use, more in uses.items():
+            given = (latents, _describe(batch), *text, *more)
+            note(f"transformer{' on queries' if reads else ''}, {use}", True, denoise, params, *given)
+        if not reads:
+            autoencode = lambda params, x, vae=vae: vae.apply({"params": params["vae"]}, x)
+            note("VAE", True, autoencode, params, _describe(batch, height, width, vae.config.in_channels))
+    return list(cases)
+
+
+def _modules(size: str) -> tuple[Any, Any, Any]:
+    """(transformer, VAE, conditioner), computing in bfloat16, with tokenizers that know no words."""
+    sizes = SIZES[size]
+    if sizes.vlm is not None:
+        tokenizers = BlankProcessor(sizes.vlm)
+    else:
+        tokenizers = dict.fromkeys(TOKENIZERS, BlankTokenizer(sizes.text_encoder.max_position_embeddings))
+    return make_modules(sizes.networks, tokenizers, dict(sizes.settings), jnp.bfloat16)
+
+
+def _describe(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def measured_kernel() -> str:
+    """The kernel that this device has beside XLA's own attention, or 'xla' where there is none."""
+    return next((name for name, platform in KERNELS.items() if platform == jax.default_backend()), "xla")
+
+
+def worth_measuring(cases: list[Case]) -> list[Case]:
+    """One for each shape that has the device's kernel, with gradients where some network of the shape is trained; on a device
+    without a kernel of its own one for each network.
+    """
+    if measured_kernel() == "xla":
+        return list({case.network: case for case in reversed(cases)}.values())[::-1]
+    found: dict[Call, Case] = {}
+    for case in cases:
+        if case.call.implementation == measured_kernel():
+            before = found.get(case.call)
+            found[case.call] = dataclasses.replace(
+                before or case, trained=case.trained or bool(before and before.trained)
+            )
+    return list(found.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Of one kernel on one case.
+
+    Attributes:
+      value, gradient: relative errors against XLA in float32, the largest one of query, key and value; None: not trained.
+      forward, both: seconds of a pass, and of a pass with gradients.
+    """
+
+    value: float
+    gradient: float | None
+    forward: float
+    both: float | None
+
+    @property
+    def error(self) -> float:
+        """The larger one; not a number when one is."""
+        return float(np.max([self.value, self.gradient or 0.0]))
+
+
+def functions(case: Case, kernel: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """What is compiled for a case and a kernel: name -> (jitted function, its arguments).
+
+    'truth' is XLA in float32; 'forward' is a pass of the kernel, 'both' a pass with gradients.
+    """
+    call = case.call
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+    normal = lambda shape, dtype: jax.random.normal(next(keys), shape, jnp.float32).astype(dtype)
+    query, key, value = (normal(shape, call.dtype) for shape in (call.query, call.key, call.key))
+    weight = normal(call.query, call.dtype)
+    mask = None if call.mask is None else _mask(next(keys), call.mask)
+    bias = None if call.bias is None else normal(call.bias, call.dtype)
+
+    def forward(kernel: str) -> Callable[..., jax.Array]:
+        return lambda query, key, value: attention(query, key, value, mask=mask, bias=bias, implementation=kernel)
+
+    def both(kernel: str) -> Callable[..., Any]:
+        def run(query: jax.Array, key: jax.Array, value: jax.Array, weight: jax.Array) -> Any:
+            out, backward = jax.vjp(forward(kernel), query, key, value)
+            return out, backward(weight)
+
+        return run
+
+    given, single = (query, key, value), tuple(x.astype(jnp.float32) for x in (query, key, value, weight))
+    made = {"forward": (jax.jit(forward(kernel)), given)}
+    if case.trained:
+        made["both"] = (jax.jit(both(kernel)), (*given, weight))
+
+    def truth(*arrays: jax.Array) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return both("xla")(*arrays) if case.trained else (forward("xla")(*arrays[:3]), ())
+
+    made["truth"] = (jax.jit(truth), single)
+    return made
+
+
+def _mask(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Three of four keys are seen, and the first by all."""
+    return jax.random.bernoulli(key, 0.75, shape).at[..., 0].set(True)
+
+
+def outcome(case: Case, compiled: dict[str, Any], arguments: dict[str, tuple[Any, ...]], truth: Any) -> Outcome:
+    """Of compiled `functions`; `truth` is what the one of this name gave."""
+    wanted, gradients = truth
+    value, gradient, both = relative_error(compiled["forward"](*arguments["forward"]), wanted), None, None
+    if case.trained:
+        _, found = compiled["both"](*arguments["both"])
+        gradient = float(np.max([relative_error(ours, want) for ours, want in zip(found, gradients, strict=True)]))
+        both = seconds(compiled["both"], arguments["both"])
+    return Outcome(value, gradient, seconds(compiled["forward"], arguments["forward"]), both)
+
+
+def relative_error(found: jax.Array, wanted: jax.Array) -> float:
+    """||found - wanted|| / ||wanted||."""
+    found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def seconds(function: Any, arguments: tuple[Any, ...], repeats: int = 3) -> float:
+    """Of a call, when many follow each other: the median of a few rows of them."""
+    jax.block_until_ready(function(*arguments))
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for _ in range(CALLS):
+            made = function(*arguments)
+        jax.block_until_ready(made)
+        found.append((time.perf_counter() - started) / CALLS)
+    return statistics.median(found)
+
+
+def kernel_lines(cases: list[Case]) -> Iterator[str]:
+    """The table of which kernel each has."""
+    yield "| network | samples x queries x keys | kernel |\n|---|---|---|"
+    for case in cases:
+        yield f"| {case.network} | {case.shape} | {case.call.implementation} |"
+
+
+def outcome_heading(kernels: list[str]) -> str:
+    """Of the table whose rows are `outcome_line`'s."""
+    cells = ["network", "samples x queries x keys"]
+    for kernel in kernels:
+        cells += [f"{kernel}: error of values", "of gradients", "forward, ms", "with gradients, ms"]
+    if len(kernels) > 1:
+        cells += [f"{kernels[1]} / {kernels[0]}, forward", "with gradients"]
+    return f"| {' | '.join(cells)} |\n|---|---|{'---:|' * (len(cells) - 2)}"
+
+
+def outcome_line(case: Case, found: list[Outcome]) -> str:
+    """A row; ratios of times are above 1 where the first kernel is faster."""
+    show = lambda number, text, scale=1.0: "-" if number is None else format(number * scale, text)
+    cells = [case.network, case.shape]
+    for each in found:
+        cells += [show(each.value, ".1e"), show(each.gradient, ".1e")]
+        cells += [show(each.forward, ".3f", 1e3), show(each.both, ".3f", 1e3)]
+    if len(found) > 1:
+        first, second = found[:2]
+        cells += [f"{second.forward / first.forward:.2f}"]
+        cells += ["-" if first.both is None else f"{second.both / first.both:.2f}"]
+    return f"| {' | '.join(cells)} |"
