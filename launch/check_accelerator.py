@@ -35,10 +35,11 @@ def main(argv: list[str]) -> None:
     # PyTorch needs memory too; before JAX is imported.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from unipic2_jax.training import accelerator
-    from unipic2_jax.training.accelerator_programs import Check
+    from unipic2_jax.training.accelerator_programs import PROGRAMS, Check
 
     log = lambda line: print(line, file=sys.stderr, flush=True)
-    check = Check(SIZE.value, BATCH.value, BUDGET.value, log)
+    programs = PROGRAMS if "speed" in ONLY.value else ("rollout", "update")
+    check = Check(SIZE.value, BATCH.value, BUDGET.value, log, programs)
     report = accelerator.Report(OUT.value)
     command = shlex.join(["python", "-m", "launch.check_accelerator", *sys.argv[1:]])
     right = accelerator.run(check, report, ONLY.value, command)

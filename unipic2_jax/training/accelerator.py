@@ -109,19 +109,19 @@ def attention(check: Check) -> Iterator[str]:
     )
     made = {(case, kernel): kernels.functions(case, kernel) for case in cases for kernel in chosen}
     found: dict[Any, Any] = {}
+    jobs = [
+        ((case, kernel, name), function)
+        for (case, kernel), functions in made.items()
+        for name, function in functions.items()
+    ]
+    jobs += [((case, "", "truth"), kernels.truth_function(case)) for case in cases]
 
-    def compile_one(key: Any, function: Any, arguments: Any) -> None:
+    def compile_one(key: Any, function: Any) -> None:
         try:
-            found[key] = function.trace(*arguments).lower().compile()
+            found[key] = function.trace(*kernels.describe(key[0])).lower().compile()
         except Exception as error:
             found[key] = error
 
-    jobs = [
-        ((case, kernel, name), *pair)
-        for (case, kernel), functions in made.items()
-        for name, pair in functions.items()
-        if name != "truth" or kernel == chosen[0]
-    ]
     # As many at a time as there are cores: each holds a compiler's memory.
     waiting = iter(jobs)
 
@@ -143,21 +143,19 @@ def attention(check: Check) -> Iterator[str]:
     check.log(f"{len(found)} of {len(jobs)} programs of attention compiled")
     yield kernels.outcome_heading(chosen)
     for case in cases:
-        compiled = {kernel: {name: found.get((case, kernel, name)) for name in made[case, kernel]} for kernel in chosen}
-        programs = [
-            p for kernel, each in compiled.items() for n, p in each.items() if n != "truth" or kernel == chosen[0]
-        ]
-        if error := next((program for program in programs if isinstance(program, Exception)), None):
+        programs = {key[1:]: found.get(key) for key, _ in jobs if key[0] is case}
+        if error := next((program for program in programs.values() if isinstance(program, Exception)), None):
             yield f"| {case.network} | {case.shape} | {check.fail('attention of ' + case.network, error)} |"
             continue
-        if None in programs or check.left() < 0:
+        if None in programs.values() or check.left() < 0:
             yield f"| {case.network} | {case.shape} | left out: there was no time |"
             continue
-        truth = compiled[chosen[0]]["truth"](*made[case, chosen[0]]["truth"][1])
-        outcomes = []
-        for kernel in chosen:
-            arguments = {name: given for name, (_, given) in made[case, kernel].items()}
-            outcomes.append(kernels.outcome(case, compiled[kernel], arguments, truth))
+        arrays = kernels.draw(case)
+        truth = programs["", "truth"](*arrays)
+        outcomes = [
+            kernels.outcome({name: programs[kernel, name] for name in made[case, kernel]}, arrays, truth)
+            for kernel in chosen
+        ]
         yield kernels.outcome_line(case, outcomes)
         for kernel, each in zip(chosen, outcomes):
             if not each.error <= kernels.TOLERANCE:
@@ -168,7 +166,7 @@ def attention(check: Check) -> Iterator[str]:
 def on_policy(check: Check) -> Iterator[str]:
     """The first update after a rollout, in bfloat16 and micro-batches: nothing has changed, so that every ratio should be 1."""
     settings = check.settings
-    check.build(PROGRAMS)
+    check.build(check.programs)
     built = check.built("update")
     if reason := check.too_large("update"):
         yield f"Left out: the update {reason}."

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -75,10 +76,10 @@ def find_cases(size: str, metaquery: str, height: int, width: int, batch: int) -
             note(f"{who}, edit", reads, apply, params, conditioner.tokenize(prompts, pictures))
 
         factor, config = vae.config.downsampling, transformer.config
-        latents = _describe(batch, height // factor, width // factor, config.in_channels)
-        text = [_describe(batch, conditioner.context_length, config.joint_attention_dim)]
-        text += [_describe(batch, config.pooled_projection_dim)]
-        references = _describe(batch, 1, *latents.shape[1:])
+        latents = _floats(batch, height // factor, width // factor, config.in_channels)
+        text = [_floats(batch, conditioner.context_length, config.joint_attention_dim)]
+        text += [_floats(batch, config.pooled_projection_dim)]
+        references = _floats(batch, 1, *latents.shape[1:])
         sizes = jax.ShapeDtypeStruct((batch, 1, 2), jnp.int32)
         uses = {"text to image": (), "edit": (references,), "edit, references of several sizes": (references, sizes)}
 
@@ -86,11 +87,11 @@ def find_cases(size: str, metaquery: str, height: int, width: int, batch: int) -
             return transformer.apply({"params": params["transformer"]}, *given)
 
         for use, more in uses.items():
-            given = (latents, _describe(batch), *text, *more)
+            given = (latents, _floats(batch), *text, *more)
             note(f"transformer{' on queries' if reads else ''}, {use}", True, denoise, params, *given)
         if not reads:
             autoencode = lambda params, x, vae=vae: vae.apply({"params": params["vae"]}, x)
-            note("VAE", True, autoencode, params, _describe(batch, height, width, vae.config.in_channels))
+            note("VAE", True, autoencode, params, _floats(batch, height, width, vae.config.in_channels))
     return list(cases)
 
 
@@ -104,7 +105,7 @@ def _modules(size: str) -> tuple[Any, Any, Any]:
     return make_modules(sizes.networks, tokenizers, dict(sizes.settings), jnp.bfloat16)
 
 
-def _describe(*shape: int) -> jax.ShapeDtypeStruct:
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
@@ -149,56 +150,60 @@ class Outcome:
         return float(np.max([self.value, self.gradient or 0.0]))
 
 
-def functions(case: Case, kernel: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """What is compiled for a case and a kernel: name -> (jitted function, its arguments).
+def draw(case: Case) -> tuple[jax.Array | None, ...]:
+    """(query, key, value, weight of each element of the result, mask, bias), random."""
+    call, keys = case.call, iter(jax.random.split(jax.random.key(0), 6))
+    normal = lambda shape: jax.random.normal(next(keys), shape, jnp.float32).astype(call.dtype)
+    arrays = [normal(shape) for shape in (call.query, call.key, call.key, call.query)]
+    # Three of four keys are seen, and the first by all.
+    mask = None if call.mask is None else jax.random.bernoulli(next(keys), 0.75, call.mask).at[..., 0].set(True)
+    return (*arrays, mask, None if call.bias is None else normal(call.bias))
 
-    'truth' is XLA in float32; 'forward' is a pass of the kernel, 'both' a pass with gradients.
-    """
-    call = case.call
-    keys = iter(jax.random.split(jax.random.key(0), 6))
-    normal = lambda shape, dtype: jax.random.normal(next(keys), shape, jnp.float32).astype(dtype)
-    query, key, value = (normal(shape, call.dtype) for shape in (call.query, call.key, call.key))
-    weight = normal(call.query, call.dtype)
-    mask = None if call.mask is None else _mask(next(keys), call.mask)
-    bias = None if call.bias is None else normal(call.bias, call.dtype)
 
-    def forward(kernel: str) -> Callable[..., jax.Array]:
-        return lambda query, key, value: attention(query, key, value, mask=mask, bias=bias, implementation=kernel)
+def describe(case: Case) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+    """`draw`, without the arrays."""
+    return jax.eval_shape(lambda: draw(case))
 
-    def both(kernel: str) -> Callable[..., Any]:
-        def run(query: jax.Array, key: jax.Array, value: jax.Array, weight: jax.Array) -> Any:
-            out, backward = jax.vjp(forward(kernel), query, key, value)
-            return out, backward(weight)
 
-        return run
+def _forward(kernel: str, *arrays: jax.Array | None) -> jax.Array:
+    query, key, value, _, mask, bias = arrays
+    return attention(query, key, value, mask=mask, bias=bias, implementation=kernel)
 
-    given, single = (query, key, value), tuple(x.astype(jnp.float32) for x in (query, key, value, weight))
-    made = {"forward": (jax.jit(forward(kernel)), given)}
-    if case.trained:
-        made["both"] = (jax.jit(both(kernel)), (*given, weight))
 
-    def truth(*arrays: jax.Array) -> Any:
+def _both(kernel: str, *arrays: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The value, and the gradients of query, key and value."""
+    out, backward = jax.vjp(lambda *given: _forward(kernel, *given, *arrays[3:]), *arrays[:3])
+    return out, backward(arrays[3])
+
+
+def functions(case: Case, kernel: str) -> dict[str, Any]:
+    """Of the arrays of `draw`, jitted: 'forward', a pass, and where the case is trained 'both', a pass with gradients."""
+    made = {"forward": jax.jit(functools.partial(_forward, kernel))}
+    return made | ({"both": jax.jit(functools.partial(_both, kernel))} if case.trained else {})
+
+
+def truth_function(case: Case) -> Any:
+    """Of the same arrays, jitted: XLA's attention of the first sample in float32, with gradients where the case is trained."""
+
+    @jax.jit
+    def truth(*arrays: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        *given, mask, bias = (None if x is None else x[:1] for x in arrays)
+        given = [x.astype(jnp.float32) for x in given]
         with jax.default_matmul_precision("highest"):
-            return both("xla")(*arrays) if case.trained else (forward("xla")(*arrays[:3]), ())
+            return _both("xla", *given, mask, bias) if case.trained else (_forward("xla", *given, mask, bias), ())
 
-    made["truth"] = (jax.jit(truth), single)
-    return made
-
-
-def _mask(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Three of four keys are seen, and the first by all."""
-    return jax.random.bernoulli(key, 0.75, shape).at[..., 0].set(True)
+    return truth
 
 
-def outcome(case: Case, compiled: dict[str, Any], arguments: dict[str, tuple[Any, ...]], truth: Any) -> Outcome:
-    """Of compiled `functions`; `truth` is what the one of this name gave."""
+def outcome(compiled: Mapping[str, Any], arrays: tuple[jax.Array | None, ...], truth: Any) -> Outcome:
+    """Of compiled `functions`; `truth` is what `truth_function` gave."""
     wanted, gradients = truth
-    value, gradient, both = relative_error(compiled["forward"](*arguments["forward"]), wanted), None, None
-    if case.trained:
-        _, found = compiled["both"](*arguments["both"])
-        gradient = float(np.max([relative_error(ours, want) for ours, want in zip(found, gradients, strict=True)]))
-        both = seconds(compiled["both"], arguments["both"])
-    return Outcome(value, gradient, seconds(compiled["forward"], arguments["forward"]), both)
+    value, gradient, both = relative_error(compiled["forward"](*arrays)[:1], wanted), None, None
+    if "both" in compiled:
+        _, found = compiled["both"](*arrays)
+        gradient = float(np.max([relative_error(ours[:1], want) for ours, want in zip(found, gradients, strict=True)]))
+        both = seconds(compiled["both"], arrays)
+    return Outcome(value, gradient, seconds(compiled["forward"], arrays), both)
 
 
 def relative_error(found: jax.Array, wanted: jax.Array) -> float:

@@ -93,12 +93,13 @@ class Built:
     """A compiled program.
 
     Attributes:
-      counted: bytes beside arguments by `training.liveness`; said: by the compiler.
+      arguments: bytes of those; counted: beside them by `training.liveness`; said: beside them by the compiler.
       seconds: that the compiler took.
     """
 
     work: Work
     compiled: Any
+    arguments: float
     counted: float
     said: float
     seconds: float
@@ -112,9 +113,18 @@ class Check:
       batch: instead of the size's own.
       budget_s: seconds after which nothing new is begun.
       log: takes a line of progress.
+      programs: that are wanted in the end, so that they are compiled together.
     """
 
-    def __init__(self, size: str, batch: int | None, budget_s: float, log: Callable[[str], None]):
+    def __init__(
+        self,
+        size: str,
+        batch: int | None,
+        budget_s: float,
+        log: Callable[[str], None],
+        programs: Sequence[str] = PROGRAMS,
+    ):
+        self.programs = programs
         self.size, settings = SIZE[size], SIZE[size].settings
         if batch is not None:
             micro = settings.micro_batch if batch % settings.micro_batch == 0 else batch
@@ -176,8 +186,9 @@ class Check:
         for name in missing:
             try:
                 work = self.work(name)
-                traced = work.function.trace(*jax.eval_shape(work.arguments, self.inputs))
-                threads.append(threading.Thread(target=self._compile, args=(name, work, traced), daemon=True))
+                described = jax.eval_shape(work.arguments, self.inputs)
+                job = (name, work, work.function.trace(*described), jax.tree.leaves(described))
+                threads.append(threading.Thread(target=self._compile, args=job, daemon=True))
                 threads[-1].start()
             except Exception as error:  # of whatever kind, it belongs into the report
                 self._built[name] = error
@@ -186,7 +197,7 @@ class Check:
         for name in missing:
             self._built.setdefault(name, TimeoutError("it was not compiled in the time that there was"))
 
-    def _compile(self, name: str, work: Work, traced: Any) -> None:
+    def _compile(self, name: str, work: Work, traced: Any, described: Sequence[Any]) -> None:
         started = time.monotonic()
         try:
             compiled = traced.lower().compile()
@@ -195,9 +206,11 @@ class Check:
             shares: list[float | None] = []
             for role, info in zip(work.roles, traced.args_info[0], strict=True):
                 shares += [None if role == "batch" else 1.0] * len(jax.tree.leaves(info))
+            given = sum(leaf.dtype.itemsize * leaf.size for leaf in described)
             counted = measure(traced, shares, flash=True)
             seconds = time.monotonic() - started
-            self._built[name] = Built(work, compiled, counted.held + counted.results, said, seconds)
+            self._built[name] = Built(work, compiled, given, counted.held + counted.results, said, seconds)
+            self.ours.compiled[name] = compiled
             self.log(f"{name} compiled in {seconds:.0f} s")
         except Exception as error:
             self._built[name] = error
@@ -212,8 +225,7 @@ class Check:
     def too_large(self, name: str) -> str | None:
         """Why a compiled program is not to be run: it needs more memory than there is."""
         found, limit = self.built(name), self.memory("bytes_limit")
-        arguments = jax.tree.leaves(jax.eval_shape(found.work.arguments, self.inputs))
-        needed = found.said + sum(leaf.size * leaf.dtype.itemsize for leaf in arguments)
+        needed = found.arguments + found.said
         if limit is None or needed <= limit:
             return None
         return f"needs {needed / GB:.1f} GB of the {limit / GB:.1f} GB of JAX's pool"

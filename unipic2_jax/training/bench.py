@@ -320,12 +320,16 @@ class Work:
 
 
 class Ours:
-    """The works of this project: its transformer, losses, rollout, update and optimizers, jitted."""
+    """The works of this project: its transformer, losses, rollout, update and optimizers, jitted.
+
+    Attributes:
+      compiled: programs by their work's name that need not be compiled again.
+    """
 
     name = "JAX"
 
     def __init__(self, settings: Settings, inputs: Inputs):
-        self.settings, self.inputs = settings, inputs
+        self.settings, self.inputs, self.compiled = settings, inputs, {}
         self.dtype = jnp.dtype(settings.dtype)
         self.module = MMDiT(
             settings.transformer,
@@ -429,8 +433,9 @@ class Ours:
         function = make_update(self._policy(), optimizer, self.settings.grpo)
 
         def arguments(given: Inputs) -> tuple[Any, ...]:
-            roll = sampled.arguments(given)
-            trajectory, state = sampled.function(*roll), init_state(given.lora, optimizer)
+            roll, described = sampled.arguments(given), isinstance(given.key, jax.core.Tracer)
+            sample = sampled.function if described else self.compiled.get("rollout", sampled.function)
+            trajectory, state = sample(*roll), init_state(given.lora, optimizer)
             return roll[0], state, None, trajectory, given.advantages, roll[2]
 
         roles = ("parameters", "state", *["batch"] * 4)
