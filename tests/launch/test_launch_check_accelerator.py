@@ -47,7 +47,7 @@ def test_every_section_has_its_figures(tmp_path):
         assert re.search(rf"{shape}, 4 heads of 32.* \| xla \|", found["Which attention runs"])
 
     errors = rows(found["Attention: the kernel against XLA"])
-    assert {"text encoders", "VAE", "transformer, edit", "Qwen2.5-VL and connector, edit"} <= set(errors)
+    assert {"T5, text to image", "VAE, there and back", "MMDiT, edit", "Qwen2.5-VL vision, edit"} <= set(errors)
     for cells in errors.values():
         assert 1e-4 < float(cells[1]) < kernels.TOLERANCE and float(cells[3]) > 0
     ratios = {name: float(cells[0]) for name, cells in rows(found["Ratios on-policy"]).items()}
@@ -85,13 +85,15 @@ def test_without_time_nothing_is_begun(tmp_path):
 
 
 def test_a_kernel_that_is_wrong_is_a_failure(tmp_path, monkeypatch):
-    call = kernels.Call((1, 5, 2, 8), (1, 7, 2, 8), (1, 1, 1, 7), None, jnp.dtype("bfloat16"), "xla")
-    monkeypatch.setattr(accelerator, "_cases", lambda check: [kernels.Case("network", call, True)])
+    describe = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    operands = {"query": describe(1, 5, 2, 8), "key": describe(1, 7, 2, 8), "mask": describe(1, 1, 1, 7), "bias": None}
+    call = kernels.Call("network", 2, 8, 5, 7, "xla", None, operands)
+    monkeypatch.setattr(accelerator, "_cases", lambda check: [kernels.Case("test", call, True)])
     single = lambda *args, **keywords: attention(*args, **keywords) * (1.05 if args[0].dtype == jnp.bfloat16 else 1)
     monkeypatch.setattr(kernels, "attention", single)
     check = Check("tiny", None, 600.0, lambda line: None)
     assert not accelerator.run(check, accelerator.Report(tmp_path / "report.md"), ("attention",), "")
-    assert check.failures == ["attention by xla of network, 1 x 5 x 7, 2 heads of 8, mask [1, 1, 1, 7]"]
+    assert check.failures == ["attention by xla of network, test, 1 x 5 x 7, 2 heads of 8, mask [1, 1, 1, 7]"]
 
 
 def test_full_size_programs_trace():

@@ -164,9 +164,7 @@ def _refusal(
     return None
 
 
-def _best(
-    query: jax.Array, key: jax.Array, mask: jax.Array | None, bias: jax.Array | None
-) -> tuple[str, str | None]:
+def _best(query: jax.Array, key: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> tuple[str, str | None]:
     """The kernel to take, and what there is to say about that."""
     wanted = {"gpu": "cudnn", "tpu": "splash"}.get(_platform(), "xla")
     reason = _refusal(wanted, query, key, mask, bias)

@@ -29,23 +29,28 @@ class Case:
     """An attention of a network.
 
     Attributes:
-      network: and what it is used for.
+      use: what the network is used for.
       call: shapes and kernel.
       trained: whether gradients go through it in some recipe.
     """
 
-    network: str
+    use: str
     call: Call
     trained: bool
 
     @property
+    def network(self) -> str:
+        """With its use, for people."""
+        return f"{self.call.network}, {self.use}"
+
+    @property
     def shape(self) -> str:
         """For people."""
-        (batch, queries, heads, width), keys = self.call.query, self.call.key[1]
-        found = f"{batch} x {queries} x {keys}, {heads} heads of {width}"
+        call = self.call
+        found = f"{call.operands['query'].shape[0]} x {call.queries} x {call.keys}, {call.heads} heads of {call.width}"
         for name in ("mask", "bias"):
-            if shape := getattr(self.call, name):
-                found += f", {name} {list(shape)}"
+            if (given := call.operands[name]) is not None:
+                found += f", {name} {list(given.shape)}"
         return found
 
 
@@ -59,10 +64,10 @@ def find_cases(size: str, metaquery: str, height: int, width: int, batch: int) -
     """
     cases: dict[Case, None] = {}
 
-    def note(network: str, trained: bool, function: Callable[..., Any], *arguments: Any) -> None:
+    def note(use: str, trained: bool, function: Callable[..., Any], *arguments: Any) -> None:
         with recorded() as calls:
             jax.eval_shape(function, *arguments)
-        cases.update(dict.fromkeys(Case(network, call, trained) for call in calls))
+        cases.update(dict.fromkeys(Case(use, call, trained) for call in calls))
 
     pictures = [[Image.new("RGB", (width, height))]] * batch
     for name in (size, metaquery):
@@ -70,10 +75,9 @@ def find_cases(size: str, metaquery: str, height: int, width: int, batch: int) -
         params = jax.eval_shape(lambda key, modules=modules: init_params(*modules, key), jax.random.key(0))
         apply = lambda params, tokens, conditioner=conditioner: conditioner.apply(params["conditioner"], tokens)
         reads, prompts = conditioner.reads_images, ["x"] * batch
-        who = "Qwen2.5-VL and connector" if reads else "text encoders"
-        note(f"{who}, text to image" if reads else who, reads, apply, params, conditioner.tokenize(prompts))
+        note("text to image", reads, apply, params, conditioner.tokenize(prompts))
         if reads:
-            note(f"{who}, edit", reads, apply, params, conditioner.tokenize(prompts, pictures))
+            note("edit", reads, apply, params, conditioner.tokenize(prompts, pictures))
 
         factor, config = vae.config.downsampling, transformer.config
         latents = _floats(batch, height // factor, width // factor, config.in_channels)
@@ -88,10 +92,10 @@ def find_cases(size: str, metaquery: str, height: int, width: int, batch: int) -
 
         for use, more in uses.items():
             given = (latents, _floats(batch), *text, *more)
-            note(f"transformer{' on queries' if reads else ''}, {use}", True, denoise, params, *given)
+            note(f"{use}{' with queries' if reads else ''}", True, denoise, params, *given)
         if not reads:
             autoencode = lambda params, x, vae=vae: vae.apply({"params": params["vae"]}, x)
-            note("VAE", True, autoencode, params, _floats(batch, height, width, vae.config.in_channels))
+            note("there and back", True, autoencode, params, _floats(batch, height, width, vae.config.in_channels))
     return list(cases)
 
 
@@ -120,13 +124,11 @@ def worth_measuring(cases: list[Case]) -> list[Case]:
     """
     if measured_kernel() == "xla":
         return list({case.network: case for case in reversed(cases)}.values())[::-1]
-    found: dict[Call, Case] = {}
+    found: dict[str, Case] = {}
     for case in cases:
         if case.call.implementation == measured_kernel():
-            before = found.get(case.call)
-            found[case.call] = dataclasses.replace(
-                before or case, trained=case.trained or bool(before and before.trained)
-            )
+            before = found.setdefault(case.shape, case)
+            found[case.shape] = dataclasses.replace(before, trained=before.trained or case.trained)
     return list(found.values())
 
 
@@ -152,12 +154,13 @@ class Outcome:
 
 def draw(case: Case) -> tuple[jax.Array | None, ...]:
     """(query, key, value, weight of each element of the result, mask, bias), random."""
-    call, keys = case.call, iter(jax.random.split(jax.random.key(0), 6))
-    normal = lambda shape: jax.random.normal(next(keys), shape, jnp.float32).astype(call.dtype)
-    arrays = [normal(shape) for shape in (call.query, call.key, call.key, call.query)]
+    operands, keys = case.call.operands, iter(jax.random.split(jax.random.key(0), 6))
+    normal = lambda like: jax.random.normal(next(keys), like.shape, jnp.float32).astype(like.dtype)
+    arrays = [normal(operands[name]) for name in ("query", "key", "key", "query")]
+    mask, bias = operands["mask"], operands["bias"]
     # Three of four keys are seen, and the first by all.
-    mask = None if call.mask is None else jax.random.bernoulli(next(keys), 0.75, call.mask).at[..., 0].set(True)
-    return (*arrays, mask, None if call.bias is None else normal(call.bias))
+    seen = None if mask is None else jax.random.bernoulli(next(keys), 0.75, mask.shape).at[..., 0].set(True)
+    return (*arrays, seen, None if bias is None else normal(bias))
 
 
 def describe(case: Case) -> tuple[jax.ShapeDtypeStruct | None, ...]:
@@ -227,9 +230,9 @@ def seconds(function: Any, arguments: tuple[Any, ...], repeats: int = 3) -> floa
 
 def kernel_lines(cases: list[Case]) -> Iterator[str]:
     """The table of which kernel each has."""
-    yield "| network | samples x queries x keys | kernel |\n|---|---|---|"
+    yield "| network | samples x queries x keys | kernel | |\n|---|---|---|---|"
     for case in cases:
-        yield f"| {case.network} | {case.shape} | {case.call.implementation} |"
+        yield f"| {case.network} | {case.shape} | {case.call.implementation} | {case.call.reason or ''} |"
 
 
 def outcome_heading(kernels: list[str]) -> str:
