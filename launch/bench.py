@@ -8,7 +8,6 @@ Printed is a Markdown table of medians. PyTorch needs `torch`, `diffusers` and `
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 from absl import flags
@@ -19,6 +18,7 @@ SIZE = flags.DEFINE_string("size", "mid", "Of the transformer: mid (130M paramet
 HEIGHT = flags.DEFINE_integer("height", 256, "Of the pictures, pixels.")
 WIDTH = flags.DEFINE_integer("width", 256, "Of the pictures, pixels.")
 BATCH = flags.DEFINE_integer("batch", 4, "Samples.")
+MICRO_BATCH = flags.DEFINE_integer("micro_batch", None, "Samples that the update takes at a time; all if not given.")
 REFERENCES = flags.DEFINE_integer("references", 1, "Pictures that an edit starts from; 0: text to image.")
 TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 154, "Of the conditioning.")
 LORA_RANK = flags.DEFINE_integer("lora_rank", 32, "Of rollout and update.")
@@ -41,8 +41,6 @@ THREADS = flags.DEFINE_integer("threads", None, "Of both sides on a CPU; all cor
 TORCH = flags.DEFINE_bool("torch", True, "Whether to time PyTorch too, where it is installed.")
 COMPILE = flags.DEFINE_bool("compile", False, "PyTorch's blocks through torch.compile.")
 
-MODULES = ("torch", "diffusers", "peft")
-
 
 def main(argv: list[str]) -> None:
     """Prints the table, row by row."""
@@ -64,10 +62,10 @@ def main(argv: list[str]) -> None:
         # A GPU would round factors to TF32, which PyTorch does not.
         jax.config.update("jax_default_matmul_precision", "highest")
     chip = find_chip(device) if settings.dtype == "bfloat16" else None
-    torch_device, why = _torch_device(device.platform)
+    torch_device, why = bench.torch_device(device.platform) if TORCH.value else (None, "JAX alone, as --notorch asks")
     where = f"CPU, {threads} threads" if cpu else device.device_kind
     inputs = bench.make_inputs(settings)
-    count = sum(leaf.size for leaf in jax.tree.leaves(inputs.params))
+    count = sum(leaf.size for leaf in jax.tree.leaves(bench.weight_shapes(settings.transformer)))
     print(
         f"{settings.size}: {count / 1e6:.0f}M parameters, {settings.batch} samples of {settings.tokens} + "
         f"{settings.references * settings.tokens} + {settings.text_tokens} tokens, {settings.dtype}, {where}; {why}\n"
@@ -92,6 +90,7 @@ def _fields() -> dict[str, flags.FlagHolder]:
         "height": HEIGHT,
         "width": WIDTH,
         "batch": BATCH,
+        "micro_batch": MICRO_BATCH,
         "references": REFERENCES,
         "text_tokens": TEXT_TOKENS,
         "lora_rank": LORA_RANK,
@@ -102,21 +101,6 @@ def _fields() -> dict[str, flags.FlagHolder]:
         "attention": ATTENTION,
         "works": WORKS,
     }
-
-
-def _torch_device(platform: str) -> tuple[str | None, str]:
-    """(PyTorch's name of the device that JAX uses, or None; what the table then holds)."""
-    if not TORCH.value:
-        return None, "JAX alone, as --notorch asks"
-    if missing := [name for name in MODULES if importlib.util.find_spec(name) is None]:
-        return None, f"JAX alone, because {' and '.join(missing)} cannot be imported"
-    import torch
-
-    if platform == "cpu":
-        return "cpu", f"beside PyTorch {torch.__version__}"
-    if platform == "gpu" and torch.cuda.is_available():
-        return "cuda", f"beside PyTorch {torch.__version__}"
-    return None, f"JAX alone, because this PyTorch {torch.__version__} does not see the {platform.upper()}"
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import logging as python_logging
 import os
+import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,73 @@ def _has_only_cpus() -> bool:
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
     return not (entry_points(group="jax_plugins") or find_spec("jax_plugins") or find_spec("libtpu"))
+
+
+# An accelerator -> (what people call it, the packages of which one makes JAX see it, the file that installs one).
+PLUGINS = {
+    "gpu": ("an NVIDIA GPU", ("jax-cuda13-plugin", "jax-cuda12-plugin"), "requirements-cuda.txt"),
+    "tpu": ("a TPU", ("libtpu",), "requirements-tpu.txt"),
+}
+# Weights of so many bytes train on a CPU without anybody waiting.
+SMALL = 1e9
+# What the hosts of Cloud TPUs are given.
+TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
+
+
+def find_accelerator(
+    root: Path = Path("/"), environment: Mapping[str, str] = os.environ, which: Callable[[str], Any] = shutil.which
+) -> tuple[str, str] | None:
+    """(a key of `PLUGINS`, what shows it) of an accelerator that the system says is in this machine, or None."""
+    for path in ("dev/nvidia0", "proc/driver/nvidia"):
+        if (root / path).exists():
+            return "gpu", f"/{path}"
+    if which("nvidia-smi"):
+        return "gpu", "nvidia-smi"
+    for path in ("dev/accel0", "dev/vfio/0"):
+        if (root / path).exists():
+            return "tpu", f"/{path}"
+    return next((("tpu", f"${name}") for name in TPU_VARIABLES if environment.get(name)), None)
+
+
+def is_small(model: str, folders: Sequence[str | None]) -> bool:
+    """Whether a run is made for a CPU: its `config.model` is a tiny one, or the folders that it starts from hold little."""
+    here = [Path(folder) for folder in folders if folder and Path(folder).is_dir()]
+    files = [file for folder in here for file in folder.rglob("*.safetensors")]
+    return model.startswith("tiny") or (bool(files) and sum(file.stat().st_size for file in files) < SMALL)
+
+
+def unused_accelerator(
+    model: str, folders: Sequence[str | None], platform: str, platforms: str | None, found: tuple[str, str] | None
+) -> str | None:
+    """Why a run is not to begin on a CPU, in one sentence; None: it may begin.
+
+    Args:
+      model, folders: see `is_small`.
+      platform: that JAX chose; platforms: that it was told to take, as by $JAX_PLATFORMS, or None.
+      found: of `find_accelerator`.
+    """
+    if platform != "cpu" or platforms or found is None or is_small(model, folders):
+        return None
+    kind, shown = found
+    name, packages, requirements = PLUGINS[kind]
+    why = f"the package {packages[0]} is missing; install it with `pip install -r {requirements}`"
+    if installed := next((package for package in packages if _is_installed(package)), None):
+        why = (
+            f"the package {installed} is there but does not reach it; see what `python -c 'import jax; jax.devices()'` "
+            f"says, or install it anew with `pip install -r {requirements}`"
+        )
+    return (
+        f"The model '{model}' would train on the CPU, since JAX does not see {name} that is in this machine ({shown}): {why}, "
+        "or set JAX_PLATFORMS=cpu to train on the CPU all the same."
+    )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def is_user_error(error: BaseException) -> bool:

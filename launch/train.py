@@ -44,9 +44,13 @@ def main(argv: list[str]) -> None:
             processes.initialize(_DISTRIBUTED.value)
         except ValueError as error:
             sys.exit(str(error))
+        config, platform = CONFIG.value, (jax.default_backend(), jax.config.jax_platforms)
+        found = cli.find_accelerator()
+        if refused := cli.unused_accelerator(config.model, (config.init, config.vlm), *platform, found):
+            sys.exit(refused)
         try:
             with processes.together():
-                loop.run(CONFIG.value, _WORKDIR.value, own_process=True)
+                loop.run(config, _WORKDIR.value, own_process=True)
         except (ConfigError, loop.TrainingError, FileNotFoundError) as error:
             sys.exit(str(error))
 

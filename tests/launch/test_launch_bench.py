@@ -46,7 +46,9 @@ def test_prints_ratios_to_pytorch_of_equal_work():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TORCH, reason="ratios need PyTorch, diffusers and peft")
-@pytest.mark.parametrize("more", [(), ("references=0", "guidance=2", "remat=full"), ("references=2", "dtype=bfloat16")])
+@pytest.mark.parametrize(
+    "more", [(), ("references=0", "guidance=2", "remat=full", "micro_batch=1"), ("references=2", "dtype=bfloat16")]
+)
 def test_every_work_under_every_setting_equals_pytorch(more):
     check_ratios(run(*SMALL, *more), list(bench.WORKS))
 
@@ -72,7 +74,7 @@ def test_flops_of_guidance_reference_policy_and_product():
 
 
 def test_unequal_work_is_refused_and_the_table_knows_the_peak():
-    side = lambda name, loss: SimpleNamespace(name=name, flow=lambda: lambda: {"loss": np.float32(loss)})
+    side = lambda name, loss: SimpleNamespace(name=name, runner=lambda work: lambda: {"loss": np.float32(loss)})
     settings = bench.Settings(works=("flow",))
     (row,) = bench.measure(settings, [side("JAX", 1.0), side("PyTorch", 1.0005)], repeats=1)
     assert set(row.seconds) == {"JAX", "PyTorch"}
@@ -100,6 +102,7 @@ def test_devices_find_their_data_sheets(kind, name):
         ({"size": "huge"}, "no size 'huge'; choose one of mid"),
         ({"height": 250}, "height is 250; 'mid' takes multiples of 16 up to 1024"),
         ({"size": "tiny", "height": 48, "width": 112}, "width is 112; 'tiny' takes multiples of 16 up to 96"),
+        ({"micro_batch": 3}, "micro_batch is 3; it must divide the batch of 4"),
         ({"num_steps": 1}, "num_steps is 1; it must be at least 2"),
         ({"dtype": "int8"}, "no dtype 'int8'"),
         ({"works": ("sleep",)}, "no work 'sleep'; choose from product"),

@@ -1,6 +1,7 @@
 """What commands share."""
 
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from launch import cli
 from unipic2_jax.models import attention
+from unipic2_jax.pipelines import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,3 +68,54 @@ def test_what_was_freed_is_not_asked_for_again_where_there_are_only_cpus():
     # Large pages, where the system gives them, are 512 times fewer.
     assert pages("keep") < 10 < 30 < pages("leave")
     assert pages("keep", "cuda,cpu") > 30
+
+
+@pytest.mark.parametrize(
+    "made, environment, smi, found",
+    [
+        ("dev/nvidia0", {}, None, ("gpu", "/dev/nvidia0")),
+        ("proc/driver/nvidia", {}, None, ("gpu", "/proc/driver/nvidia")),
+        (None, {}, "/usr/bin/nvidia-smi", ("gpu", "nvidia-smi")),
+        ("dev/accel0", {}, None, ("tpu", "/dev/accel0")),
+        ("dev/vfio/0", {}, None, ("tpu", "/dev/vfio/0")),
+        ("dev/vfio/vfio", {}, None, None),
+        (None, {"TPU_ACCELERATOR_TYPE": "v5p-8"}, None, ("tpu", "$TPU_ACCELERATOR_TYPE")),
+        (None, {"TPU_NAME": ""}, None, None),
+    ],
+)
+def test_accelerators_that_the_system_names_are_found(tmp_path, made, environment, smi, found):
+    if made:
+        (tmp_path / made).parent.mkdir(parents=True)
+        (tmp_path / made).touch()
+    assert cli.find_accelerator(tmp_path, environment, lambda name: smi) == found
+
+
+def test_a_full_size_run_does_not_begin_on_a_cpu_beside_an_accelerator(monkeypatch):
+    monkeypatch.setattr(cli, "_is_installed", lambda package: package == "libtpu")
+    gpu, tpu = ("gpu", "/dev/nvidia0"), ("tpu", "/dev/accel0")
+    refused = cli.unused_accelerator("sd35_medium", (None, None), "cpu", None, gpu)
+    assert "jax-cuda13-plugin is missing; install it with `pip install -r requirements-cuda.txt`" in refused
+    assert "(/dev/nvidia0)" in refused and "JAX_PLATFORMS=cpu" in refused
+    assert "libtpu is there but does not reach it" in cli.unused_accelerator(
+        "edit_reward", (None, "far/away"), "cpu", None, tpu
+    )
+    for model, folder, backend, platforms, found in [
+        ("tiny_metaquery", None, "cpu", None, gpu),  # made for a CPU
+        ("edit_reward", TINY, "cpu", None, gpu),
+        ("sd35_medium", None, "gpu", None, gpu),
+        ("sd35_medium", None, "cpu", "cpu", gpu),  # meant
+        ("sd35_medium", None, "cpu", None, None),
+    ]:
+        assert cli.unused_accelerator(model, (folder, None), backend, platforms, found) is None
+
+
+def test_the_command_that_trains_asks_for_the_plugin(tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n")
+    smi.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    line = [sys.executable, "-m", "launch.train", "--config=configs/kontext.py", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 1 and not (tmp_path / "run").exists()
+    assert done.stderr.strip().splitlines()[-1].startswith("The model 'sd35_medium' would train on the CPU")

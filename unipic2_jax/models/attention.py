@@ -7,7 +7,7 @@ import contextvars
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ class Call:
     Attributes:
       network: whose attention it is; heads, width: heads and channels of one; queries, keys: tokens.
       reason: why it is not the platform's own kernel, or what was done so that it could be; None: nothing to say.
+      operands: 'query', 'key', 'mask' and 'bias', described; None for what there is not. Calls that differ in nothing else
+        (the batch, say) are equal.
     """
 
     network: str
@@ -43,6 +45,7 @@ class Call:
     keys: int
     implementation: str
     reason: str | None
+    operands: Mapping[str, jax.ShapeDtypeStruct | None] = dataclasses.field(compare=False, repr=False)
 
     def __str__(self) -> str:
         shape = f"{self.heads} heads of {self.width}, {self.queries} x {self.keys}"
@@ -102,7 +105,9 @@ def attention(
     elif refused := _refusal(implementation, query, key, mask, bias):
         raise ValueError(f"Attention by '{implementation}' cannot be had here: {refused}; use 'auto'.")
     if (calls := _RECORD.get()) is not None:
-        call = Call(network, *query.shape[2:], query.shape[1], key.shape[1], implementation, reason)
+        describe = lambda x: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
+        operands = {"query": describe(query), "key": describe(key), "mask": describe(mask), "bias": describe(bias)}
+        call = Call(network, *query.shape[2:], query.shape[1], key.shape[1], implementation, reason, operands)
         if call not in calls:
             calls.append(call)
     if implementation == "cudnn":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,6 +67,7 @@ class Settings:
       size: of the transformer, one of TRANSFORMERS.
       height, width: of the pictures, pixels.
       batch: samples.
+      micro_batch: samples that the update takes at a time; None: all.
       references: pictures that an edit starts from, as large as the target.
       text_tokens: of the conditioning.
       lora_rank: of rollout and update; num_steps: of the rollout, of which the update trains all but the last.
@@ -83,6 +85,7 @@ class Settings:
     height: int = 256
     width: int = 256
     batch: int = 4
+    micro_batch: int | None = None
     references: int = 1
     text_tokens: int = 154
     lora_rank: int = 32
@@ -104,6 +107,8 @@ class Settings:
         for field, low in least.items():
             if getattr(self, field) < low:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least {low}.")
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
+            raise ValueError(f"micro_batch is {self.micro_batch}; it must divide the batch of {self.batch}.")
         pixels = DOWNSAMPLING * self.transformer.patch_size
         most = pixels * self.transformer.pos_embed_max_size
         for field in ("height", "width"):
@@ -137,6 +142,7 @@ class Settings:
             guidance_scale=self.guidance_scale,
             updates_per_rollout=1,
             old_log_probs="sampler",
+            micro_batch=self.micro_batch,
         )
 
     @property
@@ -174,19 +180,73 @@ def grpo_optimizer() -> Any:
     return fields
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _drawn(leaves: tuple[tuple[str, tuple[int, ...]], ...], dtype: Any) -> list[jax.Array]:
+    # By the generator that compiles and runs fastest everywhere; of a normal draw its spread matters here alone.
+    key = jax.random.key(0, impl="rbg")
+    spread = 0.02 * 3**0.5
+
+    def draw(number: int, name: str, shape: tuple[int, ...]) -> jax.Array:
+        noise = jax.random.uniform(jax.random.fold_in(key, number), shape, jnp.float32, -spread, spread)
+        return (noise + (name == "scale")).astype(dtype)
+
+    return [draw(number, *leaf) for number, leaf in enumerate(leaves)]
+
+
+def draw_like(tree: Any, dtype: Any = jnp.float32) -> Any:
+    """Random parameters in the shapes of a tree, made on the device, always the same: scales about 1, all others about 0.
+
+    No leaf is zero: at their initial values modulations and updates are, and would hide what they multiply.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    named = tuple((str(path[-1].key), tuple(leaf.shape)) for path, leaf in leaves)
+    return jax.tree.unflatten(structure, _drawn(named, jnp.dtype(dtype)))
+
+
+def weight_shapes(config: MMDiTConfig) -> Any:
+    """Descriptions of a transformer's parameters."""
+    patch = (1, config.patch_size, config.patch_size, config.in_channels)
+    given = (patch, (1,), (1, 1, config.joint_attention_dim), (1, config.pooled_projection_dim))
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in given]
+    return jax.eval_shape(MMDiT(config).init, jax.random.key(0), *given)["params"]
+
+
+def draw_weights(config: MMDiTConfig, dtype: Any = jnp.float32) -> Any:
+    """Of a transformer, as `draw_like`; its position table is the real one."""
+    params = draw_like(weight_shapes(config), dtype)
+    table = position_table(config.width, config.pos_embed_max_size, config.sample_size // config.patch_size)
+    return {**params, "pos_embed": {**params["pos_embed"], "pos_embed": table.astype(dtype)}}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        *(
+            "lora",
+            "latents",
+            "references",
+            "conditioning",
+            "unconditional",
+            "corruption",
+            "advantages",
+            "sigmas",
+            "key",
+        ),
+        "step_noise",
+    ],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What both sides are given. Arrays are [B, ...], pictures [B, h, w, C].
+    """What both sides are given, beside weights. Arrays are [B, ...], pictures [B, h, w, C].
 
     Attributes:
-      params, lora: trees of the transformer and of `models.lora`, float32 and random in every leaf: at their initial values
-        modulations and updates are zero and would hide what they multiply.
+      lora: tree of `models.lora`, float32 and random in every leaf.
       references: [B, R, h, w, C] or None.
       unconditional: the other branch's (context, pooled).
       step_noise: [T, B, h, w, C], what the rollout draws from `key`.
     """
 
-    params: Any
     lora: Any
     latents: jax.Array
     references: jax.Array | None
@@ -209,28 +269,12 @@ def make_inputs(settings: Settings) -> Inputs:
         normal(batch, config.pooled_projection_dim),
     )
     conditioning, unconditional, latents = text(), text(), normal(*shape)
-
-    # Drawn by numpy: a program that draws every leaf takes longer to compile than the training step.
-    rng = np.random.default_rng(0)
-
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if path[-1].key == "pos_embed":
-            return position_table(config.width, config.pos_embed_max_size, config.sample_size // config.patch_size)
-        noise = rng.standard_normal(leaf.shape, np.float32)
-        noise *= 0.02
-        return jnp.asarray(noise + 1 if path[-1].key == "scale" else noise)
-
-    weights = jax.eval_shape(
-        MMDiT(config).init, jax.random.key(0), latents[:1], jnp.zeros(1), *(x[:1] for x in conditioning)
-    )
-    updates = jax.eval_shape(lambda tree: init_lora(jax.random.key(0), tree, settings.lora_rank), weights["params"])
-    params, lora = (jax.tree_util.tree_map_with_path(draw, tree) for tree in (weights["params"], updates))
+    make_lora = lambda weights: init_lora(jax.random.key(0), weights, settings.lora_rank)
     key = next(keys)
     # As `rl.update.make_rollout` and `rl.rollout.rollout` draw it.
     steps = jax.random.split(jax.random.split(key)[1], settings.num_steps)
     return Inputs(
-        params=params,
-        lora=lora,
+        lora=draw_like(jax.eval_shape(make_lora, weight_shapes(config))),
         latents=latents,
         references=normal(batch, settings.references, *shape[1:]) if settings.references else None,
         conditioning=conditioning,
@@ -243,13 +287,51 @@ def make_inputs(settings: Settings) -> Inputs:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A jitted function and how it is called again and again.
+
+    Attributes:
+      arguments: of the first call, of `Inputs`; of descriptions of those under `jax.eval_shape`.
+      roles: of each argument, see `training.stage.ROLES`.
+      read: what came of a call, of its results.
+      following: the arguments of the next call, of those of a call and its results.
+    """
+
+    function: Any
+    arguments: Callable[[Inputs], tuple[Any, ...]]
+    roles: tuple[str, ...]
+    read: Callable[[Any], dict[str, Any]]
+    following: Callable[[tuple[Any, ...], Any], tuple[Any, ...]] = lambda arguments, results: arguments
+
+    def runner(self, inputs: Inputs, function: Any = None) -> Runner:
+        """Takes its arguments along from call to call.
+
+        Args:
+          function: the compiled one, where there is one already.
+        """
+        arguments, function = self.arguments(inputs), function or self.function
+
+        def run() -> dict[str, np.ndarray]:
+            nonlocal arguments
+            results = jax.block_until_ready(function(*arguments))
+            arguments = self.following(arguments, results)
+            return {name: np.asarray(value, np.float32) for name, value in self.read(results).items()}
+
+        return run
+
+
 class Ours:
-    """The runners of this project: its transformer, losses, rollout, update and optimizers, jitted."""
+    """The works of this project: its transformer, losses, rollout, update and optimizers, jitted.
+
+    Attributes:
+      compiled: programs by their work's name that need not be compiled again.
+    """
 
     name = "JAX"
 
     def __init__(self, settings: Settings, inputs: Inputs):
-        self.settings, self.inputs = settings, inputs
+        self.settings, self.inputs, self.compiled = settings, inputs, {}
         self.dtype = jnp.dtype(settings.dtype)
         self.module = MMDiT(
             settings.transformer,
@@ -259,37 +341,43 @@ class Ours:
             attention_implementation=settings.attention,
         )
 
-    def _frozen(self) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(self.dtype), self.inputs.params)
+    def runner(self, work: str) -> Runner:
+        """Of one of WORKS."""
+        return self.work(work).runner(self.inputs)
 
-    def product(self) -> Runner:
+    def work(self, name: str) -> Work:
+        """One of WORKS."""
+        makers = {
+            "product": self._product,
+            "forward": self._forward,
+            "flow": self._flow,
+            "rollout": self._rollout,
+            "update": self._update,
+        }
+        return makers[name]()
+
+    def frozen(self) -> Any:
+        """The transformer's weights as networks that are not trained have them."""
+        return draw_weights(self.settings.transformer, self.dtype)
+
+    def _product(self) -> Work:
         rows, depth, columns = self.settings.product_shape
-        left, right = jnp.ones((rows, depth), self.dtype), jnp.ones((depth, columns), self.dtype)
-        multiply = jax.jit(jnp.matmul)
-        return lambda: {"product": np.asarray(jax.block_until_ready(multiply(left, right))[0, :1], np.float32)}
+        ones = lambda inputs: (jnp.ones((rows, depth), self.dtype), jnp.ones((depth, columns), self.dtype))
+        return Work(jax.jit(jnp.matmul), ones, ("batch", "batch"), lambda made: {"product": made[0, :1]})
 
-    def forward(self) -> Runner:
-        params, given = self._frozen(), self.inputs
-
+    def _forward(self) -> Work:
         @jax.jit
         def forward(params, latents, conditioning, references, sigma):
             return velocity_fn(self.module, params, conditioning, references)(latents, sigma)
 
-        sigma = given.corruption["sigma"]
-        run = lambda: forward(params, given.latents, given.conditioning, given.references, sigma)
-        return lambda: {"velocity": np.asarray(run())}
+        def arguments(given: Inputs) -> tuple[Any, ...]:
+            return self.frozen(), given.latents, given.conditioning, given.references, given.corruption["sigma"]
 
-    def flow(self) -> Runner:
-        fields, given = flow_optimizer(), self.inputs
-        trained, frozen = split_params({"transformer": given.params}, fields.trainable)
+        return Work(forward, arguments, ("parameters", *["batch"] * 4), lambda made: {"velocity": made})
+
+    def _flow(self) -> Work:
+        fields = flow_optimizer()
         optimizer = make_optimizer(fields, steps=1)
-        batch = {
-            "latents": given.latents,
-            "conditioning": given.conditioning,
-            "empty_conditioning": given.unconditional,
-        }
-        if given.references is not None:
-            batch["references"] = given.references
 
         # Given away as by a stage: PyTorch's optimizer changes its parameters in place too.
         @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -303,51 +391,59 @@ class Ours:
             metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients)}
             return optax.apply_updates(trained, changes), opt_state, metrics
 
-        state = jax.tree.map(jnp.copy, trained), optimizer.init(trained)
+        def arguments(given: Inputs) -> tuple[Any, ...]:
+            params = {"transformer": draw_weights(self.settings.transformer)}
+            trained, frozen = split_params(params, fields.trainable)
+            batch = {
+                "latents": given.latents,
+                "conditioning": given.conditioning,
+                "empty_conditioning": given.unconditional,
+            }
+            if given.references is not None:
+                batch["references"] = given.references
+            return trained, optimizer.init(trained), frozen, batch, given.corruption
 
-        def run() -> dict[str, np.ndarray]:
-            nonlocal state
-            *state, metrics = jax.block_until_ready(step(*state, frozen, batch, given.corruption))
-            return jax.device_get(metrics)
+        roles = ("state", "state", "parameters", "batch", "batch")
+        return Work(step, arguments, roles, lambda made: made[2], lambda before, made: (*made[:2], *before[2:]))
 
-        return run
-
-    def _policy(self) -> tuple[Any, Any]:
-        """(policy, its inputs)."""
-
+    def _policy(self) -> Any:
         def network(params, lora, latents, sigma, inputs):
             conditioning = inputs["conditioning"]
             return velocity_fn(self.module, params, conditioning, inputs.get("references"), lora=lora)(latents, sigma)
 
-        given = self.inputs
+        return guided_policies(network, self.settings.grpo)[0]
+
+    def _branches(self, given: Inputs) -> dict[str, Any]:
         shared = {} if given.references is None else {"references": given.references}
         branches = {"cond": {"conditioning": given.conditioning, **shared}}
         if self.settings.guidance_scale != 1:
             branches["uncond"] = {"conditioning": given.unconditional, **shared}
-        return guided_policies(network, self.settings.grpo)[0], branches
+        return branches
 
-    def _rollout(self, params: Any) -> Callable[[], Any]:
-        (policy, branches), given = self._policy(), self.inputs
-        rollout = make_rollout(policy, self.settings.grpo)
-        return lambda: rollout(params, given.lora, branches, given.corruption["noise"], given.key, given.sigmas)
+    def _rollout(self) -> Work:
+        function = make_rollout(self._policy(), self.settings.grpo)
 
-    def rollout(self) -> Runner:
-        run = self._rollout(self._frozen())
-        return lambda: {"latents": np.asarray(jax.block_until_ready(run()).latents[-1])}
+        def arguments(given: Inputs) -> tuple[Any, ...]:
+            noise = given.corruption["noise"]
+            return self.frozen(), given.lora, self._branches(given), noise, given.key, given.sigmas
 
-    def update(self) -> Runner:
-        (policy, branches), params = self._policy(), self._frozen()
-        optimizer = make_optimizer(grpo_optimizer(), steps=1)
-        update = make_update(policy, optimizer, self.settings.grpo)
-        trajectory, state = self._rollout(params)(), init_state(self.inputs.lora, optimizer)
+        roles = ("parameters", "parameters", *["batch"] * 4)
+        return Work(function, arguments, roles, lambda made: {"latents": made.latents[-1]})
 
-        def run() -> dict[str, np.ndarray]:
-            nonlocal state
-            made = update(params, state, None, trajectory, self.inputs.advantages, branches)
-            state, metrics = jax.block_until_ready(made)
-            return {name: np.asarray(metrics[name]) for name in ("loss", "kl", "gradient_norm")}
+    def _update(self) -> Work:
+        optimizer, sampled = make_optimizer(grpo_optimizer(), steps=1), self._rollout()
+        function = make_update(self._policy(), optimizer, self.settings.grpo)
 
-        return run
+        def arguments(given: Inputs) -> tuple[Any, ...]:
+            roll, described = sampled.arguments(given), isinstance(given.key, jax.core.Tracer)
+            sample = sampled.function if described else self.compiled.get("rollout", sampled.function)
+            trajectory, state = sample(*roll), init_state(given.lora, optimizer)
+            return roll[0], state, None, trajectory, given.advantages, roll[2]
+
+        roles = ("parameters", "state", *["batch"] * 4)
+        return Work(
+            function, arguments, roles, lambda made: made[1], lambda before, made: (before[0], made[0], *before[2:])
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +451,7 @@ class Row:
     """A work's model FLOPs, and the median seconds of each side that did it."""
 
     work: str
-    flops: int
+    flops: float
     seconds: Mapping[str, float]
 
 
@@ -367,16 +463,34 @@ def measure(settings: Settings, sides: Sequence[Any], repeats: int) -> Iterator[
     """
     flops = settings.flops()
     for work in settings.works:
-        runners = {side.name: getattr(side, work)() for side in sides}
-        for _ in range(2):
-            compare(work, {name: runner() for name, runner in runners.items()}, TOLERANCE[settings.dtype])
-        seconds: dict[str, list[float]] = {name: [] for name in runners}
-        for _ in range(repeats):
-            for name, runner in runners.items():
-                started = time.perf_counter()
-                runner()
-                seconds[name].append(time.perf_counter() - started)
-        yield Row(work, flops[work], {name: statistics.median(each) for name, each in seconds.items()})
+        yield time_work(work, flops[work], sides, repeats, settings.dtype)
+
+
+def time_work(work: str, flops: float, sides: Sequence[Any], repeats: int, dtype: str) -> Row:
+    """One work on every side, as `measure`."""
+    runners = {side.name: side.runner(work) for side in sides}
+    for _ in range(2):
+        compare(work, {name: runner() for name, runner in runners.items()}, TOLERANCE[dtype])
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(repeats):
+        for name, runner in runners.items():
+            started = time.perf_counter()
+            runner()
+            seconds[name].append(time.perf_counter() - started)
+    return Row(work, flops, {name: statistics.median(each) for name, each in seconds.items()})
+
+
+def torch_device(platform: str) -> tuple[str | None, str]:
+    """(PyTorch's name of the device that JAX uses, or None; in words what a table beside it then holds)."""
+    if missing := [name for name in ("torch", "diffusers", "peft") if importlib.util.find_spec(name) is None]:
+        return None, f"JAX alone, because {' and '.join(missing)} cannot be imported"
+    import torch
+
+    if platform == "cpu":
+        return "cpu", f"beside PyTorch {torch.__version__}"
+    if platform == "gpu" and torch.cuda.is_available():
+        return "cuda", f"beside PyTorch {torch.__version__}"
+    return None, f"JAX alone, because this PyTorch {torch.__version__} does not see the {platform.upper()}"
 
 
 def compare(work: str, found: Mapping[str, Mapping[str, np.ndarray]], tolerance: float) -> None:

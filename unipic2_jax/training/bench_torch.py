@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
 from unipic2_jax.models.lora import LORA_TARGETS
-from unipic2_jax.training.bench import ALPHA, Inputs, Runner, Settings, flow_optimizer, grpo_optimizer
+from unipic2_jax.training.bench import ALPHA, Inputs, Runner, Settings, draw_weights, flow_optimizer, grpo_optimizer
 from unipic2_jax.weights import lora as lora_weights
 from unipic2_jax.weights import mmdit as mmdit_weights
 from unipic2_jax.weights import table
@@ -27,9 +27,8 @@ class Theirs:
       compiled: whether each block goes through torch.compile.
     """
 
-    name = "PyTorch"
-
     def __init__(self, settings: Settings, inputs: Inputs, device: str, compiled: bool = False):
+        self.name = "torch.compile" if compiled else "PyTorch"
         self.settings, self.inputs, self.compiled = settings, inputs, compiled
         self.device, self.dtype = torch.device(device), getattr(torch, settings.dtype)
         self.grpo = settings.grpo
@@ -42,6 +41,10 @@ class Theirs:
             tuple(map(self._tensor, branch)) for branch in (inputs.conditioning, inputs.unconditional)
         )
 
+    def runner(self, work: str) -> Runner:
+        """Of one of WORKS."""
+        return getattr(self, work)()
+
     def _tensor(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(np.array(array)).to(self.device)
 
@@ -53,7 +56,7 @@ class Theirs:
         config = self.settings.transformer
         with torch.device("meta"):
             model = SD3Transformer2DModel(**config.to_dict())
-        named = table.to_torch(mmdit_weights.rules(config), self.inputs.params)
+        named = table.to_torch(mmdit_weights.rules(config), draw_weights(config))
         state = {name: self._tensor(array).to(dtype) for name, array in named}
         model.load_state_dict(state, strict=True, assign=True)
         if self.compiled:
@@ -66,6 +69,9 @@ class Theirs:
         model, rank = self._model(self.dtype).requires_grad_(False), self.settings.lora_rank
         targets = [f"attn.{'to_out.0' if name == 'to_out' else name}" for name in LORA_TARGETS]
         model.add_adapter(LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets))
+        for name, leaf in model.named_parameters():
+            if "lora_" in name:  # trained, and so float32 like ours
+                leaf.data = leaf.data.float()
         named = table.to_torch(lora_weights.rules(self.settings.transformer), self.inputs.lora)
         state = {
             name.removeprefix(lora_weights.PREFIX).replace(".weight", ".default.weight"): self._tensor(array)
@@ -81,14 +87,22 @@ class Theirs:
         return torch.autocast(self.device.type, self.dtype, enabled=self.settings.dtype != "float32")
 
     def _velocity(
-        self, model: SD3Transformer2DModel, latents: torch.Tensor, sigma: torch.Tensor, branch: tuple[torch.Tensor, ...]
+        self,
+        model: SD3Transformer2DModel,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        branch: tuple[torch.Tensor, ...],
+        rows: slice = slice(None),
     ) -> torch.Tensor:
-        """Velocity [B, C, h, w], float32: diffusers' own parts, with the references before the target as Kontext has it."""
+        """Velocity [B, C, h, w], float32: diffusers' own parts, with the references before the target as Kontext has it.
+
+        `rows` are those of the whole batch that `latents` belong to.
+        """
         batch, _, height, width = latents.shape
-        patch, (context, pooled) = model.config.patch_size, branch
+        patch, (context, pooled) = model.config.patch_size, (given[rows] for given in branch)
         with self._autocast():
             target = model.pos_embed(latents)
-            x = torch.cat([*(model.pos_embed(reference) for reference in self.references), target], dim=1)
+            x = torch.cat([*(model.pos_embed(reference[rows]) for reference in self.references), target], dim=1)
             emb = model.time_text_embed((1000 * sigma).expand(batch), pooled)
             text = model.context_embedder(context)
             for block in model.transformer_blocks:
@@ -100,11 +114,13 @@ class Theirs:
         x = x.float().reshape(batch, height // patch, width // patch, patch, patch, model.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, model.out_channels, height, width)
 
-    def _guided(self, model: SD3Transformer2DModel, latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        given, scale = self._velocity(model, latents, sigma, self.conditioning), self.settings.guidance_scale
+    def _guided(
+        self, model: SD3Transformer2DModel, latents: torch.Tensor, sigma: torch.Tensor, rows: slice = slice(None)
+    ) -> torch.Tensor:
+        given, scale = self._velocity(model, latents, sigma, self.conditioning, rows), self.settings.guidance_scale
         if scale == 1:
             return given
-        other = self._velocity(model, latents, sigma, self.unconditional)
+        other = self._velocity(model, latents, sigma, self.unconditional, rows)
         return other + scale * (given - other)
 
     def product(self) -> Runner:
@@ -191,25 +207,33 @@ class Theirs:
         advantages = self._tensor(self.inputs.advantages).clamp(-config.adv_clip_max, config.adv_clip_max)
         step = self._optimizer([leaf for leaf in model.parameters() if leaf.requires_grad], grpo_optimizer())
 
-        def losses(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            """Mean loss and mean KL of a step."""
-            x, x_next, sigma = latents[index], latents[index + 1], self.sigmas[index]
+        def losses(index: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            """Mean loss and mean KL of a step of these samples."""
+            x, x_next, sigma, advantage = (
+                latents[index][rows],
+                latents[index + 1][rows],
+                self.sigmas[index],
+                advantages[rows],
+            )
             model.disable_adapters()
             with torch.no_grad():
-                reference_mean, _, _ = self._mean_std(self._guided(model, x, sigma), x, index)
+                reference_mean, _, _ = self._mean_std(self._guided(model, x, sigma, rows), x, index)
             model.enable_adapters()
-            mean, std, s = self._mean_std(self._guided(model, x, sigma), x, index)
-            ratio = torch.exp(self._log_prob(x_next, mean, std) - log_probs[index])
+            mean, std, s = self._mean_std(self._guided(model, x, sigma, rows), x, index)
+            ratio = torch.exp(self._log_prob(x_next, mean, std) - log_probs[index][rows])
             clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
             kl = ((mean - reference_mean) ** 2 / (2 * s**2)).mean()
-            return torch.maximum(-advantages * ratio, -advantages * clipped).mean() + config.kl_beta * kl, kl
+            return torch.maximum(-advantage * ratio, -advantage * clipped).mean() + config.kl_beta * kl, kl
+
+        parts = 1 if config.micro_batch is None else self.settings.batch // config.micro_batch
 
         def run() -> dict[str, np.ndarray]:
             found = []
             for index in range(config.trained_steps):
-                loss, kl = losses(index)
-                (loss / config.trained_steps).backward()
-                found.append(torch.stack([loss, kl]).detach())
+                for part in range(parts):
+                    loss, kl = losses(index, slice(part, None, parts))
+                    (loss / (config.trained_steps * parts)).backward()
+                    found.append(torch.stack([loss, kl]).detach())
             loss, kl = torch.stack(found).mean(dim=0).cpu().numpy()
             return {"gradient_norm": step(), "loss": loss, "kl": kl}
 
