@@ -22,5 +22,11 @@ def get_config(arg: str = "") -> ConfigDict:
         stage = pretraining.connector()
         # Without a default: naming them is the first thing to do.
         parts = {"transformer": "", "vae": "", "vlm": ""}
-        model = {"model": "unipic2_metaquery", "precision": "mixed", "parts": parts, "zero_projectors": True}
+        model = {
+            "model": "unipic2_metaquery",
+            "precision": "mixed",
+            "parallel": {"preset": "auto"},
+            "parts": parts,
+            "zero_projectors": True,
+        }
     return make_config({**model, "schedule": ("connector",), "stages": {"connector": stage}})

@@ -92,4 +92,11 @@ def get_config(arg: str = "") -> ConfigDict:
             }
             start = {"vlm": vlm}
         return make_config({**shared, **start, "schedule": tuple(stages), "settings": settings, "stages": stages})
-    return make_config({**shared, "precision": "mixed", "stages": {"reward": full_stage("lora" in words)}})
+    return make_config(
+        {
+            **shared,
+            "precision": "mixed",
+            "parallel": {"preset": "fsdp"},
+            "stages": {"reward": full_stage("lora" in words)},
+        }
+    )

@@ -19,7 +19,15 @@ def get_config(arg: str = "") -> ConfigDict:
     words = pretraining.read_words(arg, "configs/kontext.py")
     if "tiny" not in words:
         stages = {"kontext": pretraining.kontext()}
-        return make_config({"model": "sd35_medium", "precision": "mixed", "schedule": tuple(stages), "stages": stages})
+        return make_config(
+            {
+                "model": "sd35_medium",
+                "precision": "mixed",
+                "parallel": {"preset": "auto"},
+                "schedule": tuple(stages),
+                "stages": stages,
+            }
+        )
     smoke, growing = "smoke" in words, ((0.0, 32), (0.5, 48))
     everything = "^(transformer|conditioner)/"
     stages = {

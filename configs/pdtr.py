@@ -246,7 +246,7 @@ def get_config(arg: str = "") -> ConfigDict:
     else:
         stages = {task: full_stage(task, own) for task, own in rewards.items()}
         size = "unipic2_metaquery" if metaquery else "sd35_medium"
-        model = {"model": size, "init": None, "precision": "mixed"}
+        model = {"model": size, "init": None, "precision": "mixed", "parallel": {"preset": "auto"}}
     if "joint" in flags:
         stages = {"joint": joined(stages, tiny)}
     for stage in stages.values():

@@ -28,5 +28,5 @@ def get_config(arg: str = "") -> ConfigDict:
     else:
         stage = pretraining.unified()
         parts = {"conditioner": "", "transformer": "", "vae": "", "vlm": ""}
-        model = {"model": "unipic2_metaquery", "precision": "mixed", "parts": parts}
+        model = {"model": "unipic2_metaquery", "precision": "mixed", "parallel": {"preset": "auto"}, "parts": parts}
     return make_config({**model, "schedule": ("unified",), "stages": {"unified": stage}})

@@ -39,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "model": aligned.model,
             "precision": aligned.precision,
+            "parallel": aligned.parallel.to_dict(),
             "zero_projectors": aligned.zero_projectors,
             "parts": parts,
             "models": {"text": words},

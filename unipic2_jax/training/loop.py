@@ -27,6 +27,7 @@ from unipic2_jax.models.precision import PRECISIONS, Precision
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.parallel.processes import agreed, end, is_lost_peer, is_main, tree_to_host, wait_for_all
 from unipic2_jax.training import config as config_lib
+from unipic2_jax.training import split
 from unipic2_jax.training.checkpoints import Checkpoints
 from unipic2_jax.training.config import TrainingError, TrainingPaused
 from unipic2_jax.training.metrics import Metrics, draw_curves, read_evaluations
@@ -73,7 +74,9 @@ def run(
       SystemExit: with 128 + the signal's number after SIGTERM or SIGINT, when the state has been saved.
     """
     config = config_lib.validate(config)
-    mesh = mesh or config_mesh(config)
+    if mesh is None:
+        config = split.resolved(config, _tell)
+        mesh = config_mesh(config)
     with jax.set_mesh(mesh):
         try:
             check_implementation(config.attention)
@@ -119,6 +122,12 @@ def check_writable(workdir: Path) -> None:
         raise config_lib.ConfigError(
             f"The workdir {workdir} cannot be written ({error.strerror}); repair it or choose another --workdir."
         ) from error
+
+
+def _tell(sentence: str) -> None:
+    """Before there is a progress bar; of several processes one speaks."""
+    if is_main():
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def config_mesh(config: ConfigDict) -> jax.sharding.Mesh:
