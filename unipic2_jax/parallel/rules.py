@@ -31,6 +31,7 @@ class Rules:
     heads: tuple[str, ...] = ("tensor",)
     hidden: tuple[str, ...] = ("tensor",)  # inside a feed-forward layer, and of a modulation
     embed: tuple[str, ...] = ("fsdp",)  # channels of a token, in parameters: activations are split by their batch
+    stored: tuple[str, ...] = ("data", "fsdp")  # the same of a network so large, and used so rarely, that no device has a copy
     vocabulary: tuple[str, ...] = ("tensor",)
 
     def spec(self, *axes: Logical) -> PartitionSpec:
@@ -67,16 +68,22 @@ PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
     (r"/([qkv]_proj|gate_proj|up_proj)/b$", (None, "heads")),
     (r"/(o_proj|down_proj)/a$", ("heads", None)),
     (r"/(o_proj|down_proj)/b$", (None, "embed")),
+    # T5, which reads a step's prompts once and is larger than the transformer.
+    (r"/attention/[qkv]/kernel$", ("stored", "heads")),
+    (r"/wi_[01]/kernel$", ("stored", "hidden")),
+    (r"/attention/o/kernel$", ("heads", "stored")),
+    (r"/wo/kernel$", ("hidden", "stored")),
+    (r"/shared/embedding$", ("vocabulary", "stored")),
     # Into the heads or a hidden layer.
-    (r"/(to_[qkv]|add_[qkv]_proj|[qkv]_proj|attention/[qkv]|qkv)/kernel$", ("embed", "heads")),
-    (r"/(linear_1|fc1|gate_proj|up_proj|wi_[01]|merger_fc1)/kernel$", ("embed", "hidden")),
+    (r"/(to_[qkv]|add_[qkv]_proj|[qkv]_proj|qkv)/kernel$", ("embed", "heads")),
+    (r"/(linear_1|fc1|gate_proj|up_proj|merger_fc1)/kernel$", ("embed", "hidden")),
     (r"/linear/kernel$", ("embed", "hidden")),
     # Out of them.
-    (r"/(to_out|to_add_out|out_proj|o_proj|attention/o|blocks/proj)/kernel$", ("heads", "embed")),
-    (r"/(linear_2|fc2|down_proj|wo|merger_fc2)/kernel$", ("hidden", "embed")),
+    (r"/(to_out|to_add_out|out_proj|o_proj|blocks/proj)/kernel$", ("heads", "embed")),
+    (r"/(linear_2|fc2|down_proj|merger_fc2)/kernel$", ("hidden", "embed")),
     # From one kind of token to another: split where it comes in.
     (r"/(context_embedder|projector_[123]|proj_out|text_projection)/kernel$", ("embed", None)),
-    (r"/(embed_tokens|token_embedding|shared)/embedding$", ("vocabulary", "embed")),
+    (r"/(embed_tokens|token_embedding)/embedding$", ("vocabulary", "embed")),
     (r"/lm_head/kernel$", ("embed", "vocabulary")),
     (r"/pos_embed/pos_embed$", (None, "embed")),  # 0.9 GB at full size, of which a step needs a corner
 )
@@ -84,10 +91,10 @@ PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
 
 def devices_along(mesh: Any, names: str | tuple[str, ...] | None) -> int:
     """Into how many parts an axis is split that has this entry in a specification."""
-    return math.prod(mesh.shape[name] for name in _names(names))
+    return math.prod(mesh.shape[name] for name in axis_names(names))
 
 
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of an entry in a specification."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
@@ -141,7 +148,7 @@ def gathered(tree: Any) -> Any:
         return tree
 
     def whole(place: NamedSharding) -> NamedSharding:
-        kept = [tuple(name for name in _names(entry) if name != "fsdp") or None for entry in place.spec]
+        kept = [tuple(name for name in axis_names(entry) if name != "fsdp") or None for entry in place.spec]
         return NamedSharding(mesh, PartitionSpec(*kept))
 
     return jax.lax.with_sharding_constraint(tree, jax.tree.map(whole, shardings(mesh, tree)))

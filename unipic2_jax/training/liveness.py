@@ -80,6 +80,11 @@ class Value:
     given: bool = False
     weight: Weight | None = None
 
+    @property
+    def whole(self) -> float:
+        """Bytes of all chips' parts: what a compiler fuses does not depend on how parameters are split."""
+        return self.size if self.weight is None else self.size / self.weight.share
+
 
 @dataclasses.dataclass(eq=False)
 class Operation:
@@ -244,7 +249,7 @@ class _Counter:
                     moved += sum(value.size for value in read | set(operation.outputs))
                 moved, gathered = moved + inner.moved, gathered + inner.gathered
                 for value in _gathers(operation):
-                    whole = value.size / value.weight.share
+                    whole = value.whole
                     moved += whole  # every product reads all of it
                     if value.weight.name not in gathered_now:
                         gathered_now[value.weight.name] = whole
@@ -326,8 +331,8 @@ def _fusions(
         using = [user for value in operation.outputs for user in users[value]]
         if not all(user.fuses for user in using):
             continue
-        size = max((value.size for value in operation.outputs), default=0.0)
-        large = [root for root in made_from if root.size * LARGE >= size]
+        size = max((value.whole for value in operation.outputs), default=0.0)
+        large = [root for root in made_from if root.whole * LARGE >= size]
         if len(using) <= 1 or len(large) <= 1:
             fused.add(place)
             roots.update((value, made_from) for value in operation.outputs)

@@ -30,7 +30,7 @@ from unipic2_jax.models.attention import Call, recorded
 from unipic2_jax.models.precision import PRECISIONS
 from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh
-from unipic2_jax.parallel.rules import RULES, devices_along
+from unipic2_jax.parallel.rules import RULES, axis_names, devices_along
 from unipic2_jax.training.config import ConfigError, model_config
 from unipic2_jax.training.counting import is_single, jaxpr_flops
 from unipic2_jax.training.grpo_stage import tell_micro_batch
@@ -431,7 +431,7 @@ def counted_cost(
       at_once: whether what a program can gather before anything else is gathered there.
     """
     weights: list[float | None] = []
-    ahead = 0.0
+    ahead, along = 0.0, {"fsdp"}
     for role, argument in zip(program.roles, program.arguments, strict=True):
         for leaf in jax.tree.leaves(argument):
             whole = math.prod(leaf.shape) * leaf.dtype.itemsize
@@ -440,8 +440,10 @@ def counted_cost(
                 ahead += whole if share < 1 else 0.0
                 share = 1.0
             weights.append(share)
+            if share is not None and share < 1:
+                along |= {name for entry in leaf.sharding.spec for name in axis_names(entry)}
     work = measure(traced, weights, flash)
-    received = {("all-gather", ("fsdp",)): work.gathered + ahead}
+    received = {("all-gather", tuple(along)): work.gathered + ahead}
 
     def sums(kind: str, axes: tuple[str, ...], size: float) -> None:
         received[kind, axes] = received.get((kind, axes), 0.0) + size * program.gradients
