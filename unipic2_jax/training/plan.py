@@ -43,7 +43,7 @@ EFFORT = {"jax_optimization_level": "O0"}
 # How the compiler says that a program is too large, in units of GiB or MiB.
 _TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-CACHE_FORMAT = 4  # of what is kept between plans
+CACHE_FORMAT = 5  # of what is kept between plans
 
 
 @dataclasses.dataclass(frozen=True)
