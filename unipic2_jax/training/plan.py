@@ -48,7 +48,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 CALIBRATION = {"flash": 1.0, "logits": 1.0}
 # Packages that hold compilers.
 COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-CACHE_FORMAT = 4  # of what is kept between plans
+CACHE_FORMAT = 5  # of what is kept between plans
 
 
 @dataclasses.dataclass(frozen=True)
