@@ -99,5 +99,5 @@ def test_full_size_recipes_are_planned_as_they_are_kept():
 def test_an_unknown_precision_is_refused():
     config = pdtr.get_config("tiny,smoke")
     config.precision = "mixd"
-    with pytest.raises(ConfigError, match=r"config.precision is 'mixd'; did you mean 'mixed'"):
+    with pytest.raises(ConfigError, match=r"config\.precision is 'mixd'; did you mean 'mixed'"):
         validate(config)
