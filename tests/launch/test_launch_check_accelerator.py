@@ -33,7 +33,7 @@ def rows(text):
 
 
 def test_every_section_has_its_figures(tmp_path):
-    check = Check("tiny", batch=2, budget_s=600.0, log=lambda line: None)
+    check = Check("tiny", batch=None, budget_s=600.0, log=lambda line: None)
     report = accelerator.Report(tmp_path / "new" / "accelerator.md")
     assert accelerator.run(check, report, check_accelerator.SECTIONS, "the command"), str(report)
     text = report.path.read_text()
@@ -43,7 +43,7 @@ def test_every_section_has_its_figures(tmp_path):
 
     assert jax.__version__ in rows(found["The machine"])["packages"]
     # The joint attention of a picture and its text, of an edit, and the image's alone.
-    for shape in ("2 x 31 x 31", "2 x 40 x 40", "2 x 9 x 9"):
+    for shape in ("4 x 31 x 31", "4 x 40 x 40", "4 x 9 x 9"):
         assert re.search(rf"{shape}, 4 heads of 32.* \| xla \|", found["Which attention runs"])
 
     errors = rows(found["Attention: the kernel against XLA"])
