@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 
 from configs import pdtr
+from unipic2_jax.models.precision import PRECISIONS
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.rl import rollout
 from unipic2_jax.training import loop
@@ -25,13 +26,13 @@ folder, whose, excess = sys.argv[1:]
 rollout.COMPILER_OPTIONS["xla_allow_excess_precision"] = excess == "excess"
 config = pdtr.get_config("tiny,smoke,t2i=none")
 stage = config.stages.edit
-stage.compute_dtype, stage.evaluations = "bfloat16", {}
+config.precision, stage.evaluations = "mixed", {}
 # One optimizer step, so that all samples belong to the first.
 fields = {"num_steps": 10, "guidance_scale": 3.5, "micro_batch": 4, "updates_per_rollout": 1, "old_log_probs": whose}
 stage.grpo.update(fields)
 stage.grpo.window.size = 0
 config, mesh = validate(config), make_mesh(jax.devices()[:1])
-context = StageContext("edit", 0, 0, mesh, Path(folder), log=str)
+context = StageContext("edit", 0, 0, mesh, Path(folder), log=str, precision=PRECISIONS["mixed"])
 with jax.set_mesh(mesh):
     made = GRPOStage(config.stages.edit, loop.load_bundle(config, mesh), context)
     print(json.dumps(made.step(made.init(), 0)[1]))

@@ -31,7 +31,10 @@ class Rules:
     heads: tuple[str, ...] = ("tensor",)
     hidden: tuple[str, ...] = ("tensor",)  # inside a feed-forward layer, and of a modulation
     embed: tuple[str, ...] = ("fsdp",)  # channels of a token, in parameters: activations are split by their batch
-    stored: tuple[str, ...] = ("data", "fsdp")  # the same of a network so large, and used so rarely, that no device has a copy
+    stored: tuple[str, ...] = (
+        "data",
+        "fsdp",
+    )  # the same of a network so large, and used so rarely, that no device has a copy
     vocabulary: tuple[str, ...] = ("tensor",)
 
     def spec(self, *axes: Logical) -> PartitionSpec:

@@ -112,7 +112,12 @@ class Operation:
         return self.name.startswith("reduce_")
 
 
-def measure(traced: jax.stages.Traced, weights: Sequence[float | None], flash: bool = False) -> Work:
+def measure(
+    traced: jax.stages.Traced,
+    weights: Sequence[float | None],
+    flash: bool = False,
+    trained: Sequence[bool] | None = None,
+) -> Work:
     """Work of a function for one chip.
 
     Args:
@@ -120,19 +125,22 @@ def measure(traced: jax.stages.Traced, weights: Sequence[float | None], flash: b
       weights: for each array among the arguments the part of it that a chip has where it is a parameter or is split like one
         (as moments are), else None.
       flash: whether attention in 16 bits is a kernel that does not hold its logits.
+      trained: for each of these arrays whether the program makes others like it, its gradient and moments, which are then known
+        by its shape; None: all.
     """
     closed = traced.jaxpr
     shares = {
         var.aval.shape: share
-        for var, share in zip(closed.jaxpr.invars, weights, strict=True)
-        if share is not None and share < 1 and len(var.aval.shape) > 1
+        for var, share, alike in zip(closed.jaxpr.invars, weights, trained or [True] * len(weights), strict=True)
+        if alike and share is not None and share < 1 and len(var.aval.shape) > 1
     }
     every, narrow = (frozenset(_logits(closed.jaxpr, channels)) for channels in (math.inf, FLASH_CHANNELS))
     unheld = narrow if flash else frozenset()
     counter = _Counter(shares, unheld)
     given = []
     for number, (var, share) in enumerate(zip(closed.jaxpr.invars, weights, strict=True)):
-        given.append(Value(counter.size(var.aval), True, None if share is None else Weight(number, share)))
+        size = counter.size(var.aval) if share is None else whole_size(var.aval) * share
+        given.append(Value(size, True, None if share is None else Weight(number, share)))
     consts = [Value(float(np.asarray(const).nbytes), True) for const in closed.consts]
     work = counter.of(closed.jaxpr, consts, given, results_given=True)
     donated = (info.donated for info in jax.tree.leaves(traced.args_info))
@@ -156,6 +164,15 @@ def _logits(jaxpr: core.Jaxpr, most: float) -> Iterable[tuple[int, ...]]:
             yield from _logits(inner, most)
 
 
+def whole_size(aval: Any) -> float:
+    """Bytes of an array."""
+    try:
+        width = np.dtype(aval.dtype).itemsize
+    except TypeError:  # a random key
+        width = 8
+    return float(math.prod(aval.shape) * width)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Counter:
     shares: Mapping[tuple[int, ...], float]  # shape of what is split like a parameter -> the part that a chip has
@@ -164,11 +181,7 @@ class _Counter:
     def size(self, aval: Any) -> float:
         if aval.shape in self.unheld:
             return 0.0
-        try:
-            width = np.dtype(aval.dtype).itemsize
-        except TypeError:  # a random key
-            width = 8
-        return math.prod(aval.shape) * width * self.shares.get(aval.shape, 1.0)
+        return whole_size(aval) * self.shares.get(aval.shape, 1.0)
 
     def of(self, jaxpr: core.Jaxpr, consts: Sequence[Value], given: Sequence[Value], results_given: bool) -> Work:
         """Of a jaxpr on these arguments. `results_given`: its results have their place already."""
@@ -214,7 +227,7 @@ class _Counter:
                 first = inputs[0].weight if len(inputs) == 1 else None
                 if first is not None and operation.fuses and eqn.outvars[0].aval.shape == eqn.invars[0].aval.shape:
                     outputs[0].weight = first
-                    outputs[0].size *= first.share if eqn.outvars[0].aval.shape not in self.shares else 1.0
+                    outputs[0].size = whole_size(eqn.outvars[0].aval) * first.share
                 values.update(zip(eqn.outvars, outputs))
                 operations.append(operation)
         return [read(v) for v in jaxpr.outvars]

@@ -431,6 +431,7 @@ def counted_cost(
       at_once: whether what a program can gather before anything else is gathered there.
     """
     weights: list[float | None] = []
+    trained_too: list[bool] = []
     ahead, along = 0.0, {"fsdp"}
     for role, argument in zip(program.roles, program.arguments, strict=True):
         for leaf in jax.tree.leaves(argument):
@@ -440,9 +441,10 @@ def counted_cost(
                 ahead += whole if share < 1 else 0.0
                 share = 1.0
             weights.append(share)
+            trained_too.append(role == "state")
             if share is not None and share < 1:
                 along |= {name for entry in leaf.sharding.spec for name in axis_names(entry)}
-    work = measure(traced, weights, flash)
+    work = measure(traced, weights, flash, trained_too)
     received = {("all-gather", tuple(along)): work.gathered + ahead}
 
     def sums(kind: str, axes: tuple[str, ...], size: float) -> None:
