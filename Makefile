@@ -10,12 +10,13 @@ TORCH := $(if $(WHEELS),--find-links $(WHEELS),--torch-backend cpu)
 # Compiled once here, not by every process where Python is told to keep no bytecode.
 UV := $(RUN) -m uv pip install --quiet --compile-bytecode --python $(RUN)
 
-.PHONY: help demo test test-slow lint format tiny tiny-metaquery tiny-edit-reward scaling clean
+.PHONY: help demo test test-slow lint format tiny tiny-metaquery tiny-edit-reward plan-check clean
 
 help:
 	@echo "make demo       reinforce the shipped tiny model: editing, then text-to-image (about 10 minutes on 2 cores)"
 	@echo "make test       the default test suite        make test-slow  the long tests"
 	@echo "make lint       ruff                          make tiny       retrain the shipped tiny models (2 to 3 hours)"
+	@echo "make plan-check compile every full-size program for GPUs and TPUs (hours on 2 cores; cached)"
 	@echo "make tiny-edit-reward                         retrain the shipped tiny EditReward (two hours)"
 
 $(VENV)/bin/python:
@@ -99,20 +100,13 @@ tiny-edit-reward: $(VENV)/.run
 	$(TRAIN) --config=configs/edit_reward.py:tiny,again --workdir=runs/tiny_edit_reward
 	$(RUN) -m launch.export --model=runs/tiny_edit_reward/export --out=$(ASSETS)/tiny_edit_reward --dtype=float16
 
-# The tables of docs/scaling.md; the TPU compiler (`pip install libtpu`) needs hours for what it has not compiled before. With 64
-# chips a micro-batch of reinforcement has 64 samples at least.
-RECIPES := connector kontext unified unipic2 pdtr
-PLAN := $(RUN) -m launch.plan --markdown --config.parallel.preset=fsdp
-SLICES := --topology=v5e:8x8,v5p:4x4x4,v6e:8x8 --config.parallel.data=4
-PARTS := --config.stages.edit.grpo.micro_batch=64 --config.stages.t2i.grpo.micro_batch=64
+$(VENV)/.compilers: requirements-cuda.txt requirements-tpu.txt $(VENV)/.run
+	$(UV) -r requirements-cuda.txt -r requirements-tpu.txt
+	@touch $@
 
-scaling: $(VENV)/.run
-	@for recipe in $(RECIPES); do \
-	  parts=; case $$recipe in unipic2|pdtr) parts="$(PARTS)";; esac; \
-	  echo "### $$recipe"; echo; \
-	  $(PLAN) --config=configs/$$recipe.py --topology=gpu:8xh100,gpu:8xh200 || exit 1; \
-	  $(PLAN) --config=configs/$$recipe.py $(SLICES) $$parts || exit 1; \
-	done
+# No GPU or TPU is needed. It goes on where it was interrupted, and makes the tables of docs/scaling.md.
+plan-check: $(VENV)/.compilers
+	$(RUN) -m launch.plan_check
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

@@ -67,6 +67,7 @@ class Cost:
         program is too large.
       ports: of `collectives`, through a chip's own port to the network between nodes.
       kernels: of libraries, in the compiled program, and in how many places.
+      calibrated: the class of `CALIBRATION` that counted activations are multiplied for; empty: they are compiled ones.
     """
 
     stage: str
@@ -84,6 +85,7 @@ class Cost:
     collectives: Mapping[str, float] | None
     ports: float = 0.0
     kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    calibrated: str = ""
 
     @property
     def peak(self) -> float:
@@ -468,6 +470,7 @@ def counted_cost(
             collectives[name] = collectives.get(name, 0.0) + size
             ports += size / members if members else 0.0
     parameters, optimizer, _ = _held(planned, program, mesh)
+    kind = "logits" if work.logits else "flash"
     batch = [argument for role, argument in zip(program.roles, program.arguments) if role == "batch"]
     return Cost(
         planned.name,
@@ -477,12 +480,13 @@ def counted_cost(
         optimizer,
         float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))),
         work.results,
-        ahead + work.held * CALIBRATION["logits" if work.logits else "flash"],
+        (ahead + work.held) * CALIBRATION[kind],
         **_flops(traced, 1),
         model_flops=program.model_flops,
         moved=work.moved + 2 * ahead,
         collectives=collectives,
         ports=ports,
+        calibrated=kind,
     )
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.parallel.mesh import AXES
 from unipic2_jax.training.config import GATHERS, ConfigError
-from unipic2_jax.training.plan import counted
+from unipic2_jax.training.plan import Plan, counted
 from unipic2_jax.training.plan_report import bound
 from unipic2_jax.training.topology import GB, NODE, Topology, of_devices
 
@@ -31,6 +31,7 @@ class Split:
       peak, memory: bytes; resident: of them what stays between programs.
       bound: of the slowest program, what bounds it.
       reinforces: whether there are frozen weights that are gathered.
+      plan: all of its costs.
     """
 
     parallel: ConfigDict
@@ -42,6 +43,7 @@ class Split:
     memory: float
     bound: str
     reinforces: bool
+    plan: Plan
 
     @property
     def fits(self) -> bool:
@@ -103,6 +105,7 @@ def priced(
                 topology.memory,
                 bound(max(every, key=lambda cost: cost.calls * cost.seconds(topology)), topology),
                 _reinforces(config),
+                made,
             )
         )
     return _ordered(found)
