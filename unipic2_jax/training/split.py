@@ -145,10 +145,18 @@ def _reinforces(config: ConfigDict) -> bool:
 
 
 def _ordered(found: Sequence[Split]) -> list[Split]:
-    """Of splits that are equally fast, to a percent, the one with the most room comes first."""
+    """Of splits that are equally fast, to a percent, those whose copies are inside of a node come first, then those with the most
+    room; of those that do not fit the smallest."""
     best = min((split.seconds for split in found if split.fits), default=0.0)
-    near = lambda split: split.fits and split.seconds <= 1.01 * best
-    return sorted(found, key=lambda s: (not s.fits, s.peak if near(s) else s.seconds if s.fits else s.peak, s.seconds))
+
+    def place(split: Split) -> tuple[float, ...]:
+        if not split.fits:
+            return 2, split.peak
+        if split.seconds <= 1.01 * best:
+            return 0, split.parallel.fsdp > NODE, split.peak
+        return 1, split.seconds
+
+    return sorted(found, key=place)
 
 
 def _parts(config: ConfigDict, devices: int, samples: int) -> dict[str, int] | None:
