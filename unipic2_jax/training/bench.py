@@ -137,13 +137,11 @@ class Settings:
 
     @property
     def grpo(self) -> GRPOConfig:
-        """One optimizer step on all samples at once."""
-        # Updates are repeated with one rollout, so that only the first of them is on-policy.
+        """One optimizer step, which is on-policy whatever was computed before: its old log-probabilities are its own."""
         return GRPOConfig(
             num_steps=self.num_steps,
             guidance_scale=self.guidance_scale,
             updates_per_rollout=1,
-            old_log_probs="sampler",
             micro_batch=self.micro_batch,
         )
 

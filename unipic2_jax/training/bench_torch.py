@@ -187,23 +187,23 @@ class Theirs:
         return value.mean(dim=(1, 2, 3))
 
     @torch.no_grad()
-    def _sample(self, model: SD3Transformer2DModel) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(latents of T + 1 steps, log-probabilities of T)."""
-        latents, log_probs = [self.noise], []
+    def _sample(self, model: SD3Transformer2DModel) -> list[torch.Tensor]:
+        """Latents of T + 1 steps; the log-probabilities of T are computed, as a rollout's are, and not needed here."""
+        latents = [self.noise]
         for index in range(self.settings.num_steps):
             velocity = self._guided(model, latents[-1], self.sigmas[index])
             mean, std, _ = self._mean_std(velocity, latents[-1], index)
             latents.append(mean + std * self.step_noise[index])
-            log_probs.append(self._log_prob(latents[-1], mean, std))
-        return latents, log_probs
+            self._log_prob(latents[-1], mean, std)
+        return latents
 
     def rollout(self) -> Runner:
         model = self._policy()
-        return lambda: {"latents": self._sample(model)[0][-1].movedim(1, -1).cpu().numpy()}
+        return lambda: {"latents": self._sample(model)[-1].movedim(1, -1).cpu().numpy()}
 
     def update(self) -> Runner:
         model, config = self._policy(), self.grpo
-        latents, log_probs = self._sample(model)
+        latents = self._sample(model)
         advantages = self._tensor(self.inputs.advantages).clamp(-config.adv_clip_max, config.adv_clip_max)
         step = self._optimizer([leaf for leaf in model.parameters() if leaf.requires_grad], grpo_optimizer())
 
@@ -220,7 +220,8 @@ class Theirs:
                 reference_mean, _, _ = self._mean_std(self._guided(model, x, sigma, rows), x, index)
             model.enable_adapters()
             mean, std, s = self._mean_std(self._guided(model, x, sigma, rows), x, index)
-            ratio = torch.exp(self._log_prob(x_next, mean, std) - log_probs[index][rows])
+            log_prob = self._log_prob(x_next, mean, std)
+            ratio = torch.exp(log_prob - log_prob.detach())  # on-policy, as ours
             clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
             kl = ((mean - reference_mean) ** 2 / (2 * s**2)).mean()
             return torch.maximum(-advantage * ratio, -advantage * clipped).mean() + config.kl_beta * kl, kl
