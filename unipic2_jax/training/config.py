@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from unipic2_jax.models.precision import PRECISIONS
+from unipic2_jax.parallel.mesh import AXES
 
 
 class ConfigError(ValueError):
@@ -173,6 +174,11 @@ def validate(config: ConfigDict) -> ConfigDict:
     if config.keep_every < 0:
         raise ConfigError(f"config.keep_every is {config.keep_every}; it must be at least 0.")
     return config.lock()
+
+
+def mesh_fields(parallel: ConfigDict) -> tuple[str, dict[str, int], int]:
+    """Preset, devices along single axes, and slices of `config.parallel`, as `parallel.mesh` takes them."""
+    return parallel.preset, {axis: parallel[axis] for axis in AXES}, parallel.slices
 
 
 def model_config(config: ConfigDict, name: str | None) -> ConfigDict:

@@ -132,10 +132,8 @@ def _tell(sentence: str) -> None:
 
 def config_mesh(config: ConfigDict) -> jax.sharding.Mesh:
     """All devices, in the shape that `config.parallel` asks for."""
-    sizes = config.parallel.to_dict()
-    preset, slices = sizes.pop("preset"), sizes.pop("slices")
     try:
-        return make_mesh(preset=preset, sizes=sizes, slices=slices)
+        return make_mesh(None, *config_lib.mesh_fields(config.parallel))
     except ValueError as error:
         raise config_lib.ConfigError(f"config.parallel: {error}") from error
 

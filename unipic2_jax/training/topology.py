@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from unipic2_jax.parallel.mesh import AXES, make_mesh, mesh_sizes
-from unipic2_jax.training.config import ConfigError
+from unipic2_jax.training.config import ConfigError, mesh_fields
 
 GB = 1e9
 NODE = 8  # GPUs that NVLink joins
@@ -148,7 +148,7 @@ class Topology:
         Raises:
           ConfigError: when it does not come out even.
         """
-        preset, sizes, slices = _fields(parallel)
+        preset, sizes, slices = mesh_fields(parallel)
         if self.is_tpu and slices != self.slices:
             raise ConfigError(f"config.parallel.slices is {slices} and the topology is {self}; make them equal.")
         try:
@@ -164,12 +164,7 @@ class Topology:
           ConfigError: when it does not come out even, or nothing can be compiled here.
         """
         self.abstract_mesh(parallel)
-        return make_mesh(tpu_devices(self) if self.is_tpu else gpu_devices(self), *_fields(parallel))
-
-
-def _fields(parallel: ConfigDict) -> tuple[str, dict[str, int], int]:
-    sizes = parallel.to_dict()
-    return sizes.pop("preset"), {axis: sizes[axis] for axis in AXES}, sizes["slices"]
+        return make_mesh(tpu_devices(self) if self.is_tpu else gpu_devices(self), *mesh_fields(parallel))
 
 
 def read_topology(text: str, slices: int = 1) -> Topology:
