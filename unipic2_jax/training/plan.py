@@ -43,6 +43,8 @@ from unipic2_jax.training.topology import NETWORK, Topology, has_compiler
 EFFORT = {"jax_optimization_level": "O0"}
 # How the compiler says that a program is too large, in units of GiB or MiB.
 _TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of")
+# How XLA says that its default tiles of a product cannot be had. On a GPU it measures several, and cuBLAS beside them.
+_TILES = "find output tile sizes"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 # Activations that a compiler holds, in parts of the counted ones, by whether logits of attention are held (docs/scaling.md).
 CALIBRATION = {"flash": 1.0, "logits": 1.0}
@@ -344,7 +346,7 @@ def compile_program(
     started = time.perf_counter()
     try:
         with _settings(EFFORT if topology.is_tpu else {}):
-            compiled = lowered.compile()
+            compiled = _compiled(lowered, log)
     except jax.errors.JaxRuntimeError as error:
         if not (too_large := _TOO_LARGE.search(str(error))):
             raise
@@ -375,6 +377,16 @@ def compile_program(
     log(f"compiled in {seconds:.0f} s" + (", too large" if found["moved"] is None else ""))
     cache.write(key, found)
     return found
+
+
+def _compiled(lowered: jax.stages.Lowered, log: Callable[[str], None]) -> jax.stages.Compiled:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if _TILES not in str(error):
+            raise
+    log("products by cuBLAS: Triton's first choice of tiles does not fit one of them, and a GPU would try others")
+    return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def _module(compiled: jax.stages.Compiled) -> Module:
