@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
                 print("\n".join(split.table(split.searched(given, machine, log), machine)), end="\n\n")
                 continue
             config = given
-            if given.parallel.preset == split.AUTO:
+            if given.parallel.preset == config_lib.AUTO:
                 config = split.chosen(given, split.priced(given, machine, log), log)
             made = plan.plan(config, machine, all_shapes=_ALL_SHAPES.value, cache=cache, log=log, count=_COUNT.value)
             compiled = topology.has_compiler(machine) and not _COUNT.value

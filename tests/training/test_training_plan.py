@@ -19,12 +19,16 @@ from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training import plan, plan_report
 from unipic2_jax.training.config import ConfigError, validate
 from unipic2_jax.training.liveness import measure
-from unipic2_jax.training.topology import SLICES, read_topology
+from unipic2_jax.training.topology import SLICES, has_compiler, read_topology
 
 ROOT = Path(__file__).resolve().parents[2]
 GPUS = read_topology("gpu:8xh200")
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="The compiler for TPUs is not installed (`pip install libtpu`)."
+    importlib.util.find_spec("libtpu") is None,
+    reason="The compiler for TPUs is not installed (`pip install -r requirements-tpu.txt`).",
+)
+needs_cuda = pytest.mark.skipif(
+    not has_compiler(GPUS), reason="The compiler for GPUs is not installed (`pip install -r requirements-cuda.txt`)."
 )
 
 
@@ -274,12 +278,17 @@ def test_a_micro_batch_has_a_sample_for_every_chip():
     assert update.gradients == 16 * 16 // 16  # samples, of which 16 are computed at once
 
 
+def test_the_command_of_the_readme_is_one():
+    assert "python -m launch.plan --config=configs/pdtr.py --topology=gpu:8xh100`" in (ROOT / "README.md").read_text()
+
+
 @needs_libtpu
-def test_the_command_of_the_readme_can_be_planned():
+def test_the_full_recipe_can_be_planned_for_more_chips_than_a_micro_batch_has_samples():
     """`launch.plan --config=configs/pdtr.py --topology=v5p:4x4x4`, up to the compiler."""
-    assert "python -m launch.plan --config=configs/pdtr.py --topology=v5p:4x4x4`" in (ROOT / "README.md").read_text()
     said = []
-    made = plan.plan(recipe("pdtr"), read_topology("v5p:4x4x4"), log=said.append, **NOTHING)
+    made = plan.plan(
+        recipe("pdtr", **{"parallel.preset": "fsdp"}), read_topology("v5p:4x4x4"), log=said.append, **NOTHING
+    )
     assert [stage.name for stage in made.stages] == ["edit", "t2i"]
     assert said == [f"{name}: micro_batch is 64 instead of 32, a sample for each device." for name in ("edit", "t2i")]
 
@@ -317,7 +326,12 @@ def test_a_stage_without_a_plan():
 
 
 def test_the_command(tmp_path):
-    tiny = "--config=configs/kontext.py:tiny", "--config.schedule=('kontext',)", "--config.parallel.preset=fsdp"
+    tiny = (
+        "--config=configs/kontext.py:tiny",
+        "--config.schedule=('kontext',)",
+        "--config.parallel.preset=fsdp",
+        "--count",
+    )
     code, out, error = command(*tiny, "--topology=gpu:2xh100,gpu:8xh200", "--markdown", f"--cache={tmp_path}")
     assert code == 0, error
     assert out.count("| **a step, on the average** |") == 2 and out.count("The smallest slice that fits: gpu:1x") == 2
@@ -340,7 +354,7 @@ def test_a_tiny_step_compiled_for_a_tpu(tmp_path):
     (first,) = plan.plan(config, topology, **options).costs["kontext"]
     (again,) = plan.plan(config, topology, **options).costs["kontext"]
     assert first == again and "compiled in" in said[0] and "kept from before" in said[1]
-    (counted,) = plan.plan(config, read_topology("gpu:4xh100"), only=only).costs["kontext"]
+    (counted,) = plan.plan(config, read_topology("gpu:4xh100"), only=only, count=True).costs["kontext"]
     exact = ("parameters", "optimizer", "batch", "flops", "model_flops", "calls")
     assert [getattr(first, name) for name in exact] == [getattr(counted, name) for name in exact]
     assert first.collectives["all-gather"] > 0
@@ -368,6 +382,33 @@ def test_any_sizes_that_come_out_even_lie_on_a_torus(name):
 def test_a_topology_that_libtpu_does_not_know():
     with pytest.raises(ConfigError, match="libtpu does not know the topology v5e:3x5"):
         plan.plan(recipe("kontext", "tiny"), read_topology("v5e:3x5"))
+
+
+@needs_cuda
+def test_a_tiny_step_compiled_for_two_nodes_of_gpus(tmp_path):
+    changes = {"parallel.preset": "fsdp", "parallel.data": 2, "schedule": ("kontext",), "precision": "mixed"}
+    config, topology, said = recipe("kontext", "tiny", **changes), read_topology("gpu:16xh100"), []
+    only = lambda planned, program: "t2i" in program.name
+    options = {"cache": plan.Cache(tmp_path), "log": said.append, "only": only}
+    made = plan.plan(config, topology, **options)
+    (first,), (again,) = made.costs["kontext"], plan.plan(config, topology, **options).costs["kontext"]
+    assert first == again and any("compiled in" in line for line in said) and said[-1].endswith("kept from before")
+    (counted,) = plan.plan(config, topology, only=only, count=True).costs["kontext"]
+    exact = ("parameters", "optimizer", "model_flops", "calls")
+    assert [getattr(first, name) for name in exact] == [getattr(counted, name) for name in exact]
+    # Parts are gathered in a node, gradients cross between them, and attention is cuDNN's.
+    assert first.collectives["all-gather"] > 0 and "all-gather between nodes" not in first.collectives
+    assert first.collectives["all-reduce between nodes"] > 0 and first.ports > 0
+    assert {call.implementation for call in made.attention["kontext"] if call.network == "MMDiT"} == {"cudnn"}
+    assert first.kernels["__cudnn$fmhaSoftmax"] and first.kernels["__cudnn$fmhaSoftmaxBackward"]
+
+
+@needs_cuda
+def test_a_target_that_the_plugin_does_not_know(tmp_path, monkeypatch):
+    (tmp_path / "h100.txtpb").write_text("gpu_device_info { unheard_of: 1 }")
+    monkeypatch.setattr("unipic2_jax.training.topology.TARGETS", tmp_path)
+    with pytest.raises(ConfigError, match=r"CUDA plugin .* does not know the target h100 .* plan for another chip"):
+        read_topology("gpu:8xh100").mesh(recipe("kontext", "tiny").parallel)
 
 
 @pytest.mark.slow

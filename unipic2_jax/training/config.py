@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from unipic2_jax.models.precision import PRECISIONS
-from unipic2_jax.parallel.mesh import AXES
+from unipic2_jax.parallel.mesh import AXES, PRESETS
 
 
 class ConfigError(ValueError):
@@ -27,6 +27,8 @@ class TrainingPaused(TrainingError):
     """What a step needs is not to be had now; it has not touched the state, which the loop saves before it leaves."""
 
 
+# A preset that stands for the fastest one that fits, see training.split.
+AUTO = "auto"
 # When frozen weights that are split are gathered.
 GATHERS = ("update", "layer")
 # What says which model is trained.
@@ -167,6 +169,9 @@ def validate(config: ConfigDict) -> ConfigDict:
         for field, least in {"steps": 1, "save_every": 1, "log_every": 1, "eval_every": 0}.items():
             if stage[field] < least:
                 raise ConfigError(f"config.stages.{name}.{field} is {stage[field]}; it must be at least {least}.")
+    if config.parallel.preset not in (AUTO, *PRESETS):
+        known = nearest(config.parallel.preset, (AUTO, *PRESETS))
+        raise ConfigError(f"config.parallel.preset is '{config.parallel.preset}'{known}")
     if config.parallel.gather not in GATHERS:
         raise ConfigError(f"config.parallel.gather is '{config.parallel.gather}'; use one of {', '.join(GATHERS)}.")
     if config.keep_checkpoints < 1:

@@ -11,12 +11,11 @@ import jax
 from ml_collections import ConfigDict
 
 from unipic2_jax.parallel.mesh import AXES
-from unipic2_jax.training.config import GATHERS, ConfigError
+from unipic2_jax.training.config import AUTO, GATHERS, ConfigError
 from unipic2_jax.training.plan import Plan, counted
 from unipic2_jax.training.plan_report import bound
 from unipic2_jax.training.topology import GB, NODE, Topology, of_devices
 
-AUTO = "auto"  # config.parallel.preset
 PARTS = 32  # of a parameter on TPUs, at most
 
 
