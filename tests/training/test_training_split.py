@@ -164,3 +164,24 @@ def test_without_the_compiler_it_is_said():
             plan_check.machines()
         with pytest.raises(ConfigError, match=r"pip install -r requirements-cuda.txt"):
             ONE.mesh(recipe("kontext", "tiny").parallel)
+
+
+def test_the_page_keeps_what_was_not_made_anew(tmp_path):
+    page, tables = tmp_path / "scaling.md", tmp_path / "tables.md"
+    page.write_text(f"before\n{plan_check.BEGIN}\n{plan_check.END}\nafter\n")
+    unit = lambda recipe, machine, text: plan_check.Checked(
+        recipe, machine, f"| {recipe} | {machine} | {text} |", f"## {recipe} on {machine}\n\n{text}\n"
+    )
+    first = [unit("pdtr", "gpu:8xh200", "old"), unit("pdtr", "gpu:8xh100", "kept")]
+    plan_check.document(first, page, tables, lambda: "| split | parts |\nbounds")
+    plan_check.document([unit("pdtr", "gpu:8xh200", "new"), unit("kontext", "gpu:8xh100", "more")], page, tables, str)
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after") and "bounds" not in lines
+    assert [line for line in lines if "gpu:" in line] == [
+        "| kontext | gpu:8xh100 | more |",
+        "| pdtr | gpu:8xh100 | kept |",
+        "| pdtr | gpu:8xh200 | new |",
+    ]
+    text = tables.read_text()
+    assert [text.count(word) for word in ("kept", "new", "more", "old")] == [1, 1, 1, 0]
+    assert text.index("kontext on gpu:8xh100") < text.index("pdtr on gpu:8xh100") < text.index("pdtr on gpu:8xh200")

@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import importlib.util
 import multiprocessing
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -68,7 +67,7 @@ def check(recipe: str, machine: str, cache: str) -> Checked:
         return Checked(recipe, machine, problems=(f"{recipe} on {machine}: {reason}",))
     command = f"python -m launch.plan --config=configs/{recipe}.py --topology={machine}"
     parts = [
-        f"### {recipe} on {machine}\n\n{topology.count} chips, {split.described(config)}, compiled:\n\n    {command}\n",
+        f"## {recipe} on {machine}\n\n{topology.count} chips, {split.described(config)}, compiled:\n\n    {command}\n",
         plan_report.table(made.costs, topology),
         *(f"{sentence}\n" for sentence in plan_report.kernels(made)),
         "The next splits, by arithmetic: " + "; ".join(f"{other} ({other.figures()})" for other in found[1:4]) + ".\n",
@@ -111,10 +110,21 @@ def bounds() -> str:
 
 
 def document(checked: Sequence[Checked], page: Path, tables: Path, bounded: Callable[[], str] = bounds) -> None:
-    """Writes the table into `page`, between BEGIN and END, and all else into `tables`."""
-    rows = [found.row for found in checked if found.row]
+    """Writes the table into `page`, between BEGIN and END, and all else into `tables`. What is there of other recipes and machines
+    stays."""
     text = page.read_text()
-    made = "\n".join([BEGIN, "", plan_report.SUMMARY, *rows, "", bounded(), "", END])
-    page.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: made, text, flags=re.DOTALL))
+    before, after = text.index(BEGIN), text.index(END)
+    lines = [row for row in text[before:after].splitlines() if row.startswith("| ") and not row.startswith("| recipe")]
+    rows = {tuple(row.strip("| ").split(" | ")[:2]): row for row in lines if row.strip("| ").split(" | ")[0] in RECIPES}
+    old = tables.read_text() if tables.is_file() else ""
+    sections = {tuple(part.split("\n", 1)[0].split(" on ")): f"## {part.strip()}\n" for part in old.split("\n## ")[1:]}
+    for found in checked:
+        unit = found.recipe, found.machine
+        if found.row:
+            rows[unit], sections[unit] = found.row, found.details
+    order = [(recipe, machine) for machine in (*GPUS, *TPUS) for recipe in RECIPES]
+    known = sorted(rows, key=lambda unit: order.index(unit) if unit in order else len(order))
+    made = [BEGIN, "", plan_report.SUMMARY, *(rows[unit] for unit in known), "", bounded(), "", ""]
+    page.write_text(text[:before] + "\n".join(made) + text[after:])
     head = "# The tables behind docs/scaling.md\n\n`make plan-check` makes this page; docs/scaling.md says what the columns are.\n"
-    tables.write_text("\n".join([head, *(found.details for found in checked if found.details)]))
+    tables.write_text("\n".join([head, *(sections[unit] for unit in known)]))
