@@ -75,7 +75,7 @@ def attention(
     bias: jax.Array | None = None,
     scale: float | None = None,
     implementation: str = "auto",
-    network: str = "attention",
+    network: str = "",
 ) -> jax.Array:
     """Softmax attention with the softmax in float32.
 
@@ -179,7 +179,8 @@ def _best(query: jax.Array, key: jax.Array, mask: jax.Array | None, bias: jax.Ar
 
 @functools.cache
 def _say(network: str, implementation: str, platform: str, reason: str | None) -> None:
-    logger.info("%s on %s: %s%s", network, platform, implementation, f" ({reason})" if reason else "")
+    of, why = (f" of {network}" if network else ""), (f" ({reason})" if reason else "")
+    logger.info("attention%s on %s: %s%s", of, platform, implementation, why)
 
 
 def _cudnn(
