@@ -66,8 +66,9 @@ def test_every_shape_of_a_phase_is_compiled_before_its_first_step(tmp_path):
     # 2 x 2 whatever the aspect ratio, with and without a reference; then 4 x 4 and 6 x 4, and 4 x 4 with one: all are asked for
     # in the first step, each is compiled once, and what is not needed yet does not hold up what is.
     assert counts == [5] * 12
-    assert len(said) == 5 and all("compiled the step for" in sentence for sentence in said)
-    assert "t2i 6x4" in "".join(said) and "edit 4x4 + 1 reference(s)" in "".join(said) and said[0].endswith(" s")
+    compiled = [sentence for sentence in said if "compiled the step for" in sentence]
+    assert len(compiled) == 5 and compiled[0].endswith(" s")
+    assert "t2i 6x4" in "".join(compiled) and "edit 4x4 + 1 reference(s)" in "".join(compiled)
 
 
 def test_a_batch_in_parts_is_the_batch(folder, tmp_path):

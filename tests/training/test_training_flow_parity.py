@@ -47,8 +47,8 @@ CASES = {
     "text to image": ("t2i", 1.0, {}),
     "edit": ("edit", 1.0, {}),
     "edit, error of the clean image": ("edit", 1.0, {"weighting": "sigma_squared"}),
-    # The norms of the two steps are about 43.5 and 36.6: one is clipped and the other is not.
-    "text to image, in two parts": ("t2i", 40.0, {"accumulation": 2}),
+    # With these levels the norms of the two steps are about 43.5 and 36.6: one is clipped and the other is not.
+    "text to image, in two parts": ("t2i", 40.0, {"accumulation": 2, "timesteps": {"shift": 1.0}}),
 }
 
 

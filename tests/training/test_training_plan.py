@@ -326,13 +326,9 @@ def test_a_stage_without_a_plan():
 
 
 def test_the_command(tmp_path):
-    tiny = (
-        "--config=configs/kontext.py:tiny",
-        "--config.schedule=('kontext',)",
-        "--config.parallel.preset=fsdp",
-        "--count",
-    )
-    code, out, error = command(*tiny, "--topology=gpu:2xh100,gpu:8xh200", "--markdown", f"--cache={tmp_path}")
+    tiny = ("--config=configs/kontext.py:tiny", "--config.schedule=('kontext',)", "--config.parallel.preset=fsdp")
+    flags = "--topology=gpu:2xh100,gpu:8xh200", "--markdown", "--count", f"--cache={tmp_path}"
+    code, out, error = command(*tiny, *flags)
     assert code == 0, error
     assert out.count("| **a step, on the average** |") == 2 and out.count("The smallest slice that fits: gpu:1x") == 2
     assert "    python -m launch.plan --config=configs/kontext.py:tiny" in out and "--topology=gpu:8xh200" in out

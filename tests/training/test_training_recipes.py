@@ -113,9 +113,7 @@ def test_the_full_pdtr_measures_before_and_after():
         assert {stage.negative_prompt for stage in (found.edit, found.t2i)} == {None}
     joint = asked(full("joint"), stages__joint__rewards__editreward__model="DIR").joint
     # The records of an evaluation are of no dataset.
-    assert joint.evaluations.edit.rewards.to_dict() == {
-        "editreward": {"weight": 1.0, "model": "DIR", "dtype": "bfloat16"}
-    }
+    assert joint.evaluations.edit.rewards.to_dict() == {"editreward": {"weight": 1.0, "model": "DIR"}}
     assert set(asked(full("t2i=none")).edit.evaluations) == {"t2i", "edit"}
     assert set(asked(full("edit=none")).t2i.evaluations) == {"t2i"}
 

@@ -435,9 +435,11 @@ class Ours:
         function = make_update(self._policy(), optimizer, self.settings.grpo)
 
         def arguments(given: Inputs) -> tuple[Any, ...]:
-            roll, described = sampled.arguments(given), isinstance(given.key, jax.core.Tracer)
-            sample = sampled.function if described else self.compiled.get("rollout", sampled.function)
-            trajectory, state = sample(*roll), init_state(given.lora, optimizer)
+            roll, state = sampled.arguments(given), init_state(given.lora, optimizer)
+            if isinstance(given.key, jax.core.Tracer):  # shapes are asked for
+                trajectory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sampled.function.eval_shape(*roll))
+            else:
+                trajectory = self.compiled.get("rollout", sampled.function)(*roll)
             return roll[0], state, None, trajectory, given.advantages, roll[2]
 
         roles = ("parameters", "state", *["batch"] * 4)
