@@ -227,7 +227,7 @@ def _speed_line(check: Check, name: str) -> str:
     measured = "-" if after is None else f"{'' if after > before else '< '}{after / GB:.2f}"
     cells = [name, f"{row.seconds[side.name]:.4g}", f"{row.flops / 1e12:.4g}", f"{speed / 1e12:.3g}"]
     cells += [f"{speed / check.chip.flops:.1%}" if check.chip else "-", measured]
-    cells += [f"{(held + built.said) / GB:.2f}", f"{(held + built.counted) / GB:.2f}", f"{built.seconds:.0f}"]
+    cells += [f"{(held + built.said) / GB:.3g}", f"{(held + built.counted) / GB:.3g}", f"{built.seconds:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 
