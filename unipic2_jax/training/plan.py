@@ -46,8 +46,9 @@ _TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)(
 # How XLA says that its default tiles of a product cannot be had. On a GPU it measures several, and cuBLAS beside them.
 _TILES = "find output tile sizes"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-# Activations that a compiler holds, in parts of the counted ones, by whether logits of attention are held (docs/scaling.md).
-CALIBRATION = {"flash": 1.0, "logits": 1.0}
+# Activations that XLA's GPU compiler holds at most, in parts of the counted ones, by whether logits of attention are held
+# (docs/scaling.md).
+CALIBRATION = {"flash": 1.2, "logits": 1.5}
 # Packages that hold compilers.
 COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 CACHE_FORMAT = 5  # of what is kept between plans
