@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -32,7 +33,7 @@ from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh
 from unipic2_jax.parallel.rules import RULES, axis_names, devices_along
 from unipic2_jax.training.config import ConfigError, model_config
-from unipic2_jax.training.counting import is_single, jaxpr_flops
+from unipic2_jax.training.counting import inner_jaxprs, is_single, jaxpr_flops
 from unipic2_jax.training.grpo_stage import tell_micro_batch
 from unipic2_jax.training.hlo import BETWEEN_NODES, Module
 from unipic2_jax.training.liveness import measure
@@ -43,6 +44,7 @@ from unipic2_jax.training.topology import NETWORK, Topology, has_compiler
 EFFORT = {"jax_optimization_level": "O0"}
 # How the compiler says that a program is too large, in units of GiB or MiB.
 _TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of")
+_ADDRESS = re.compile(r'backend_config = "\d+"')
 # How XLA says that its default tiles of a product cannot be had. On a GPU it measures several, and cuBLAS beside them.
 _TILES = "find output tile sizes"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -51,7 +53,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 CALIBRATION = {"flash": 1.2, "logits": 1.5}
 # Packages that hold compilers.
 COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-CACHE_FORMAT = 5  # of what is kept between plans
+CACHE_FORMAT = 6  # of what is kept between plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,7 +342,10 @@ def compile_program(
       ConfigError: when JAX does not understand what the compiler made.
     """
     lowered = traced.lower()
-    key = cache.key(lowered.as_text(), topology)
+    # Kernels that are split by a rule of their own stand in the text as the address of that rule, which differs from process to
+    # process; what they are asked for stands in the jaxpr.
+    asked = sorted({str(sorted(eqn.params.items(), key=str)) for eqn in _attention_calls(traced.jaxpr.jaxpr)})
+    key = cache.key("\n".join([_ADDRESS.sub("", lowered.as_text()), *asked]), topology)
     if found := cache.read(key):
         log("kept from before")
         return found
@@ -378,6 +383,14 @@ def compile_program(
     log(f"compiled in {seconds:.0f} s" + (", too large" if found["moved"] is None else ""))
     cache.write(key, found)
     return found
+
+
+def _attention_calls(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith("dot_product_attention"):
+            yield eqn
+        for inner in inner_jaxprs(eqn.params.values()):
+            yield from _attention_calls(inner)
 
 
 def _compiled(lowered: jax.stages.Lowered, log: Callable[[str], None]) -> jax.stages.Compiled:
