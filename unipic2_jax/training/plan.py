@@ -181,7 +181,8 @@ def stages(
         context = StageContext(
             name, index, config.seed, mesh, Path("."), log=log, precision=precision, gather=config.parallel.gather
         )
-        bundle = abstract_bundle(_sized(config, model), mesh)
+        with recorded():  # parameters are described by passes over a token or two, which no program has
+            bundle = abstract_bundle(_sized(config, model), mesh)
         made = stage_class(stage.kind)(stage, bundle, context)
         programs = made.programs()
         # What a flow stage trains lives on in its state alone.
@@ -190,7 +191,8 @@ def stages(
             from unipic2_jax.training.judge import judge_program
 
             samples = stage.num_prompts * stage.grpo.group_size
-            programs.append(judge_program(mesh, samples, stage.height, stage.width, precision))
+            with recorded():
+                programs.append(judge_program(mesh, samples, stage.height, stage.width, precision))
             parameters["reward"] = programs[-1].arguments[0]
         yield dataclasses.replace(planned, parameters=parameters, programs=programs)
 
