@@ -315,7 +315,7 @@ def test_slices_that_a_network_joins():
 def test_a_program_that_a_newer_compiler_made():
     lowered = mock.Mock(**{"as_text.return_value": "program"})
     lowered.compile().as_text.side_effect = jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
-    traced = mock.Mock(**{"lower.return_value": lowered})
+    traced = mock.Mock(**{"lower.return_value": lowered, "jaxpr.jaxpr.eqns": []})
     with pytest.raises(ConfigError, match=r"cannot read a program that libtpu .* pip install 'jax\[tpu\]=="):
         plan.compile_program(traced, mock.Mock(), read_topology("v5p:2x2x1"), plan.Cache(None), print)
 
@@ -425,3 +425,22 @@ def test_a_full_recipe_by_arithmetic():
     assert all(plan_report.fits(c, GPUS) and c.seconds(GPUS) > 0 for c in costs)
     # 2.2 billion parameters with two moments and an average, in float32, on eight chips.
     assert 8 * costs[0].optimizer == pytest.approx(3 * 2.24e9 * 4, rel=0.1)
+
+
+def test_what_is_kept_does_not_depend_on_the_process(tmp_path):
+    """A kernel with a rule of its own stands in the text as an address; what it is asked for has to tell programs apart."""
+    machine, said = read_topology("v5p:2x2x1"), []
+
+    def planned(address, scale):
+        text = f'custom_call @CustomSPMDPartitioning {{backend_config = "{address}"}}'
+        lowered = mock.Mock(**{"as_text.return_value": text})
+        lowered.compile().as_text.return_value = "ENTRY %main () -> f32[] {\n}"
+        for size in ("argument", "output", "alias", "temp", "generated_code"):
+            setattr(lowered.compile().memory_analysis(), f"{size}_size_in_bytes", 0)
+        call = mock.Mock(params={"scale": scale}, **{"primitive.name": "dot_product_attention_fwd_wrapper"})
+        traced = mock.Mock(**{"lower.return_value": lowered, "jaxpr.jaxpr.eqns": [call]})
+        plan.compile_program(traced, mock.Mock(), machine, plan.Cache(tmp_path), said.append)
+
+    for address, scale in ((1234, 0.125), (5678, 0.125), (5678, 0.25)):
+        planned(address, scale)
+    assert ["kept" in sentence for sentence in said] == [False, True, False]
