@@ -13,11 +13,14 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+from unipic2_jax.models import attention
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training import plan, plan_report
 from unipic2_jax.training.config import ConfigError, validate
+from unipic2_jax.training.counting import jaxpr_flops
 from unipic2_jax.training.liveness import measure
 from unipic2_jax.training.topology import SLICES, has_compiler, read_topology
 
@@ -172,6 +175,24 @@ def test_flash_attention_holds_no_logits():
     traced = jax.jit(attend).trace(shape, shape, shape)
     logits = 2 * 4 * 512 * 512 * 4
     assert measure(traced, [None] * 3, flash=True).held < logits / 8 < logits <= measure(traced, [None] * 3).held
+
+
+def test_attention_is_counted_alike_where_its_kernel_is_there(monkeypatch):
+    """A run on a GPU prices its splits there, where attention is a primitive of its own."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    shape = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16)  # even: padding takes memory of its own
+
+    def work(platform):
+        # Another function each time: what was traced before is not traced again.
+        loss = lambda q, k, v: jnp.sum(attention.attention(q, k, v).astype(jnp.float32))
+        monkeypatch.setattr(attention, "_platform", lambda: platform)
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(shape, shape, shape)
+        return measure(traced, [None] * 3, flash=True), jaxpr_flops(traced.jaxpr.jaxpr)
+
+    (here, flops), (there, kernel_flops) = work("cpu"), work("gpu")
+    assert 0.3 < there.moved / here.moved < 1.5 and 0.3 < there.held / here.held < 1.5
+    # The backward pass computes the logits again.
+    assert kernel_flops == pytest.approx(7 / 6 * flops, rel=0.01)
 
 
 def test_the_table(counted):

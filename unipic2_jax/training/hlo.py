@@ -147,9 +147,9 @@ class Module:
         """Bytes that a device's own port to the network passes, if the members of a group that are in one node share what
         crosses between nodes; `nodes` has the node of each device."""
         total = 0.0
-        for kind, size, instruction in self._collectives():
+        for _, size, instruction in self._collectives():
             if members := _crossing(instruction, nodes):
-                total += size * (2 if kind == "all-reduce" else 1) / members
+                total += size / members
         return total
 
     def collective_bytes(self, nodes: Sequence[int] = ()) -> dict[str, int]:
@@ -161,11 +161,11 @@ class Module:
         found: dict[str, int] = {}
         for kind, size, instruction in self._collectives():
             name = kind + (BETWEEN_NODES if _crossing(instruction, nodes) else "")
-            found[name] = found.get(name, 0) + size * (2 if kind == "all-reduce" else 1)
+            found[name] = found.get(name, 0) + size
         return found
 
     def _collectives(self) -> Iterator[tuple[str, int, Instruction]]:
-        """Kind, bytes in all of the program's turns, and the instruction."""
+        """Kind, bytes that a device receives in all of the program's turns, and the instruction."""
         for own, instruction, times in self._running():
             inside = {}
             if instruction.op == "fusion":
@@ -180,7 +180,7 @@ class Module:
                 most = max(given, max(line.sizes, default=0))
                 if kind == "all-reduce" and inside and instruction.size < most:
                     kind = "reduce-scatter"
-                yield kind, times * most, line
+                yield kind, times * most * (2 if kind == "all-reduce" else 1), line
 
     def moved_bytes(self) -> int:
         """Bytes that are read from and written to memory, if every instruction reads and writes its arrays once.

@@ -35,6 +35,8 @@ KERNELS = {
     *PRODUCTS,
     *("gather", "scatter", "scatter-add", "scatter_add", "sort", "argmax", "argmin", "cumsum", "dynamic_update_slice"),
     *("random_bits", "random_split", "random_fold_in", "top_k", "reduce_window", "select_and_scatter_add"),
+    # Attention, where the chip is there and has a kernel.
+    *("dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper", "pallas_call"),
 }
 LARGE = 4  # an array depends on others of at least this part of its size
 FLASH_CHANNELS = 256  # of a head, at most

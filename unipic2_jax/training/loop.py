@@ -74,23 +74,25 @@ def run(
       SystemExit: with 128 + the signal's number after SIGTERM or SIGINT, when the state has been saved.
     """
     config = config_lib.validate(config)
-    if mesh is None:
-        config = split.resolved(config, _tell)
-        mesh = config_mesh(config)
-    with jax.set_mesh(mesh):
+    # Every split shares a batch over all devices, so that stages are checked before one is chosen, which takes a while.
+    found = mesh or config_mesh(split.copies(config))
+    with jax.set_mesh(found):
         try:
             check_implementation(config.attention)
         except ValueError as error:
             raise config_lib.ConfigError(f"config.{error}") from error
     for name in config.schedule:
         try:
-            stage_class(config.stages[name].kind).check(config.stages[name], mesh)
+            stage_class(config.stages[name].kind).check(config.stages[name], found)
         except (ValueError, FileNotFoundError) as error:
             raise config_lib.ConfigError(f"config.stages.{name}: {error}") from error
     workdir = Path(workdir)
     check_writable(workdir)
     config_lib.check_same_run(config, workdir / "config.json")
     use_compilation_cache(workdir)
+    if mesh is None:
+        config = split.resolved(config, _tell)
+        mesh = config_mesh(config)
     # A language model that came from a folder of its own stays there.
     with_vlm = config_lib.model_config(config, config.stages[config.schedule[-1]].model).vlm is None
     save = save or functools.partial(save_bundle, with_vlm=with_vlm, precision=PRECISIONS[config.precision])

@@ -542,7 +542,7 @@ def counted(
             "--config.parallel.preset=fsdp or ddp, or install the compiler: pip install -r "
             f"requirements-{'tpu' if topology.is_tpu else 'cuda'}.txt."
         )
-    mesh = make_mesh(jax.devices()[:1], "fsdp")
+    mesh = make_mesh(jax.local_devices()[:1], "fsdp")  # every process of a run counts for itself
     flash = config.get("attention", "auto") != "xla"
     found = [Plan([], {}) for _ in splits]
     with jax.set_mesh(mesh):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,9 +78,15 @@ def splits(config: ConfigDict, topology: Topology) -> list[ConfigDict]:
 
 
 def priced(
-    config: ConfigDict, topology: Topology, log: Callable[[str], None] = lambda sentence: None, parts: Any = None
+    config: ConfigDict,
+    topology: Topology,
+    log: Callable[[str], None] = lambda sentence: None,
+    parts: Mapping[str, int] | None = None,
 ) -> list[Split]:
     """All `splits` of a recipe, those that fit before those that do not, the fastest first.
+
+    Args:
+      parts: what the recipe's fields of `Split.parts` were set to, to be told.
 
     Raises:
       ConfigError: when the recipe's batches do not come out even.
@@ -175,6 +181,11 @@ def _parts(config: ConfigDict, devices: int, samples: int) -> dict[str, int] | N
     return found
 
 
+def copies(config: ConfigDict) -> ConfigDict:
+    """The configuration with whole copies of the parameters in place of `parallel.preset='auto'`."""
+    return _with(config, {"preset": "ddp"}) if config.parallel.preset == AUTO else config
+
+
 def resolved(config: ConfigDict, log: Callable[[str], None]) -> ConfigDict:
     """The configuration with a split in place of `parallel.preset='auto'`, for the devices that JAX has; says which and why.
 
@@ -185,7 +196,7 @@ def resolved(config: ConfigDict, log: Callable[[str], None]) -> ConfigDict:
         return config
     devices = jax.devices()
     if devices[0].platform == "cpu" or len(devices) == 1:
-        return _with(config, {"preset": "ddp"})
+        return copies(config)
     found = priced(config, of_devices(devices))
     return chosen(config, found, log)
 
