@@ -266,16 +266,6 @@ def test_batches_that_do_not_come_out_even():
         plan.plan(config, GPUS, count=True)
     with pytest.raises(ConfigError, match="samples cannot be split"):
         plan.plan(recipe("pdtr", "tiny"), read_topology("gpu:5xh100"), count=True)
-    with pytest.raises(ConfigError, match="prompts cannot be counted for 32 chips"):
-        plan.plan(recipe("pdtr", "tiny", **{"stages.edit.num_prompts": 16}), read_topology("gpu:32xh100"), count=True)
-    batches = {"stages.edit.num_prompts": 8, "stages.edit.sampling_batches": 4, "stages.edit.grpo.group_size": 16}
-    with pytest.raises(
-        ConfigError, match=r"8 prompts cannot be counted for 8 chips in 4 sampling_batches; .* multiple of 32"
-    ):
-        plan.plan(recipe("pdtr", "tiny", **batches), GPUS, count=True)
-    batches |= {"stages.edit.num_prompts": 24, "stages.edit.sampling_batches": 2}
-    with pytest.raises(ConfigError, match="24 prompts cannot be counted for 8 chips in 2 sampling_batches"):
-        plan.plan(recipe("pdtr", "tiny", **batches), GPUS, count=True)
     with pytest.raises(ConfigError, match=r"micro-batches of 96 on 64 devices; choose .*grpo\.micro_batch that divide"):
         uneven = {"stages.edit.grpo.micro_batch": 96, "parallel.preset": "ddp"}
         plan.plan(recipe("pdtr", **uneven), read_topology("gpu:64xh100"), count=True)
@@ -283,6 +273,18 @@ def test_batches_that_do_not_come_out_even():
         plan.plan(recipe("kontext", "tiny", **{"parallel.preset": "fsdp_tp"}), GPUS, count=True)
     with pytest.raises(ConfigError, match="does not fit 5 devices"):
         plan.plan(recipe("kontext", "tiny", **{"parallel.preset": "fsdp_tp"}), read_topology("gpu:5xh100"), count=True)
+
+
+def test_groups_on_several_chips_are_counted():
+    """A chip's products are its share of the samples, whether its part is whole prompts or a part of one's group."""
+
+    def update(prompts, group):
+        changes = {"stages.edit.num_prompts": prompts, "stages.edit.grpo.group_size": group, "schedule": ("edit",)}
+        config = recipe("pdtr", "tiny", **changes)
+        (found,) = [c for c in plan.plan(config, GPUS, count=True).costs["edit"] if c.name == "update"]
+        return found.flops, found.activations
+
+    assert update(2, 32) == update(8, 8)  # 8 samples of each chip
 
 
 NOTHING = {"only": lambda planned, program: False}

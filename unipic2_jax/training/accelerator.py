@@ -29,6 +29,8 @@ PACKAGES = (
     *("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "libtpu"),
     *("flax", "torch", "diffusers", "peft"),
 )
+# Of the time that is left, for the kernels alone.
+ATTENTION_SHARE = 0.4
 # PyTorch's weights, gradients and moments of a whole training step beside JAX's take more than 80 GB.
 ROOM_FOR_BOTH = 100e9
 
@@ -109,12 +111,13 @@ def attention(check: Check) -> Iterator[str]:
     )
     made = {(case, kernel): kernels.functions(case, kernel) for case in cases for kernel in chosen}
     found: dict[Any, Any] = {}
-    jobs = [
-        ((case, kernel, name), function)
-        for (case, kernel), functions in made.items()
-        for name, function in functions.items()
-    ]
-    jobs += [((case, "", "truth"), kernels.truth_function(case)) for case in cases]
+    jobs = []
+    for case in cases:
+        jobs += [((case, kernel, name), each) for kernel in chosen for name, each in made[case, kernel].items()]
+        jobs.append(((case, "", "truth"), kernels.truth_function(case)))
+    # What follows needs more time than this.
+    ends = time.monotonic() + ATTENTION_SHARE * check.left()
+    left = lambda: ends - time.monotonic()
 
     def compile_one(key: Any, function: Any) -> None:
         try:
@@ -126,7 +129,7 @@ def attention(check: Check) -> Iterator[str]:
     waiting = iter(jobs)
 
     def worker() -> None:
-        while check.left() > 0 and (job := next_job()) is not None:
+        while left() > 0 and (job := next_job()) is not None:
             compile_one(*job)
 
     lock = threading.Lock()
@@ -139,7 +142,7 @@ def attention(check: Check) -> Iterator[str]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(max(check.left(), 1.0))
+        thread.join(max(left(), 1.0))
     check.log(f"{len(found)} of {len(jobs)} programs of attention compiled")
     yield kernels.outcome_heading(chosen)
     for case in cases:

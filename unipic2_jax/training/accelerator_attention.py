@@ -119,8 +119,8 @@ def measured_kernel() -> str:
 
 
 def worth_measuring(cases: list[Case]) -> list[Case]:
-    """One for each shape that has the device's kernel, with gradients where some network of the shape is trained; on a device
-    without a kernel of its own one for each network.
+    """One for each shape that has the device's kernel, with gradients where some network of the shape is trained, the largest
+    first; on a device without a kernel of its own one for each network.
     """
     if measured_kernel() == "xla":
         return list({case.network: case for case in reversed(cases)}.values())[::-1]
@@ -129,7 +129,8 @@ def worth_measuring(cases: list[Case]) -> list[Case]:
         if case.call.implementation == measured_kernel():
             before = found.setdefault(case.shape, case)
             found[case.shape] = dataclasses.replace(before, trained=before.trained or case.trained)
-    return list(found.values())
+    size = lambda case: case.call.operands["query"].shape[0] * case.call.heads * case.call.queries * case.call.keys
+    return sorted(found.values(), key=size, reverse=True)
 
 
 @dataclasses.dataclass(frozen=True)

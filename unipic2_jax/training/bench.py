@@ -180,17 +180,12 @@ def grpo_optimizer() -> Any:
     return fields
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _drawn(leaves: tuple[tuple[str, tuple[int, ...]], ...], dtype: Any) -> list[jax.Array]:
+# One program for each shape: XLA takes a minute for a program that draws all weights of a transformer.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _drawn(number: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     # By the generator that compiles and runs fastest everywhere; of a normal draw its spread matters here alone.
-    key = jax.random.key(0, impl="rbg")
-    spread = 0.02 * 3**0.5
-
-    def draw(number: int, name: str, shape: tuple[int, ...]) -> jax.Array:
-        noise = jax.random.uniform(jax.random.fold_in(key, number), shape, jnp.float32, -spread, spread)
-        return (noise + (name == "scale")).astype(dtype)
-
-    return [draw(number, *leaf) for number, leaf in enumerate(leaves)]
+    key, spread = jax.random.fold_in(jax.random.key(0, impl="rbg"), number), 0.02 * 3**0.5
+    return jax.random.uniform(key, shape, jnp.float32, -spread, spread).astype(dtype)
 
 
 def draw_like(tree: Any, dtype: Any = jnp.float32) -> Any:
@@ -199,8 +194,11 @@ def draw_like(tree: Any, dtype: Any = jnp.float32) -> Any:
     No leaf is zero: at their initial values modulations and updates are, and would hide what they multiply.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    named = tuple((str(path[-1].key), tuple(leaf.shape)) for path, leaf in leaves)
-    return jax.tree.unflatten(structure, _drawn(named, jnp.dtype(dtype)))
+    dtype = jnp.dtype(dtype)
+    drawn = [_drawn(number, tuple(leaf.shape), dtype) for number, (_, leaf) in enumerate(leaves)]
+    return jax.tree.unflatten(
+        structure, [x + 1 if path[-1].key == "scale" else x for (path, _), x in zip(leaves, drawn)]
+    )
 
 
 def weight_shapes(config: MMDiTConfig) -> Any:

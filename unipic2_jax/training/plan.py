@@ -235,15 +235,12 @@ def _part_of_batch(name: str, stage: ConfigDict, shards: int, log: Callable[[str
     if stage.kind == "flow":
         stage.batch_size //= shards
         return
-    batches = stage.sampling_batches
-    if stage.num_prompts % (batches * shards):
-        raise ConfigError(
-            f"config.stages.{name}: {stage.num_prompts} prompts cannot be counted for {shards} chips"
-            + (f" in {batches} sampling_batches" if batches > 1 else "")
-            + f"; make num_prompts a multiple of {batches * shards}, or plan for a TPU topology, which is compiled."
-        )
+    samples, parts = stage.num_prompts * stage.grpo.group_size, stage.sampling_batches * shards
     tell_micro_batch(name, stage, shards, log)
-    stage.num_prompts //= shards
+    if stage.num_prompts % parts:  # a group is on several chips, each of which has a prompt of it
+        stage.num_prompts, stage.grpo.group_size = stage.sampling_batches, samples // parts
+    else:
+        stage.num_prompts //= shards
     stage.grpo.micro_batch = -(-stage.grpo.micro_batch // shards)
 
 
