@@ -23,6 +23,13 @@ OURS = tuple(
 flags.DEFINE_bool("traceback", False, "Show the full traceback of an error that would otherwise be one sentence.")
 
 
+def lora_flag() -> flags.FlagHolder[list[str]]:
+    """--lora, of commands that use a model."""
+    return flags.DEFINE_list(
+        "lora", [], "LoRA on the model: file, folder or hub id, and :SCALE if not 1; several with commas between them."
+    )
+
+
 def quiet() -> None:
     """Keeps libraries from telling what they did not find (accelerators, PyTorch); call it before they are imported."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

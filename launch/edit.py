@@ -20,6 +20,7 @@ from unipic2_jax import pipelines
 from unipic2_jax.pipelines import jobs
 
 MODEL = flags.DEFINE_string("model", pipelines.TINY, "Model folder in diffusers layout, or hub id.")
+LORA = cli.lora_flag()
 VLM = flags.DEFINE_string(
     "vlm", None, "Qwen2.5-VL of a MetaQuery model, folder or hub id; vlm/ in the model if not given."
 )
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
         "resize_references": not KEEP_ASPECT.value,
     }
     work = jobs.load_images(work)
-    pipe = pipelines.load(MODEL.value, DTYPE.value, vlm=VLM.value)
+    pipe = pipelines.load(MODEL.value, DTYPE.value, vlm=VLM.value, loras=LORA.value)
     print(f"{MODEL.value}: {pipe.bundle.conditioner.description}", file=sys.stderr)
     for path in jobs.run(pipe, work, target, progress=True, **options):
         print(path)

@@ -17,6 +17,7 @@ from unipic2_jax.pipelines import TINY
 
 _SUITE = flags.DEFINE_enum("suite", "shapes", ["shapes", "shapes-vqa"], "What to measure.")
 _MODEL = flags.DEFINE_string("model", str(TINY), "Folder of the model in diffusers layout, or a hub id.")
+_LORA = cli.lora_flag()
 _OUT = flags.DEFINE_string("out", None, "Folder that receives scores.json, and contact sheets or answers.jsonl.")
 _RECONSTRUCT = flags.DEFINE_bool("reconstruct", False, "Measure the autoencoder alone: which scenes stay readable.")
 _GATES = flags.DEFINE_bool("gates", False, "Exit with 1 unless the scores lie where a checkpoint for RL must lie.")
@@ -64,10 +65,11 @@ def _score_answers() -> list[str]:
 
 def _score_pictures() -> list[str]:
     from unipic2_jax.evaluation import shapes
+    from unipic2_jax.pipelines.adapters import load_fused
     from unipic2_jax.pipelines.bundle import load_bundle
 
     baseline = _read_baseline()
-    bundle = load_bundle(_MODEL.value)
+    bundle, _ = load_fused(load_bundle(_MODEL.value), _LORA.value)
     missed: list[str] = []
     if _RECONSTRUCT.value:
         found = shapes.readability(bundle)

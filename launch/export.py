@@ -1,27 +1,47 @@
-"""Writes a model or an EditReward in another precision: `python -m launch.export --model DIR --out DIR --dtype float16`."""
+"""Writes a model or an EditReward in another precision, or with LoRAs merged into it.
+
+    python -m launch.export --model=DIR --out=DIR --dtype=float16
+    python -m launch.export --model=DIR --lora=runs/finetune/stages/finetune:0.8 --out=DIR
+
+With `--lora` and no `--dtype` all that no LoRA changes is copied bit for bit.
+"""
 
 from __future__ import annotations
+
+import sys
 
 from absl import flags
 
 from launch import cli
 
-_MODEL = flags.DEFINE_string("model", None, "Folder of the model.")
+_MODEL = flags.DEFINE_string("model", None, "Folder or hub id of the model.")
+_LORA = cli.lora_flag()
 _OUT = flags.DEFINE_string("out", None, "Folder to write, in the same layout.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float16", "bfloat16"], "Of the written weights.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "float16", "bfloat16"], "Of the written weights; float32, or with --lora the files' own."
+)
 flags.mark_flags_as_required(["model", "out"])
 
 
 def main(argv: list[str]) -> None:
     """Loads and saves."""
     del argv
+    from unipic2_jax.pipelines import adapters
     from unipic2_jax.pipelines.bundle import load_bundle, save_bundle
     from unipic2_jax.pipelines.edit_reward import EditRewardModel, is_edit_reward
 
     if is_edit_reward(_MODEL.value):
-        EditRewardModel.load(_MODEL.value).save(_OUT.value, _DTYPE.value)
+        if _LORA.value:
+            raise ValueError(f"{_MODEL.value} is an EditReward, which has a LoRA of its own; leave --lora out.")
+        EditRewardModel.load(_MODEL.value).save(_OUT.value, _DTYPE.value or "float32")
         return
-    save_bundle(load_bundle(_MODEL.value), _OUT.value, _DTYPE.value)
+    bundle = load_bundle(_MODEL.value)
+    if not _LORA.value:
+        save_bundle(bundle, _OUT.value, _DTYPE.value or "float32")
+        return
+    bundle, changed = adapters.load_fused(bundle, _LORA.value)
+    save_bundle(bundle, _OUT.value, _DTYPE.value, changed=changed)
+    print(f"{_OUT.value}: {', '.join(_LORA.value)} merged into {len(changed)} leaves", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from launch import cli
 from unipic2_jax.pipelines import TINY
 
 MODEL = flags.DEFINE_string("model", str(TINY), "Model folder or hub id that makes the edits.")
+LORA = cli.lora_flag()
 SOURCE = flags.DEFINE_string(
     "source", '{"kind": "shapes", "task": "edit"}', "Of edits to make: JSON with its kind and options."
 )
@@ -77,9 +78,15 @@ def main(argv: list[str]) -> None:
     judged = {name: value for name, value in judge.items() if name not in CALL_FIELDS}
     judged = entries["judge"].reward.deciding(judged)
     made = {name: value for name, value in dataclasses.asdict(variety).items() if name not in FREE}
-    settings = {"model": MODEL.value, "source": source, "judge": judged, **made}
+    settings = {
+        "model": MODEL.value,
+        **({"lora": LORA.value} if LORA.value else {}),
+        "source": source,
+        "judge": judged,
+        **made,
+    }
     edits = ScoredEdits(OUT.value, settings)
-    counts = edits.run(pipelines.load(MODEL.value), prompts, scorer, variety, budget)
+    counts = edits.run(pipelines.load(MODEL.value, loras=LORA.value), prompts, scorer, variety, budget)
     print(", ".join(f"{name} {count}" for name, count in counts.items()))
     if budget.cost is not None:
         print(f"cost {budget.price(edits.spent):.2f} of {budget.cost:.2f}")

@@ -65,7 +65,7 @@ def test_a_new_lora_changes_nothing_and_more_padding_neither(model):
     tokens, windows = given.input_ids.shape[1], given.vision.frames.shape[1]
     wide = pad_to(given, tokens + 16, windows + 2)
     np.testing.assert_allclose(model.apply(model.params, wide), model.apply(model.params, given), rtol=0, atol=1e-6)
-    assert set(variables(new)) == {"params", "lora"}
+    assert set(variables(model.module, new)) == {"params", "lora"}
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

@@ -26,8 +26,8 @@ SMALL = MMDiTConfig(
     pos_embed_max_size=4,
     dual_attention_layers=(0, 1),
 )
-ALPHA, RANK = 6.0, 3
-MODULE = MMDiT(SMALL, remat="none", lora_alpha=ALPHA)
+RANK = 3
+MODULE = MMDiT(SMALL, remat="none")
 # Compiling is most of what these tests cost, and needs no optimisation at this size.
 QUICK = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -85,19 +85,19 @@ def test_a_new_update_changes_nothing_and_is_drawn_as_published(params):
 def test_merged_equals_applied(params):
     lora = randomise(new_lora(params), 1)
     before = jax.tree.map(np.copy, params)
-    applied, merged = velocity({"params": params, "lora": lora}), velocity({"params": merge_lora(params, lora, ALPHA)})
+    applied, merged = velocity({"params": params, "lora": lora}), velocity({"params": merge_lora(params, lora)})
     applied, merged = np.asarray(applied), np.asarray(merged)
     assert np.linalg.norm(applied - merged) / np.linalg.norm(merged) < 1e-5
     plain = np.asarray(velocity({"params": params}))
     assert np.linalg.norm(applied - plain) / np.linalg.norm(plain) > 1e-2
     jax.tree.map(np.testing.assert_array_equal, params, before)
-    halved = merge_lora(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), lora, ALPHA)
+    halved = merge_lora(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), lora)
     assert {leaf.dtype for leaf in jax.tree.leaves(halved)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_only_the_targets_are_merged(params):
     lora = randomise(new_lora(params), 1)
-    old, new = table.flatten(params), table.flatten(jax.device_get(merge_lora(params, lora, ALPHA)))
+    old, new = table.flatten(params), table.flatten(jax.device_get(merge_lora(params, lora)))
     assert old.keys() == new.keys()
     changed = {path for path in old if np.any(old[path] != new[path])}
     adapted = {path.removesuffix("/a") + "/kernel" for path in table.flatten(lora) if path.endswith("/a")}
@@ -134,8 +134,8 @@ def test_full_size_has_191_matrices_and_18_8_million_parameters():
         if rule.path.endswith("/kernel") and rule.path.removesuffix("/kernel") in adapted
         for name, _ in rule.names()
     }
-    torch_names = {name if name != "to_out" else "to_out.0" for name in LORA_TARGETS}
-    wanted = {f"transformer_blocks.{i}.attn.{name}.weight" for i in range(24) for name in torch_names}
+    torch_names = {name if name != "attn.to_out" else "attn.to_out.0" for name in LORA_TARGETS}
+    wanted = {f"transformer_blocks.{i}.{name}.weight" for i in range(24) for name in torch_names}
     assert found == wanted - {"transformer_blocks.23.attn.to_add_out.weight"}
     assert len(found) == 191
 
@@ -149,7 +149,7 @@ def test_mismatches_are_named(params):
     wrong = jax.tree.map(lambda x: x, lora)
     wrong["blocks"]["attn"]["to_q"]["a"] = jnp.zeros((1, 5, RANK))
     with pytest.raises(ValueError, match=r"blocks/attn/to_q of shapes .* another size"):
-        merge_lora(params, wrong, ALPHA)
+        merge_lora(params, wrong)
     foreign = {**lora, "last_block": {"attn": {"to_add_out": lora["last_block"]["attn"]["to_q"]}}}
     with pytest.raises(ValueError, match="last_block/attn/to_add_out, which this model does not have"):
-        merge_lora(params, foreign, ALPHA)
+        merge_lora(params, foreign)

@@ -102,6 +102,10 @@ BAD = {
     "guidance": ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
     "count": ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
     "output": ({"output_type": "jpeg"}, "output_type 'jpeg' is unknown; choose one of 'pil', 'np', 'latent'"),
+    "negative": (
+        {"negative_prompt": "a", "guidance_scale": 1.0},
+        "negative_prompt changes nothing at guidance_scale 1",
+    ),
     "negatives": ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt has 3 entries for 2 prompts"),
     "seed": ({"seed": -1}, "seed -1 is outside 0"),
     "seeds": ({"seed": [1, 2, 3]}, "3 seeds for 2 pictures"),

@@ -14,11 +14,14 @@ import toy_grpo
 from unipic2_jax.data.examples import EXAMPLES, EndlessExamples, Example, make_examples
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.flow.timesteps import TimestepSampling
+from unipic2_jax.models.lora import count_matrices, merge_lora
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training.autoencoder_stage import AutoencoderStage
 from unipic2_jax.training.config import ConfigError, make_stage
 from unipic2_jax.training.flow_stage import FlowStage
 from unipic2_jax.training.stage import StageContext
+from unipic2_jax.weights import table
+from unipic2_jax.weights.lora import load_lora
 
 
 class ToyExamples(EndlessExamples):
@@ -109,6 +112,54 @@ def test_a_flow_step_is_a_function_of_state_and_number(flow):
     a, b = ({name: value for name, value in metrics.items() if name not in timed} for metrics in (a, b))
     assert a == b and all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two)))
     assert flow.step(flow.init(), 7)[1]["loss"] != a["loss"]
+
+
+def test_a_flow_stage_may_train_a_lora(tmp_path):
+    """It learns, nothing else changes, and what is kept, exported, and started from again is one update."""
+    lora = {"rank": 4, "alpha": 6.0, "targets": ("attn.to_q", "ff.net.2", "proj_out")}
+    fields = {"pool": 256, "ema_decay": 0.9, "optimizer": {"lr": 2e-2, "weight_decay": 0.0}}
+    stage = make("flow", tmp_path, lora=lora, **fields)
+    state, losses = train(stage, 30)
+    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:8])
+    assert set(state.trained) == {"lora"} and count_matrices(state.trained["lora"]) == 2 + 2 + 1
+    before, after = (
+        table.flatten(jax.device_get(params)) for params in (stage.bundle.params, stage.finish(state).params)
+    )
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    adapted = {path.removesuffix("/a") for path in table.flatten(state.trained["lora"]) if path.endswith("/a")}
+    assert before.keys() == after.keys() and changed == {f"transformer/{path}/kernel" for path in adapted}
+
+    stage.export(state, tmp_path)
+    config, own = stage.bundle.transformer.config, stage.bundle.params["transformer"]
+    merged = table.flatten(jax.device_get(merge_lora(own, load_lora(tmp_path, config))))
+    for path in merged:
+        np.testing.assert_allclose(merged[path], after[f"transformer/{path}"], rtol=0, atol=1e-6)
+
+    # From the file, at another alpha and a larger rank, the next stage starts with the same weights.
+    again = {**lora, "rank": 6, "alpha": 3.0, "init": str(tmp_path), "targets": (*lora["targets"], "attn.to_k")}
+    stage = make("flow", tmp_path, lora=again, **fields)
+    state = stage.init()
+    started = table.flatten(jax.device_get(stage.finish(state).params["transformer"]))
+    for path in merged:
+        np.testing.assert_allclose(started[path], merged[path], rtol=0, atol=1e-6)
+    assert all(np.any(leaf) for path, leaf in table.flatten(state.trained["lora"]).items() if path.endswith("/a"))
+    for changes, words in (
+        ({"targets": ("attn.to_q", "proj_out")}, "adapts .*linear_2, which lora.targets leaves out"),
+        ({"rank": 2}, "has rank 4 and lora.rank is 2; make it 4"),
+        ({"targets": ("attn.to_qq",)}, "'attn.to_qq' is no layer of the transformer; it has "),
+        ({"targets": ("(",)}, "neither a name nor a regex"),
+        ({"rank": -1}, "lora.rank is -1"),
+        ({"rank": 0}, "lora.rank is 0; give a rank"),
+        ({"alpha": 0.0}, "lora.alpha is 0"),
+        ({"targets": ()}, "lora.targets is empty"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            make("flow", tmp_path, lora={**again, **changes}, **fields)
+    with pytest.raises(FileNotFoundError, match="no LoRA file or folder"):
+        make("flow", tmp_path, lora={**lora, "init": str(tmp_path / "nowhere")}, **fields)
+    with pytest.raises(ConfigError, match="the LoRA is all that is trained"):
+        make("flow", tmp_path, lora=lora, optimizer={"trainable": "^conditioner/"})
+    assert make_stage({"kind": "flow", "lora": None}).lora.rank == 0
 
 
 @pytest.mark.parametrize("pool", [0, 256])

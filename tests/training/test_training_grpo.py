@@ -23,6 +23,7 @@ from unipic2_jax.training.config import ConfigError, TrainingPaused
 from unipic2_jax.training.evaluator import check_evaluation, make_evaluators
 from unipic2_jax.training.metrics import read_evaluations, read_rows
 from unipic2_jax.training.stage import StageContext
+from unipic2_jax.weights import table
 
 LOGGED = [
     "reward",
@@ -120,6 +121,31 @@ def run(workdir):
     first = toy_grpo.stage(edit=True, sampling_batches=2)
     config = toy_grpo.config(edit=first, t2i=toy_grpo.stage(reference="base"))
     return loop.run(config, workdir, load=toy_grpo.load, save=toy_grpo.save, mesh=make_mesh(jax.devices()[:1]))
+
+
+def test_without_a_lora_all_of_the_transformer_is_reinforced(tmp_path):
+    """The reference stays what the stage began with; what it ends with are other weights and no LoRA file."""
+    config = toy_grpo.config(edit=toy_grpo.stage(lora=None, optimizer={"lr": 3e-3})).stages.edit
+    mesh = make_mesh(jax.devices()[:1])
+    context = StageContext("edit", 0, 0, mesh, tmp_path)
+    stage = grpo_stage.GRPOStage(config, toy_grpo.load(mesh=mesh), context)
+    state, first = stage.step(stage.init(), 0)
+    assert first["ratio_mean"] == pytest.approx(1, abs=1e-3) and first["log_prob_difference"] < 1e-5
+    for step in (1, 2):
+        state, later = stage.step(state, step)
+    assert later["kl"] > first["kl"] >= 0 and first["reward"] < later["reward"]
+    before, after = (table.flatten(jax.device_get(b.params)) for b in (stage.bundle, stage.finish(state)))
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    others = {path for path in before if not path.startswith("transformer/")} | {"transformer/pos_embed/pos_embed"}
+    assert before.keys() == after.keys() and not changed & others
+    assert len(changed) > 0.8 * (len(before) - len(others))
+    scores = stage.evaluate(state, 3)["metrics"]
+    assert scores != stage.evaluate(stage.init(), 0)["metrics"]
+    stage.export(state, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    with pytest.raises(ConfigError, match="reference='base' continues the LoRA of the stage before"):
+        wrong = toy_grpo.config(edit=toy_grpo.stage(lora=None, reference="base")).stages.edit
+        grpo_stage.GRPOStage.check(wrong, mesh)
 
 
 def test_a_stage_is_not_measured_again_where_the_one_before_ended(tmp_path, monkeypatch):
@@ -220,6 +246,7 @@ from pathlib import Path
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training import grpo_stage
 from unipic2_jax.training.stage import StageContext
+from unipic2_jax.weights import table
 
 # A large epsilon keeps Adam from turning rounding errors of gradients near zero into whole steps.
 optimizer = {{"lr": 0.3, "eps": 0.1}}

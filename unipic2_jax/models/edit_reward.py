@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from unipic2_jax.models.lora import rank_of, scaled
 from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig
 from unipic2_jax.models.qwen_vision import VisionInput, VisionTokens
 
@@ -27,7 +28,8 @@ class EditReward(nn.Module):
     Attributes:
       targets: how many scores.
       dtype, param_dtype: of the language model; the head computes in float32.
-      remat, lora_alpha: as of `Qwen2_5_VL`.
+      remat: as of `Qwen2_5_VL`.
+      lora_alpha: of the LoRA; its update is scaled by lora_alpha / rank.
     """
 
     config: Qwen2_5_VLConfig
@@ -39,7 +41,7 @@ class EditReward(nn.Module):
 
     def setup(self) -> None:
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.vlm = Qwen2_5_VL(self.config, **kinds, remat=self.remat, lora_alpha=self.lora_alpha)
+        self.vlm = Qwen2_5_VL(self.config, **kinds, remat=self.remat)
         self.head = nn.Dense(self.targets, kernel_init=nn.initializers.zeros)
 
     def __call__(
@@ -88,7 +90,9 @@ def init_lora(key: jax.Array, config: Qwen2_5_VLConfig, rank: int, dtype: Any = 
     return {"vlm": {"layers": layers}}
 
 
-def variables(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What `EditReward.apply` takes, of one tree {'vlm', 'head', and 'lora' where there is one}."""
+def variables(module: EditReward, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What `module.apply` takes, of one tree {'vlm', 'head', and 'lora' where there is one}."""
     out: dict[str, Any] = {"params": {"vlm": params["vlm"], "head": params["head"]}}
-    return {**out, "lora": params["lora"]} if "lora" in params else out
+    if "lora" not in params:
+        return out
+    return {**out, "lora": scaled(params["lora"], module.lora_alpha / rank_of(params["lora"]))}

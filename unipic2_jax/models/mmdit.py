@@ -18,7 +18,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from unipic2_jax.models.config import ModelConfig
-from unipic2_jax.models.mmdit_layers import Block, Compute, Dense, Modulation, TwoLayer, layer_norm, modulate
+from unipic2_jax.models.mmdit_layers import Block, Compute, Modulation, TwoLayer, dense, layer_norm, modulate
 from unipic2_jax.models.remat import rematerialised
 
 TIME_CHANNELS = 256
@@ -173,7 +173,6 @@ class MMDiT(nn.Module):
       config: sizes.
       dtype, param_dtype: of computation and of stored parameters. Norms and softmax are float32 always.
       remat: what of a block is kept for the backward pass, see `models.remat`.
-      lora_alpha: scale of the 'lora' collection's updates is lora_alpha / rank; without the collection there is none.
       attention_implementation: see `models.attention`.
       scan_unroll: blocks per iteration of the compiled loop.
     """
@@ -182,7 +181,6 @@ class MMDiT(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "full"
-    lora_alpha: float = 64.0
     attention_implementation: str = "auto"
     scan_unroll: int = 1
 
@@ -215,11 +213,11 @@ class MMDiT(nn.Module):
         """
         config = self.config
         check_inputs(config, latents, timestep, context, pooled, references, reference_sizes)
-        compute = Compute(self.dtype, self.param_dtype, self.lora_alpha, self.attention_implementation)
+        compute = Compute(self.dtype, self.param_dtype, self.attention_implementation)
         embed = PatchEmbed(config, compute, name="pos_embed")
         x = embed(latents)
         emb = TimeTextEmbed(config, compute, name="time_text_embed")(timestep, pooled)
-        text = Dense(config.width, compute, name="context_embedder")(context)
+        text = dense(config.width, compute, name="context_embedder")(context)
 
         skip, mask = 0, None
         if references is not None and references.shape[1]:
@@ -251,7 +249,7 @@ class MMDiT(nn.Module):
         scale, shift = Modulation(2, compute, name="norm_out")(emb)
         channels = config.patch_size**2 * config.out_channels
         x = modulate(layer_norm(streams[0]), scale, shift)
-        x = Dense(channels, compute, nn.initializers.zeros, name="proj_out")(x)
+        x = dense(channels, compute, kernel_init=nn.initializers.zeros, name="proj_out")(x)
         patch, rows = config.patch_size, latents.shape[1] // config.patch_size
         velocity = rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=rows, p=patch, q=patch)
         return velocity.astype(latents.dtype)

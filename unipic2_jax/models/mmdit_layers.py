@@ -11,7 +11,8 @@ from einops import rearrange
 from flax import linen as nn
 
 from unipic2_jax.models.attention import attention
-from unipic2_jax.parallel.rules import constrain, split_over
+from unipic2_jax.models.lora import LoRADense
+from unipic2_jax.parallel.rules import constrain
 
 EPS = 1e-6
 
@@ -22,32 +23,12 @@ class Compute:
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    lora_alpha: float = 64.0
     attention_implementation: str = "auto"
 
 
-class Dense(nn.Module):
-    """x [..., I] -> [..., features]; adds its own low-rank update when the collection 'lora' holds one for it."""
-
-    features: int
-    compute: Compute
-    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dtype, param_dtype = self.compute.dtype, self.compute.param_dtype
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype)
-        # As one matrix product XLA's CPU backend is up to twice as fast; accelerators do not care, unless a sample's
-        # tokens are on several of them: then the batch's and the tokens' axes cannot become one.
-        lead, x = x.shape[:-1], x.astype(dtype)
-        if not split_over("sequence"):
-            x = x.reshape(-1, x.shape[-1])
-        y = x @ kernel.astype(dtype) + bias.astype(dtype)
-        if self.has_variable("lora", "a"):
-            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            y = y + (x @ a.astype(dtype)) @ b.astype(dtype) * (self.compute.lora_alpha / a.shape[-1])
-        return y.reshape(*lead, self.features)
+def dense(features: int, compute: Compute, *, name: str, **options: Any) -> LoRADense:
+    """A dense layer of the module that this is called in."""
+    return LoRADense(features, dtype=compute.dtype, param_dtype=compute.param_dtype, name=name, **options)
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
@@ -83,7 +64,7 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, emb: jax.Array) -> list[jax.Array]:
-        linear = Dense(self.count * emb.shape[-1], self.compute, nn.initializers.zeros, name="linear")
+        linear = dense(self.count * emb.shape[-1], self.compute, kernel_init=nn.initializers.zeros, name="linear")
         vectors = jnp.split(linear(nn.silu(emb)), self.count, axis=-1)
         return [constrain(vector, "batch", None) for vector in vectors]
 
@@ -95,8 +76,8 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.gelu(Dense(4 * x.shape[-1], self.compute, name="linear_1")(x), approximate=True)
-        return Dense(x.shape[-1], self.compute, name="linear_2")(hidden)
+        hidden = nn.gelu(dense(4 * x.shape[-1], self.compute, name="linear_1")(x), approximate=True)
+        return dense(x.shape[-1], self.compute, name="linear_2")(hidden)
 
 
 class Attention(nn.Module):
@@ -116,7 +97,7 @@ class Attention(nn.Module):
         width = x.shape[-1]
 
         def project(name: str, tokens: jax.Array, norm: str | None) -> jax.Array:
-            y = Dense(width, self.compute, name=name)(tokens)
+            y = dense(width, self.compute, name=name)(tokens)
             y = rearrange(y, "b s (n d) -> b s n d", n=self.heads)
             return RMSNorm(self.compute, name=norm)(y) if norm and self.qk_norm else y
 
@@ -134,10 +115,10 @@ class Attention(nn.Module):
         kernel = self.compute.attention_implementation
         out = attention(query, key, value, mask=mask, implementation=kernel, network="MMDiT")
         out = rearrange(out, "b s n d -> b s (n d)")
-        image = Dense(width, self.compute, name="to_out")(out[:, :length])
+        image = dense(width, self.compute, name="to_out")(out[:, :length])
         if context is None or not self.context_out:
             return image, None
-        return image, Dense(width, self.compute, name="to_add_out")(out[:, length:])
+        return image, dense(width, self.compute, name="to_add_out")(out[:, length:])
 
 
 class Block(nn.Module):
@@ -200,5 +181,5 @@ class TwoLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.silu(Dense(self.features, self.compute, name="linear_1")(x))
-        return Dense(self.features, self.compute, name="linear_2")(hidden)
+        hidden = nn.silu(dense(self.features, self.compute, name="linear_1")(x))
+        return dense(self.features, self.compute, name="linear_2")(hidden)

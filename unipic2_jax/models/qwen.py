@@ -210,14 +210,13 @@ class QwenAttention(nn.Module):
     config: Qwen2_5_VLConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    lora_alpha: float = 64.0
 
     @nn.compact
     def __call__(
         self, x: jax.Array, angle: jax.Array, mask: jax.Array, cache: Cache | None, index: jax.Array | int
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype, "lora_alpha": self.lora_alpha}
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = functools.partial(LoRADense, kernel_init=KERNEL_INIT, **kinds)
 
         def heads(count: int, name: str) -> jax.Array:
@@ -245,7 +244,6 @@ class QwenLayer(nn.Module):
     config: Qwen2_5_VLConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    lora_alpha: float = 64.0
 
     @nn.compact
     def __call__(
@@ -254,11 +252,11 @@ class QwenLayer(nn.Module):
         c = self.config
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(nn.RMSNorm, epsilon=c.rms_norm_eps, **kinds)
-        attend = QwenAttention(c, **kinds, lora_alpha=self.lora_alpha, name="self_attn")
+        attend = QwenAttention(c, **kinds, name="self_attn")
         x = constrain(x, "batch", "sequence", None)
         mixed, cache = attend(norm(name="input_layernorm")(x), angle, mask, cache, index)
         x = x + mixed
-        mlp = GatedMLP(c.intermediate_size, False, **kinds, lora_alpha=self.lora_alpha, name="mlp")
+        mlp = GatedMLP(c.intermediate_size, False, **kinds, name="mlp")
         return x + mlp(norm(name="post_attention_layernorm")(x)), cache
 
 
@@ -267,15 +265,12 @@ class Qwen2_5_VL(nn.Module):
 
     Attributes:
       remat: what of a layer is kept for the backward pass, see `models.remat`.
-      lora_alpha: scale of the 'lora' collection's updates of the decoder is lora_alpha / rank; without the collection there
-        is none.
     """
 
     config: Qwen2_5_VLConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
-    lora_alpha: float = 64.0
 
     def setup(self) -> None:
         c = self.config
@@ -290,7 +285,7 @@ class Qwen2_5_VL(nn.Module):
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.layers = layers(c, **kinds, lora_alpha=self.lora_alpha)
+        self.layers = layers(c, **kinds)
         self.norm = nn.RMSNorm(epsilon=c.rms_norm_eps, **kinds)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=KERNEL_INIT, **kinds)

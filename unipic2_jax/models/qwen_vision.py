@@ -244,7 +244,6 @@ class GatedMLP(nn.Module):
     use_bias: bool
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    lora_alpha: float = 64.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -254,7 +253,6 @@ class GatedMLP(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=KERNEL_INIT,
-            lora_alpha=self.lora_alpha,
         )
         gate = jax.nn.silu(dense(self.features, name="gate_proj")(x))
         return dense(x.shape[-1], name="down_proj")(gate * dense(self.features, name="up_proj")(x))

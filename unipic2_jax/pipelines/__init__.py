@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
+from unipic2_jax.pipelines import adapters
 from unipic2_jax.pipelines.bundle import Bundle, init_bundle, load_bundle, save_bundle
 from unipic2_jax.pipelines.pipeline import Pipeline, PipelineOutput
 
@@ -33,7 +35,19 @@ __all__ = [
 
 
 def load(
-    source: str | os.PathLike = TINY, dtype: Any = None, mesh: Mesh | None = None, vlm: str | os.PathLike | None = None
+    source: str | os.PathLike = TINY,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    vlm: str | os.PathLike | None = None,
+    loras: Iterable[str] = (),
 ) -> Pipeline:
-    """The pipeline of a model folder or hub id; arguments and errors as `load_bundle`."""
-    return Pipeline(load_bundle(source, dtype, mesh, vlm), mesh)
+    """The pipeline of a model folder or hub id; arguments and errors as `load_bundle`.
+
+    Args:
+      loras: 'FILE_OR_FOLDER_OR_HUB_ID[:scale]', each; see `Pipeline.load_lora`.
+    """
+    wanted = adapters.parse(loras)
+    pipe = Pipeline(load_bundle(source, dtype, mesh, vlm), mesh)
+    for number, lora in enumerate(wanted):
+        pipe.load_lora(lora.source, lora.scale, name=f"{number}: {lora.source}")
+    return pipe

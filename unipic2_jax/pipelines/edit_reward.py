@@ -353,7 +353,7 @@ def _bucket(size: int) -> int:
 def apply(module: EditReward, params: Any, given: VLMInput) -> jax.Array:
     """`EditReward` on one tree of parameters and a prepared batch."""
     positions = given.positions.swapaxes(0, 1)
-    return module.apply(variables(params), given.input_ids, positions, given.valid, given.vision)
+    return module.apply(variables(module, params), given.input_ids, positions, given.valid, given.vision)
 
 
 def pad_to(given: VLMInput, tokens: int, windows: int) -> VLMInput:

@@ -84,8 +84,13 @@ def check_target(out: str | os.PathLike) -> Path:
 
     Raises:
       FileExistsError, IsADirectoryError: when something of the other kind is in the way.
+      ValueError: for the suffix of a picture that is not written.
     """
-    out = Path(out)
+    out, written = Path(out), ", ".join(PICTURE_SUFFIXES)
+    if out.suffix.lower() not in PICTURE_SUFFIXES and out.suffix.lower() in Image.registered_extensions():
+        raise ValueError(
+            f"The output {out} ends as a picture that is not written here; use one of {written}, or a folder."
+        )
     if out.suffix.lower() in PICTURE_SUFFIXES:
         if out.is_dir():
             raise IsADirectoryError(f"The output {out} is a folder although its name is a picture's; choose another.")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,10 +18,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from unipic2_jax.data.images import to_pil
+from unipic2_jax.models.lora import joined
 from unipic2_jax.parallel.mesh import batch_shards, shard_batch
+from unipic2_jax.pipelines import adapters, sampling
 from unipic2_jax.pipelines import images as pictures
-from unipic2_jax.pipelines import sampling
 from unipic2_jax.pipelines.bundle import Bundle
+from unipic2_jax.weights.lora import Adapter
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 REFERENCE_MODES = ("sample", "mode")
@@ -80,6 +84,50 @@ class Pipeline:
         steps = bundle.scheduler.num_train_timesteps
         self._denoise = jax.jit(functools.partial(sampling.denoise, bundle.transformer, num_train_timesteps=steps))
         self._decode = jax.jit(functools.partial(sampling.decode_latents, vae))
+        self._plain = bundle
+        self._loras: dict[str, tuple[Adapter, float]] = {}
+        self._lora: Any = None
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """Name -> scale of every LoRA that is loaded."""
+        return {name: scale for name, (_, scale) in self._loras.items()}
+
+    def load_lora(self, source: str | os.PathLike, scale: float = 1.0, name: str | None = None) -> None:
+        """Adds a LoRA; several add up. docs/weights.md lists the layouts of files that are read.
+
+        Args:
+          source: file, folder or hub id.
+          scale: what the file's own scale is multiplied by.
+          name: to unload it by; the file's or folder's by default. One of the same name is replaced.
+
+        Raises:
+          FileNotFoundError, ValueError: one sentence, about a file that is missing or does not fit the model.
+        """
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"scale is {scale!r}; give a finite number.")
+        adapter = adapters.read(self._plain, source)
+        self._use({**self._loras, name or Path(source).stem: (adapter, float(scale))})
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Takes away the LoRA of this name, or all.
+
+        Raises:
+          ValueError: there is none of this name.
+        """
+        if name is not None and name not in self._loras:
+            known = ", ".join(self._loras) or "none"
+            raise ValueError(f"There is no LoRA named {name!r}; loaded are: {known}.")
+        self._use({} if name is None else {key: own for key, own in self._loras.items() if key != name})
+
+    def fuse_lora(self) -> None:
+        """Merges all LoRAs into the model's weights, for good: they are as fast as no LoRA."""
+        self._plain, _ = adapters.fused(self._plain, list(self._loras.values()))
+        self._use({})
+
+    def _use(self, loras: dict[str, tuple[Adapter, float]]) -> None:
+        self.bundle, self._lora = adapters.applied(self._plain, list(loras.values()))
+        self._loras = loras
 
     def __call__(
         self,
@@ -111,7 +159,7 @@ class Pipeline:
             array [N, H, W, 3]) holds one entry per prompt; an entry is a picture, a list of pictures when the prompt
             has several references, or None when it has none. One prompt with two references: `[[a, b]]`.
           negative_prompt: one for all, or one per prompt; None: the conditioner's own, which is empty for text-to-image and the
-            published quality string for edits.
+            published quality string for edits. Without guidance there is no place for one.
           height, width: pixels. Without them a generated picture has the model's default size, which is 512 for a model of
             full size, and an edit follows its first reference: that for its longer edge, edges rounded to 32.
           num_inference_steps: Euler steps.
@@ -125,7 +173,7 @@ class Pipeline:
           resize_references: True resizes references to the target's size (the published rule); False keeps each one's
             aspect ratio.
           params: replaces the bundle's parameters, wholly or by component ('transformer', 'vae', 'conditioner').
-          lora: LoRA tree for the transformer.
+          lora: LoRA tree for the transformer (`models.lora`), beside those of `load_lora`.
           batch_size: at most this many pictures at a time; all of one size at once by default.
           progress: show a progress bar.
           on_image: called with (k, picture k) as soon as it is made, but not for latents.
@@ -139,6 +187,11 @@ class Pipeline:
         ):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(repr, known))}.")
+        if negative_prompt is not None and guidance_scale <= 1:
+            raise ValueError(
+                f"negative_prompt changes nothing at guidance_scale {guidance_scale:g}, which is no guidance; raise it, or leave "
+                "negative_prompt out."
+            )
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale is {guidance_scale}; give a finite number.")
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
@@ -146,7 +199,7 @@ class Pipeline:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         settings = _Settings(
             {**self.bundle.params, **(params or {})},
-            lora,
+            joined(trees) if (trees := [tree for tree in (self._lora, lora) if tree is not None]) else None,
             np.asarray(self.bundle.scheduler.sigmas(num_inference_steps)),
             guidance_scale,
             sample_references=reference_mode == "sample",

@@ -22,7 +22,7 @@ import optax
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.flow.timesteps import TimestepSampling
 from unipic2_jax.models.attention import IMPLEMENTATIONS
-from unipic2_jax.models.lora import init_lora
+from unipic2_jax.models.lora import init_lora, scaled
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig, position_table
 from unipic2_jax.models.remat import POLICIES
 from unipic2_jax.models.sizes import SIZES
@@ -335,7 +335,6 @@ class Ours:
             settings.transformer,
             dtype=self.dtype,
             remat=settings.remat,
-            lora_alpha=ALPHA,
             attention_implementation=settings.attention,
         )
 
@@ -407,6 +406,7 @@ class Ours:
     def _policy(self) -> Any:
         def network(params, lora, latents, sigma, inputs):
             conditioning = inputs["conditioning"]
+            lora = lora and scaled(lora, ALPHA / self.settings.lora_rank)
             return velocity_fn(self.module, params, conditioning, inputs.get("references"), lora=lora)(latents, sigma)
 
         return guided_policies(network, self.settings.grpo)[0]

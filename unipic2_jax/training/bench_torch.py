@@ -67,16 +67,15 @@ class Theirs:
     def _policy(self) -> SD3Transformer2DModel:
         """The frozen model with the LoRA."""
         model, rank = self._model(self.dtype).requires_grad_(False), self.settings.lora_rank
-        targets = [f"attn.{'to_out.0' if name == 'to_out' else name}" for name in LORA_TARGETS]
+        targets = [f"{name}.0" if name.endswith("to_out") else name for name in LORA_TARGETS]
         model.add_adapter(LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets))
         for name, leaf in model.named_parameters():
             if "lora_" in name:  # trained, and so float32 like ours
                 leaf.data = leaf.data.float()
-        named = table.to_torch(lora_weights.rules(self.settings.transformer), self.inputs.lora)
-        state = {
-            name.removeprefix(lora_weights.PREFIX).replace(".weight", ".default.weight"): self._tensor(array)
-            for name, array in named
-        }
+        state = {}
+        for layer, update in lora_weights.updates(self.inputs.lora, ALPHA, self.settings.transformer).items():
+            state[f"{layer}.lora_A.default.weight"] = self._tensor(update.down)
+            state[f"{layer}.lora_B.default.weight"] = self._tensor(update.up)
         if left := model.load_state_dict(state, strict=False).unexpected_keys:
             raise RuntimeError(f"peft has no LoRA for {left[0]}.")
         for name, leaf in model.named_parameters():

@@ -284,6 +284,8 @@ def _updated(defaults: ConfigDict, values: Mapping[str, Any], where: str) -> Con
                 + nearest(key, defaults.keys())
             )
         default = defaults.get(key)
+        if value is None and key == "lora" and isinstance(default, ConfigDict):
+            value = {"rank": 0}
         if isinstance(default, ConfigDict):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"config.{where}{key} is {value!r}, and it must be a dict of fields.")

@@ -70,6 +70,11 @@ def check_evaluation(name: str, values: Mapping[str, Any]) -> None:
             f"evaluations.{name} has {config.num_prompts} prompts and {config.samples} samples of each; use 0 or more prompts, "
             "and a sample at least."
         )
+    if config.negative_prompt is not None and config.guidance_scale <= 1:
+        raise ConfigError(
+            f"evaluations.{name}.negative_prompt changes nothing at guidance_scale {config.guidance_scale:g}, which is no guidance; "
+            "raise it, or leave negative_prompt out."
+        )
     if not is_wanted(config):
         return
     if not config.source:

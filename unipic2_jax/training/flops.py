@@ -38,7 +38,9 @@ def flow_step_flops(forward: int, batch: int, trains_weights: bool) -> int:
     return forward * batch * (3 if trains_weights else 2)
 
 
-def grpo_step_flops(forward: int, sampled: int, trained: int, reference: bool, old: int = 0) -> int:
+def grpo_step_flops(
+    forward: int, sampled: int, trained: int, reference: bool, old: int = 0, trains_weights: bool = False
+) -> int:
     """One GRPO iteration: sampling, the policy's forward and backward pass, the forward passes of the reference and of the old policy.
 
     The backward pass of a LoRA policy is one more forward's worth: gradients go through the frozen matrices and not
@@ -50,5 +52,6 @@ def grpo_step_flops(forward: int, sampled: int, trained: int, reference: bool, o
       reference: whether a reference policy is evaluated.
       old: evaluations of the old policy by the trainer, whose log-probabilities the algorithm needs: those of all optimizer steps
         of a rollout but the first, or none where the sampler's are used.
+      trains_weights: whether the transformer's own weights are trained instead of a LoRA: their gradients are one forward's worth more.
     """
-    return forward * (sampled + trained * (3 if reference else 2) + old)
+    return forward * (sampled + trained * (2 + reference + trains_weights) + old)

@@ -39,7 +39,7 @@ def flow_losses(
     """Squared velocity errors of a batch, float32 [B].
 
     Args:
-      params: {'transformer': ..., 'conditioner': ...}.
+      params: {'transformer': ..., 'conditioner': ...} and, of a network with a LoRA, 'lora'.
       batch: 'latents' [B, h, w, C] normalised; 'references' [B, R, h, w, C] for edits; and what conditions: 'tokens' and
         'empty_tokens', what the conditioner's `tokenize` gave for the captions and for empty ones (one for all, or one
         each), or 'conditioning' and 'empty_conditioning', what `apply` made of them.
@@ -52,8 +52,11 @@ def flow_losses(
     else:
         tokens = jax.tree.map(kept, batch["tokens"], batch["empty_tokens"])
         context, pooled = conditioner.apply(params["conditioner"], tokens)
+    variables = {"params": params["transformer"]}
+    if "lora" in params:
+        variables["lora"] = params["lora"]
     velocity = transformer.apply(
-        {"params": params["transformer"]},
+        variables,
         interpolate(latents, noise, sigma),
         sigma * num_train_timesteps,
         context,

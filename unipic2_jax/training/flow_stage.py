@@ -8,6 +8,7 @@ import itertools
 import threading
 import time
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +23,10 @@ from unipic2_jax.data.examples import Example, ExampleSource, make_examples
 from unipic2_jax.data.loader import Loader
 from unipic2_jax.data.plan import BatchPlan, BatchShape
 from unipic2_jax.flow.timesteps import TimestepSampling
+from unipic2_jax.models.lora import scaled
 from unipic2_jax.models.remat import check_policy
 from unipic2_jax.parallel.mesh import batch_shards, described_rows, described_whole, replicated, shard_batch
-from unipic2_jax.parallel.processes import local_rows, tree_to_host
+from unipic2_jax.parallel.processes import is_main, local_rows, tree_to_host
 from unipic2_jax.parallel.rules import constrain_parameters, described
 from unipic2_jax.pipelines.bundle import for_training
 from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, reference_latents
@@ -34,8 +36,10 @@ from unipic2_jax.training.config import ConfigError, stage_fields
 from unipic2_jax.training.evaluator import check_evaluation, make_evaluators
 from unipic2_jax.training.flops import flow_step_flops, forward_flops
 from unipic2_jax.training.flow import draw_corruption, flow_losses, loss_by_noise
+from unipic2_jax.training.low_rank import check_lora, lora_fields, merged, new_lora, scale_of
 from unipic2_jax.training.optimizer import check_rules, make_optimizer, merge_params, split_params
 from unipic2_jax.training.stage import Program, Stage, StageContext
+from unipic2_jax.weights.lora import save_lora
 
 ENCODE_BATCH = 256
 LATENTS = ("mode", "sample")
@@ -77,6 +81,7 @@ class FlowStage(Stage):
         config.timesteps.shift = config_dict.placeholder(float)
         config.weighting = "none"
         config.ema_decay = 0.999
+        config.lora = lora_fields(0)
         config.validation = ConfigDict({"data": {}, "batches": 4, "sigmas": (0.1, 0.3, 0.5, 0.7, 0.9), "seed": 0})
         config.evaluations = {}
         config.optimizer.update({"lr": 4e-5, "schedule": "cosine", "trainable": "^transformer/"})
@@ -94,6 +99,12 @@ class FlowStage(Stage):
         check_policy(config.remat)
         read_timesteps(config)
         make_optimizer(config.optimizer, config.steps)
+        check_lora(config.lora)
+        if config.lora.rank and config.optimizer.trainable != cls.default_config().optimizer.trainable:
+            raise ConfigError(
+                f"optimizer.trainable is '{config.optimizer.trainable}', and of a stage with lora.rank = {config.lora.rank} the LoRA is "
+                "all that is trained; leave one of the two out."
+            )
         devices = batch_shards(mesh)
         if config.accumulation < 1 or config.batch_size % (config.accumulation * devices):
             raise ConfigError(
@@ -106,9 +117,17 @@ class FlowStage(Stage):
             check_evaluation(name, fields)
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
-        self.trained, frozen = split_params(bundle.params, config.optimizer.trainable)
+        self.scale = scale_of(config.lora) if config.lora.rank else None  # of the LoRA; None: there is none
+        if self.scale is None:
+            self.trained, frozen = split_params(bundle.params, config.optimizer.trainable)
+        else:
+            # The step after the last: no step draws from this key.
+            key, frozen = context.key(config.steps), bundle.params
+            lora = new_lora(config.lora, key, frozen["transformer"], bundle.transformer.config)
+            self.trained = {"lora": lora}
         self.frozen = context.precision.hold(frozen)
-        bundle = dataclasses.replace(bundle, params=merge_params(self.trained, self.frozen))
+        params = self.frozen if self.scale is not None else merge_params(self.trained, self.frozen)
+        bundle = dataclasses.replace(bundle, params=params)
         super().__init__(config, bundle, context)
         self.sampling = read_timesteps(config, bundle.scheduler.shift)
         if config.timesteps.shift is None:
@@ -237,6 +256,7 @@ class FlowStage(Stage):
     def _losses(self, params: Any, batch: dict[str, Any], nothing: Any, corruption: Any, keys: jax.Array) -> jax.Array:
         """Losses [B] of a batch or a part of it; `nothing` is what all dropped captions have in common."""
         batch = self._latents(params["vae"], batch, keys)
+        params = self._applied(params)
         given = {"empty_tokens": batch.get("tokens"), "empty_conditioning": batch.get("conditioning")}
         return flow_losses(
             self.networks.transformer,
@@ -247,6 +267,10 @@ class FlowStage(Stage):
             weighting=self.config.weighting,
             num_train_timesteps=self.bundle.scheduler.num_train_timesteps,
         )
+
+    def _applied(self, params: Any) -> Any:
+        """Parameters whose LoRA, if they have one, is scaled as a network is given it."""
+        return params if self.scale is None else {**params, "lora": scaled(params["lora"], self.scale)}
 
     def _latent_shape(self, batch: dict[str, Any]) -> tuple[int, ...]:
         if "mean" in batch:
@@ -426,8 +450,9 @@ class FlowStage(Stage):
         del step
         params = merge_params(state.ema, self.frozen)
         result: dict[str, Any] = {"metrics": self.validate(params), "scores": {}, "images": {}}
+        applied = self._applied(params)
         for evaluator in self.evaluators:
-            for part, values in evaluator.run(params).items():
+            for part, values in evaluator.run(applied, applied.get("lora")).items():
                 result[part] |= values
         return result
 
@@ -435,10 +460,21 @@ class FlowStage(Stage):
         self.ahead.close()
 
     def finish(self, state: FlowState) -> Any:
-        """The averaged weights."""
+        """The averaged weights, a LoRA merged into them."""
+        if self.scale is not None:
+            own = merged(self.frozen["transformer"], state.ema["lora"], self.scale, self.context.precision.trained)
+            return dataclasses.replace(self.bundle, params={**self.frozen, "transformer": own})
         params = merge_params(state.ema, self.frozen)
         groups = {name: params[name] for name in self.bundle.params}
         return dataclasses.replace(self.bundle, params=groups)
+
+    def export(self, state: FlowState, folder: Path) -> None:
+        """The LoRA, if there is one, in the file that diffusers' `load_lora_weights` reads."""
+        if self.scale is None:
+            return
+        lora = tree_to_host(state.ema["lora"])
+        if is_main():
+            save_lora(folder, lora, self.config.lora.alpha, self.bundle.transformer.config)
 
 
 def make_sources(config: ConfigDict, data: Any, seed: int) -> dict[str, ExampleSource]:

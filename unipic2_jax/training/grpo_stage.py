@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from unipic2_jax.data.prompts import PromptRecord, make_source
 from unipic2_jax.flow.sde import SDEConfig
-from unipic2_jax.models.lora import init_lora, merge_lora
+from unipic2_jax.models.lora import count_matrices, scaled
 from unipic2_jax.models.remat import check_policy
 from unipic2_jax.parallel.mesh import (
     batch_sharding,
@@ -49,8 +49,10 @@ from unipic2_jax.training.evaluator import (
     to_uint8,
 )
 from unipic2_jax.training.flops import forward_flops, grpo_step_flops
-from unipic2_jax.training.optimizer import make_optimizer, merge_params
+from unipic2_jax.training.low_rank import check_lora, lora_fields, merged, new_lora, scale_of
+from unipic2_jax.training.optimizer import make_optimizer, merge_params, split_params
 from unipic2_jax.training.stage import Program, Stage, StageContext
+from unipic2_jax.weights.lora import save_lora
 
 
 def grpo_fields() -> ConfigDict:
@@ -130,10 +132,10 @@ class GRPOStage(Stage):
         # When more than this share of the last `error_window` steps' samples could not be scored, the run saves and stops.
         config.error_budget = 0.5
         config.error_window = 10
-        config.lora = ConfigDict({"rank": 32, "alpha": 64.0})
+        config.lora = lora_fields(32)
         config.grpo = grpo_fields()
         config.optimizer.update({"name": "adam", "lr": 3e-4, "betas": (0.9, 0.999), "weight_decay": 0.0})
-        del config.optimizer["trainable"]  # the LoRA is what is trained
+        del config.optimizer["trainable"]  # the LoRA is what is trained, or all of the transformer
         return config
 
     @classmethod
@@ -170,11 +172,18 @@ class GRPOStage(Stage):
         for field, known in {"reference": ("stage_start", "base"), "reference_mode": ("sample", "mode")}.items():
             if config[field] not in known:
                 raise ConfigError(f"{field} is '{config[field]}'; use one of {', '.join(known)}.")
+        if config.negative_prompt is not None and grpo.guidance_scale == 1:
+            raise ConfigError(
+                "negative_prompt changes nothing at grpo.guidance_scale 1, which is no guidance; raise it, or leave negative_prompt out."
+            )
         if not grpo.weights:
             raise ConfigError("there is no reward with a weight; name one in `rewards`.")
         check_policy(config.remat)
-        if config.lora.rank < 1:
-            raise ConfigError(f"lora.rank is {config.lora.rank}; it must be at least 1.")
+        check_lora(config.lora)
+        if config.reference == "base" and (not config.lora.rank or config.lora.init):
+            raise ConfigError(
+                "reference='base' continues the LoRA of the stage before; give lora.rank its rank and leave lora.init empty."
+            )
         make_optimizer(config.optimizer, config.steps * grpo.updates_per_rollout)
         entries = make_entries(config.rewards, mesh)
         check_tasks(entries, make_source(config.source, 0))
@@ -199,7 +208,8 @@ class GRPOStage(Stage):
         tell_micro_batch(context.name, config, batch_shards(context.mesh), context.log)
         pixels = bundle.vae.config.downsampling * bundle.transformer.config.patch_size
         pictures.check_size(config.height, config.width, pixels)
-        self.transformer = bundle.transformer.clone(lora_alpha=config.lora.alpha, remat=config.remat)
+        self.transformer = bundle.transformer.clone(remat=config.remat)
+        self.scale = scale_of(config.lora) if config.lora.rank else None  # of the LoRA; None: there is none
         self.source = make_source(config.source, context.data_seed())
         self.scorer = Scorer(make_entries(config.rewards, context.mesh, context.precision))
         self.samples = config.num_prompts * self.grpo.group_size
@@ -239,8 +249,15 @@ class GRPOStage(Stage):
     def params(self) -> dict[str, Any]:
         return self.bundle.params
 
+    def _policy(self, params: Any, trained: Any) -> tuple[Any, Any]:
+        """The transformer's parameters and LoRA that the state's tree means; None is the reference."""
+        if trained is None:
+            return params, None
+        return (merge_params(trained, params), None) if self.scale is None else (params, scaled(trained, self.scale))
+
     def _network(self, params: Any, lora: Any, latents: jax.Array, sigma: jax.Array, inputs: Any) -> jax.Array:
         conditioning = (inputs["context"], inputs["pooled"])
+        params, lora = self._policy(params, lora)
         steps = self.bundle.scheduler.num_train_timesteps
         velocity = sampling.velocity_fn(
             self.transformer, params, conditioning, inputs.get("references"), lora=lora, num_train_timesteps=steps
@@ -279,17 +296,23 @@ class GRPOStage(Stage):
         return shard_batch(tree, self.context.mesh) if even else jax.device_put(tree, replicated(self.context.mesh))
 
     def init(self) -> PolicyState:
-        """A LoRA that changes nothing, or the one of the stage before under `reference='base'`."""
+        """What is trained: a LoRA as `training.low_rank.new_lora` has it, or the one of the stage before under `reference='base'`, or
+        all of the transformer."""
         kept = self.params.get("lora") if self.config.reference == "base" else None
-        rank = self.config.lora.rank
-        if kept is None:
-            # The step after the last: no step draws from this key.
-            kept = init_lora(self.context.key(self.config.steps), self.params["transformer"], rank)
-        elif (had := jax.tree.leaves(kept)[0].shape[-1]) != rank:
+        new = self._new_trained()
+        if kept is not None and jax.tree.map(jnp.shape, kept) != jax.tree.map(jnp.shape, new):
             raise ConfigError(
-                f"Stage '{self.context.name}' continues a LoRA of rank {had} and has lora.rank {rank}; make them equal."
+                f"Stage '{self.context.name}' continues a LoRA of rank {jax.tree.leaves(kept)[0].shape[-1]} on "
+                f"{count_matrices(kept)} matrices, and its own has rank {self.config.lora.rank} on {count_matrices(new)}; make lora equal."
             )
-        return self.place(init_state(kept, self.optimizer))
+        return self.place(init_state(new if kept is None else kept, self.optimizer))
+
+    def _new_trained(self) -> Any:
+        config, params = self.config.lora, self.params["transformer"]
+        if self.scale is None:
+            return self.context.precision.lift(split_params(params, ".*")[0])
+        # The step after the last: no step draws from this key.
+        return new_lora(config, self.context.key(self.config.steps), params, self.transformer.config)
 
     def programs(self) -> list[Program]:
         config, mesh, params, size = self.config, self.context.mesh, self.params, self.samples_at_once
@@ -307,9 +330,8 @@ class GRPOStage(Stage):
         encode = (params, tokens, negative, sources, key)
         inputs = described_rows(jax.eval_shape(self._encode, *encode), size, mesh)
         noise = described_rows(jax.eval_shape(self._draw_noise, key), size, mesh)
-        new_lora = lambda weights: init_lora(jax.random.key(0), weights, config.lora.rank)
-        lora = jax.eval_shape(new_lora, params["transformer"])
-        state = described(mesh, jax.eval_shape(lambda lora: init_state(lora, self.optimizer), lora))
+        trained = jax.eval_shape(self._new_trained) if self.scale is not None else self._new_trained()
+        state = described(mesh, jax.eval_shape(lambda trained: init_state(trained, self.optimizer), trained))
         roll = (params["transformer"], state.lora, inputs, noise, key, described_whole(self.sigmas, mesh))
         update = self._update_arguments(state, roll, inputs)
         latents = self._rollout.eval_shape(*roll).latents
@@ -500,7 +522,8 @@ class GRPOStage(Stage):
             trained = self.samples // self.micro_batch * self.config.num_prompts * inside
         reference, updates = grpo.kl_beta > 0, grpo.updates_per_rollout
         old = trained // updates * (updates - 1) if grpo.old_log_probs == "trainer" else 0
-        return grpo_step_flops(forward, sampled, 0, reference), grpo_step_flops(forward, 0, trained, reference, old)
+        update = grpo_step_flops(forward, 0, trained, reference, old, trains_weights=self.scale is None)
+        return grpo_step_flops(forward, sampled, 0, reference), update
 
     def _kept(self, state: PolicyState) -> Any:
         return state.ema if self.config.use_ema else state.lora
@@ -509,8 +532,9 @@ class GRPOStage(Stage):
         """All evaluations with the LoRA that the stage would keep."""
         del step
         result: dict[str, Any] = {"metrics": {}, "scores": {}, "images": {}}
+        params, lora = self._policy(self.params["transformer"], self._kept(state))
         for evaluator in self.evaluators:
-            for part, values in evaluator.run(self.params, self._kept(state)).items():
+            for part, values in evaluator.run({**self.params, "transformer": params}, lora).items():
                 result[part] |= values
         return result
 
@@ -519,27 +543,22 @@ class GRPOStage(Stage):
 
     def finish(self, state: PolicyState) -> Any:
         """Merges the LoRA, unless the next stage continues it."""
-        lora, following = self._kept(state), self.context.following
+        kept, following = self._kept(state), self.context.following
         params = {name: tree for name, tree in self.params.items() if name != "lora"}
+        before = params["transformer"]
+        if self.scale is None:
+            return dataclasses.replace(self.bundle, params={**params, "transformer": merge_params(kept, before)})
         if following is not None and following.kind == "grpo" and following.reference == "base":
-            return dataclasses.replace(self.bundle, params={**params, "lora": lora})
-        return dataclasses.replace(self.bundle, params={**params, "transformer": self._merged(lora)})
-
-    def _merged(self, lora: Any) -> Any:
-        """The transformer's parameters with the LoRA in them; a matrix that it changes is not rounded to what frozen ones have."""
-        kernels = lambda tree: {
-            group: {"attn": {name: {"kernel": tree[group]["attn"][name]["kernel"]} for name in part["attn"]}}
-            for group, part in lora.items()
-        }
-        dtype = self.context.precision.trained
-        merge = jax.jit(lambda tree, lora: merge_lora(tree, lora, self.config.lora.alpha, dtype))
-        before = self.params["transformer"]
-        return merge_params(merge(kernels(before), lora), before)
+            if (scale := scale_of(following.lora)) != self.scale:
+                kept = scaled(kept, self.scale / scale)
+            return dataclasses.replace(self.bundle, params={**params, "lora": kept})
+        transformer = merged(before, kept, self.scale, self.context.precision.trained)
+        return dataclasses.replace(self.bundle, params={**params, "transformer": transformer})
 
     def export(self, state: PolicyState, folder: Path) -> None:
         """The LoRA in the file that diffusers' `load_lora_weights` reads."""
-        from unipic2_jax.weights.lora import save_lora
-
+        if self.scale is None:
+            return
         lora = tree_to_host(self._kept(state))
         if is_main():
             save_lora(folder, lora, self.config.lora.alpha, self.transformer.config)

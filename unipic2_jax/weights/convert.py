@@ -20,9 +20,9 @@ from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.weights import io, lora, native, registry, single_file, table
 
-MODEL_INDEX, SINGLE_FILE, LORA = "model_index.json", "single_file.json", "lora.json"
+MODEL_INDEX, SINGLE_FILE = "model_index.json", "single_file.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
-OWN = (native.MANIFEST, native.UNUSED, SINGLE_FILE, LORA)
+OWN = (native.MANIFEST, native.UNUSED, SINGLE_FILE)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -70,7 +70,7 @@ def to_torch(
     src, dst = Path(src), Path(dst)
     if not src.is_dir():
         raise FileNotFoundError(f"There is no folder {src}; check the path.")
-    if (src / LORA).is_file():
+    if not (src / "config.json").is_file() and lora.is_lora_file(src):
         return _lora_to_torch(src, dst)
     is_file = dst.suffix == ".safetensors"
     layout = layout or ("single_file" if is_file else "diffusers")
@@ -309,27 +309,20 @@ def _single_file_to_torch(src: Path, dst: Path) -> list[str]:
 
 
 def _lora_from_torch(src: Path, out: Path, base: Path | None) -> list[str]:
-    adapter = lora.open_lora(src)
+    """A LoRA file is used here as it is: it is checked against its model and copied."""
     if base is None:
         raise ValueError(f"{src} is a LoRA file; name the model folder it was made for with --base.")
-    folder = base if (base / "config.json").is_file() else base / "transformer"
-    _, config = registry.read_network(folder)
-    kept, abstract = lora.fit(adapter, config)
-    native.write(out, kept, adapter, abstract, lora.FILE_NAME.removesuffix(".safetensors"))
-    shutil.copyfile(folder / "config.json", out / "config.json")
-    _write_json(out / LORA, {"rank": adapter.rank, "alpha": adapter.alpha, "leaves": [rule.path for rule in kept]})
-    return [f"LoRA: rank {adapter.rank}, alpha {adapter.alpha:g}, {len(adapter) // 2} matrices"]
+    parts = {"transformer": base} if (base / "config.json").is_file() else {p: base / p for p in lora.PREFIXES}
+    configs = {p: registry.read_network(at)[1] for p, at in parts.items() if (at / "config.json").is_file()}
+    adapter, file = lora.read_lora(src, configs), lora.find_file(src)
+    for name in (file.name, *([lora.PEFT_CONFIG] if file.name == lora.PEFT_FILE else [])):
+        shutil.copyfile(file.parent / name, out / name)
+    return [f"LoRA: {adapter}"]
 
 
 def _lora_to_torch(src: Path, dst: Path) -> list[str]:
-    values = registry.read_json(src / LORA)
-    _, config = registry.read_network(src)
-    kept = tuple(rule for rule in lora.rules(config) if rule.path in values["leaves"])
-    manifest, tensors = native.tensors(src, kept)
-    # A file that came without alpha in its header means alpha = rank, and goes back without.
-    file = dst if dst.suffix == ".safetensors" else dst / lora.FILE_NAME
-    header = manifest.metadata
-    if lora.METADATA_KEY not in header and values["alpha"] != values["rank"]:
-        header = lora.metadata(values["rank"], values["alpha"], kept)
-    io.write_file(file, tensors, header)
-    return [f"{file}: rank {values['rank']}, alpha {values['alpha']:g}, {len(io.read_header(file)[0]) // 2} matrices"]
+    source = lora.find_file(src)
+    file = dst if dst.suffix == ".safetensors" else dst / source.name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, file)
+    return [f"{file}: {len(io.read_header(file)[0])} tensors"]

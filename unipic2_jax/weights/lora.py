@@ -1,194 +1,519 @@
-"""LoRA of the MMDiT <-> `pytorch_lora_weights.safetensors`, the file of diffusers' `load_lora_weights`.
+"""LoRA files of SD3.5: every layout that circulates is read into one form, which is written as diffusers and kohya's tools do.
 
-The update is B A x alpha / r in both worlds. A file without metadata means alpha = r, so alpha goes into the header
-(`lora_adapter_metadata`, JSON of peft's `LoraConfig` fields under 'transformer.'), where diffusers writes and reads it.
-A folder written by peft's `save_pretrained` (`adapter_model.safetensors`, `adapter_config.json`) is read as well.
+An update is W + up down x scale. What says the scale differs by layout (`_scales`); here it is always a number beside the two
+matrices, so that no reader can forget it. Layers are named as in diffusers ('transformer_blocks.0.attn.to_q').
+docs/weights.md has the table of layouts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from unipic2_jax.models.lora import LORA_TARGETS
+from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.mmdit import MMDiTConfig
-from unipic2_jax.weights import io, mmdit, registry, table
+from unipic2_jax.weights import io, registry, single_file, table
 from unipic2_jax.weights.table import Rule
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"
-PREFIX = "transformer."
-PEFT_PREFIXES = ("base_model.model.transformer.", "base_model.model.", PREFIX)
+LAYOUTS = ("diffusers", "kohya")
+
+# What stands before a layer's name, by component.
+PREFIXES = {
+    "text_encoder": ("text_encoder.", "text_encoders.clip_l.transformer.", "lora_te1_"),
+    "text_encoder_2": ("text_encoder_2.", "text_encoders.clip_g.transformer.", "lora_te2_"),
+    "text_encoder_3": ("text_encoder_3.", "text_encoders.t5xxl.transformer.", "lora_te3_"),
+    "transformer": (
+        *("transformer.", "model.diffusion_model.", "diffusion_model."),
+        *("lora_unet_", "lora_transformer_", "lycoris_", ""),
+    ),
+}
+# peft puts its own in front of any of them.
+_PREFIXES = [
+    (component, peft + prefix)
+    for component, prefixes in PREFIXES.items()
+    for prefix in prefixes
+    for peft in ("base_model.model.", "")
+]
+# The end of a tensor's name -> what it is of its layer.
+ENDS = (
+    (r"\.lora_A(\.\w+)?\.weight|\.lora_down\.weight|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight", "down"),
+    (r"\.lora_B(\.\w+)?\.weight|\.lora_up\.weight|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight", "up"),
+    (r"\.alpha", "alpha"),
+    (r"\.lora_magnitude_vector(\.\w+)?(\.weight)?|\.dora_scale", "magnitude"),
+)
+_END = re.compile("|".join(f"(?P<{kind}>(?:{pattern})$)" for pattern, kind in ENDS))
+# The first diffusers versions kept LoRA in attention processors, whose outputs have no number.
+_PROCESSOR = (re.compile(r"\.processor\.((?:to|add)_\w+?)(_lora\.)"), r".\1\2")
+# Of other methods than LoRA.
+FOREIGN = {"hada_": "a LoHa", "lokr_": "a LoKr", "lora_mid": "a LoCon with a middle matrix", ".diff": "a difference"}
 
 
-def rules(config: MMDiTConfig) -> tuple[Rule, ...]:
-    """The table of the LoRA tree, from that of the network: `X.weight` -> `transformer.X.lora_{A,B}.weight`."""
-    adapted = {f"attn/{name}/kernel" for name in LORA_TARGETS}
-    table_ = []
-    for rule in mmdit.rules(config):
-        _, _, inner = rule.path.partition("/")
-        if inner in adapted:
-            torch, path = rule.torch.removesuffix(".weight"), rule.path.removesuffix("/kernel")
-            table_.append(Rule(f"{PREFIX}{torch}.lora_A.weight", f"{path}/a", "linear", rule.layers))
-            table_.append(Rule(f"{PREFIX}{torch}.lora_B.weight", f"{path}/b", "linear", rule.layers))
-    return tuple(table_)
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """Of one layer's weight [out, in] or [out, in, h, w], in PyTorch's order of axes.
+
+    Attributes:
+      down: [r, in] or [r, in, h, w]; up: [out, r]; of the file's dtype.
+      scale: that their product is multiplied by.
+      magnitude: float32, of a DoRA: what the rows [out, 1] or columns [1, in] of the sum are as long as; None: no DoRA.
+    """
+
+    down: np.ndarray
+    up: np.ndarray
+    scale: float
+    magnitude: np.ndarray | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the product."""
+        return self.down.shape[0]
 
 
-def metadata(rank: int, alpha: float, kept: Iterable[Rule]) -> dict[str, str]:
-    """The header that makes diffusers scale by alpha / rank. Targets are 'attn.X': a bare 'to_q' would take attn2's too."""
-    ours = {rule.path.split("/")[-2] for rule in kept}
-    targets = sorted(f"attn.{'to_out.0' if name == 'to_out' else name}" for name in ours)
-    fields = {
-        "r": rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": targets,
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What a LoRA file holds: component -> layer -> update.
+
+    Attributes:
+      origin: the file, for error messages.
+    """
+
+    updates: Mapping[str, Mapping[str, Update]]
+    origin: str
+
+    def __str__(self) -> str:
+        """In a few words."""
+        parts = []
+        for component, layers in self.updates.items():
+            ranks, scales = ({f"{getattr(u, what):g}" for u in layers.values()} for what in ("rank", "scale"))
+            dora = ", DoRA" if any(u.magnitude is not None for u in layers.values()) else ""
+            ranks, scales = (", ".join(sorted(found, key=float)) for found in (ranks, scales))
+            parts.append(f"{component}: {len(layers)} matrices, rank {ranks}, scale {scales}{dora}")
+        return "; ".join(parts)
+
+
+def is_lora_file(source: str | os.PathLike) -> bool:
+    """Whether a safetensors file, or a folder with one, holds LoRA matrices."""
+    source = Path(source)
+    if source.is_dir():
+        return any(is_lora_file(file) for file in source.glob("*.safetensors"))
+    return any((found := _END.search(name)) and found.lastgroup == "down" for name in io.read_header(source)[0])
+
+
+def find_file(source: str | os.PathLike) -> Path:
+    """The LoRA file in a folder, or the file itself.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or there are several of other names.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        if not source.is_file():
+            raise FileNotFoundError(f"There is no LoRA file or folder {source}; check the path.")
+        return source
+    for name in (FILE_NAME, PEFT_FILE):
+        if (source / name).is_file():
+            return source / name
+    found = sorted(file for file in source.glob("*.safetensors") if is_lora_file(file))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{source} holds {len(found)} LoRA files, {found[0].name} first; name one of them.")
+    raise FileNotFoundError(f"{source} holds no LoRA file ({FILE_NAME} or {PEFT_FILE}); check the path.")
+
+
+def read_lora(source: str | os.PathLike, configs: Mapping[str, ModelConfig]) -> Adapter:
+    """A LoRA file, or the folder that holds one.
+
+    Args:
+      configs: of the model's networks by folder name ('transformer', 'text_encoder', ...).
+
+    Raises ValueError or FileNotFoundError in one sentence: no such file, a tensor that is of none of the model's layers, a layer
+    that lacks a half or has another size.
+    """
+    file = find_file(source)
+    checkpoint = io.Checkpoint(file, [file])
+    fields = _fields(file, checkpoint.metadata)
+    places = {component: _places(component, config) for component, config in configs.items() if component in PREFIXES}
+    found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for name in checkpoint:
+        stem, kind = _parse(name, file)
+        component, key = _layer(stem, places, name, file, configs)
+        found.setdefault((component, key), {})[kind] = np.asarray(checkpoint[name][...])
+    if not any("down" in parts for parts in found.values()):
+        raise ValueError(f"{file} holds no LoRA matrices (*.lora_A.weight, *.lora_down.weight); check the file.")
+    made: dict[str, dict[str, Update]] = {}
+    for (component, key), parts in found.items():
+        if missing := [kind for kind in ("down", "up") if kind not in parts]:
+            raise ValueError(f"{file} has no '{missing[0]}' matrix for the layer '{key}'; copy or export it again.")
+        scale = _scale(key, parts, fields.get(component, {}), file)
+        for layer, update in _pieces(places[component][key], parts, scale):
+            made.setdefault(component, {})[layer] = update
+    for component, layers in made.items():
+        _check_shapes(component, layers, configs[component], file)
+    return Adapter(made, str(file))
+
+
+def _fields(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """peft's `LoraConfig` by component, as a header or the file beside it has them."""
+    if raw := metadata.get(METADATA_KEY):
+        try:
+            values = json.loads(raw)
+            found: dict[str, dict[str, Any]] = {}
+            for key, value in values.items():
+                component, _, field = key.partition(".")
+                found.setdefault(component, {})[field] = value
+            return found
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{file} has an unreadable {METADATA_KEY} in its header ({error}); export it again."
+            ) from error
+    beside = file.parent / PEFT_CONFIG
+    return {"transformer": registry.read_json(beside)} if file.name == PEFT_FILE and beside.is_file() else {}
+
+
+def _parse(name: str, file: Path) -> tuple[str, str]:
+    """(the layer's name as it is written, what the tensor is of it)."""
+    plain = re.sub(*_PROCESSOR, name)
+    if (end := _END.search(plain)) is None:
+        foreign = next((what for part, what in FOREIGN.items() if part in name), None)
+        what = f"is part of {foreign}, not of a LoRA" if foreign else "is no part of a LoRA"
+        raise ValueError(f"{file} holds the tensor {name!r}, which {what}: merge it in the tool that made it.")
+    return plain[: end.start()], end.lastgroup
+
+
+def _places(component: str, config: ModelConfig) -> dict[str, list[tuple[str, single_file.Piece]]]:
+    """A layer's name as some layout writes it -> the layers of the network that it is, and which part of it each is."""
+    found: dict[str, list[tuple[str, single_file.Piece]]] = {}
+    for layer in _shapes(config):
+        whole = single_file.Piece(layer)
+        # Newer transformers have CLIP's encoder without a name of its own.
+        names = dict.fromkeys((layer, layer.removesuffix(".0"), layer.removeprefix("text_model.")), whole)
+        if component == "transformer":
+            piece = single_file.transformer_piece(f"{layer}.weight", config)
+            names.setdefault(piece.name.removesuffix(".weight"), piece)
+        flat = {name.replace(".", "_"): piece for name, piece in names.items()}
+        for name, piece in {**flat, **names}.items():
+            found.setdefault(name, []).append((layer, piece))
+    return found
+
+
+def _layer(
+    stem: str,
+    places: Mapping[str, Mapping[str, Any]],
+    name: str,
+    file: Path,
+    configs: Mapping[str, ModelConfig],
+) -> tuple[str, str]:
+    """(component, key of its `_places`) of a layer's name as it is written."""
+    for component, prefix in _PREFIXES:
+        if stem.startswith(prefix):
+            rest = stem.removeprefix(prefix)
+            if rest in places.get(component, ()):
+                return component, rest
+    component, prefix = next(pair for pair in _PREFIXES if stem.startswith(pair[1]))
+    if component not in configs:
+        raise ValueError(f"{file} adapts {name!r}, but this model has no {component}; use the model it was made for.")
+    near = table.nearest(stem.removeprefix(prefix), places[component])
+    raise ValueError(f"{file} adapts {name!r}, a layer that this model's {component} does not have{near}.")
+
+
+def _scale(layer: str, parts: Mapping[str, np.ndarray], fields: Mapping[str, Any], file: Path) -> float:
+    """alpha / rank: alpha of the layer's own tensor, else of the header's pattern or field, else the rank, as diffusers has it."""
+    rank = parts["down"].shape[0]
+    alpha = fields.get("lora_alpha", rank)
+    for pattern, value in (fields.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+            alpha = value
+            break
+    if "alpha" in parts:
+        alpha = float(parts["alpha"].astype(np.float32).reshape(-1)[0])
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"{file} has the alpha {alpha!r} for the layer '{layer}'; it must be a number.")
+    return alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+
+
+def _pieces(
+    places: list[tuple[str, single_file.Piece]], parts: Mapping[str, np.ndarray], scale: float
+) -> Iterator[tuple[str, Update]]:
+    """The updates of the layers that one stored layer is: three of a fused query, key and value."""
+    down, up, magnitude = parts["down"], parts["up"], parts.get("magnitude")
+    up = up.reshape(up.shape[:2])
+    if magnitude is not None:
+        magnitude = magnitude.astype(np.float32)
+        columns = magnitude.ndim == 2 and magnitude.shape[0] == 1  # peft's of a convolution is [1, out, 1, 1]
+        magnitude = magnitude.reshape((1, -1) if columns else (-1, 1))
+    for layer, piece in places:
+        rows = np.arange(up.shape[0]).reshape(piece.parts, -1)[piece.part]
+        rows = np.roll(rows, len(rows) // 2) if piece.swapped else rows
+        own = magnitude if magnitude is None or magnitude.shape[0] == 1 else magnitude[rows]
+        yield layer, Update(down, up[rows], scale, own)
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Layer -> the stored shape of its weight, of those that multiply."""
+    network = registry.NETWORKS[config.CLASS_NAME]
+    rules = [rule for rule in network.rules(config) if rule.transform != "copy"]
+    shapes = table.expected_shapes(network.rules(config), network.abstract(config))
+    return {name.removesuffix(".weight"): shapes[name] for rule in rules for name, _ in rule.names()}
+
+
+def _check_shapes(component: str, layers: Mapping[str, Update], config: ModelConfig, file: Path) -> None:
+    shapes = _shapes(config)
+    for layer, update in layers.items():
+        wanted, (rank, *inputs), outputs = shapes[layer], update.down.shape, update.up.shape
+        if [outputs[0], *inputs] != list(wanted) or outputs[1] != rank:
+            raise ValueError(
+                f"{file} has matrices of {update.down.shape} and {outputs} for {component}.{layer}, whose weight is {wanted}; it "
+                "belongs to a model of another size."
+            )
+
+
+# Into the trees of networks.
+
+
+def leaves(layers: Mapping[str, Update], config: ModelConfig, scale: float = 1.0) -> dict[str, dict[str, np.ndarray]]:
+    """Path of a kernel's layer -> float32 {'a', 'b'} and, of a DoRA, 'magnitude', as the parameter tree has its axes.
+
+    The scale is in 'a'. Of a stack all layers are there: smaller ranks, and layers without an update, are filled up with zeros.
+    """
+    network = registry.NETWORKS[config.CLASS_NAME]
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for rule in network.rules(config):
+        own = [layers.get(name.removesuffix(".weight")) for name, _ in rule.names()] if rule.path else []
+        if rule.transform == "copy" or not any(own):
+            continue
+        rows = [_row(rule, update, max(u.rank for u in own if u), own, scale) for update in own]
+        stacked = {side: np.stack([row[side] for row in rows]) for side in rows[0]}
+        path = rule.path.removesuffix("/kernel")
+        found[path] = stacked if rule.layers is not None else {side: x[0] for side, x in stacked.items()}
+    return found
+
+
+def _row(rule: Rule, update: Update | None, rank: int, own: list[Update | None], scale: float) -> dict[str, np.ndarray]:
+    """One layer of `leaves`. A magnitude that is not a number leaves the lengths as they are."""
+    like = next(u for u in own if u)
+    columns = any(u is not None and u.magnitude is not None and u.magnitude.shape[0] == 1 for u in own)
+    axes = np.asarray(table.TRANSFORMS[rule.transform])
+    inputs, outputs = math.prod(like.down.shape[1:]), like.up.shape[0]
+    row = {"a": np.zeros((inputs, rank), np.float32), "b": np.zeros((rank, outputs), np.float32)}
+    if any(u is not None and u.magnitude is not None for u in own):
+        row["magnitude"] = np.full((inputs, 1) if columns else (1, outputs), np.nan, np.float32)
+    if update is not None:
+        down = update.down.astype(np.float32)
+        # [r, in, h, w] -> [h, w, in, r], as the kernel [h, w, in, out] has its axes.
+        down = down.transpose(*axes[:-1], 0) if down.ndim > 2 else down.T
+        row["a"][:, : update.rank] = down.reshape(inputs, update.rank) * (update.scale * scale)
+        row["b"][: update.rank] = update.up.astype(np.float32).T
+        if update.magnitude is not None:
+            row["magnitude"][...] = update.magnitude.T
+    return row
+
+
+def low_rank(found: Mapping[str, Mapping[str, Any]], config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`leaves` as (the LoRA tree of what a network applies beside its weights, what can only be merged into them).
+
+    The MMDiT applies updates of its dense layers; a DoRA, and all updates of other networks, are merged.
+    """
+    dense = {rule.path for rule in registry.NETWORKS[config.CLASS_NAME].rules(config) if rule.transform == "linear"}
+    beside = isinstance(config, MMDiTConfig)
+    applied = {
+        path: pair for path, pair in found.items() if beside and "magnitude" not in pair and f"{path}/kernel" in dense
     }
-    values = {PREFIX + key: value for key, value in fields.items()}
-    return {"format": "pt", METADATA_KEY: json.dumps(values, indent=2, sort_keys=True)}
+    tree = table.unflatten({f"{path}/{side}": x for path, pair in applied.items() for side, x in pair.items()})
+    return tree, {path: pair for path, pair in found.items() if path not in applied}
+
+
+def merge(params: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], dtype: Any = None) -> dict[str, Any]:
+    """Parameters of a network with `leaves` in them, summed in float32; kernels in `dtype`, or each in its own."""
+    flat = table.flatten(params)
+    for path, pair in found.items():
+        kernel = flat[f"{path}/kernel"]
+        new = _merged(kernel, pair["a"], pair["b"], pair.get("magnitude"))
+        flat[f"{path}/kernel"] = new.astype(dtype or kernel.dtype)
+    return table.unflatten(flat)
+
+
+@jax.jit
+def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, magnitude: jax.Array | None) -> jax.Array:
+    update = jnp.matmul(a, b, precision="highest")
+    matrix = kernel.astype(jnp.float32).reshape(update.shape) + update
+    if magnitude is not None:
+        axis = -2 if magnitude.shape[-2] == 1 else -1
+        length = jnp.linalg.norm(matrix, axis=axis, keepdims=True)
+        matrix = jnp.where(jnp.isnan(magnitude), matrix, matrix * (magnitude / length))
+    return matrix.reshape(kernel.shape)
+
+
+def load_lora(source: str | os.PathLike, config: MMDiTConfig) -> dict[str, Any]:
+    """The LoRA tree (`models.lora`) of a file that adapts nothing but a transformer's dense layers; its scale is in the tree.
+
+    Raises ValueError or FileNotFoundError in one sentence: as `read_lora`, or for what can only be merged.
+    """
+    adapter = read_lora(source, {"transformer": config})
+    tree, rest = low_rank(leaves(adapter.updates["transformer"], config), config)
+    if rest:
+        what = "is a DoRA" if any("magnitude" in pair for pair in rest.values()) else f"adapts {min(rest)}"
+        raise ValueError(
+            f"{adapter.origin} {what}, which can only be merged into a model: use launch.export --lora, and the model that it makes."
+        )
+    return tree
+
+
+# Out of them.
+
+
+def updates(lora: Mapping[str, Any], alpha: float, config: MMDiTConfig, dtype: Any = None) -> dict[str, Update]:
+    """A LoRA tree of training, whose update is a b x alpha / rank, by layer."""
+    flat, found = table.flatten(lora), {}
+    for rule in registry.NETWORKS[config.CLASS_NAME].rules(config):
+        path = rule.path.removesuffix("/kernel")
+        if rule.transform != "linear" or f"{path}/a" not in flat:
+            continue
+        a, b = (np.asarray(flat[f"{path}/{side}"], None if dtype is None else np.dtype(dtype)) for side in "ab")
+        for name, index in rule.names():
+            down, up = (x.T if index is None else x[index].T for x in (a, b))
+            found[name.removesuffix(".weight")] = Update(down, up, alpha / down.shape[0])
+    return found
 
 
 def save_lora(
     destination: str | os.PathLike, lora: Mapping[str, Any], alpha: float, config: MMDiTConfig, dtype: Any = None
 ) -> Path:
-    """Writes a LoRA tree for `StableDiffusion3Pipeline.load_lora_weights`.
+    """Writes a LoRA tree of training for `StableDiffusion3Pipeline.load_lora_weights`.
 
     Args:
       destination: a folder (gets `pytorch_lora_weights.safetensors`) or a `.safetensors` file.
-      lora: the tree of `models/lora.py`. alpha: the update is B A x alpha / rank.
+      lora: the tree, whose update is a b x alpha / rank.
       dtype: of the file; None keeps the tree's.
     """
-    destination = Path(destination)
-    file = destination if destination.suffix == ".safetensors" else destination / FILE_NAME
-    present = set(table.flatten(lora))
-    kept = tuple(rule for rule in rules(config) if rule.path in present)
-    return io.write_file(file, table.to_torch(kept, lora, dtype), metadata(_rank(lora), alpha, kept))
+    adapter = Adapter({"transformer": updates(lora, alpha, config, dtype)}, str(destination))
+    return write_lora(destination, adapter, {"transformer": config})
 
 
-def load_lora(
-    source: str | os.PathLike, config: MMDiTConfig, sharding: Any = None, dtype: Any = None
-) -> tuple[dict[str, Any], float]:
-    """(LoRA tree, alpha) from a file or a folder of diffusers or peft.
+def write_lora(
+    destination: str | os.PathLike,
+    adapter: Adapter,
+    configs: Mapping[str, ModelConfig],
+    layout: str = "diffusers",
+) -> Path:
+    """Writes a LoRA file.
 
     Args:
-      config: of the transformer it was made for. sharding, dtype: as in `table.to_flax`.
+      destination: a folder or a `.safetensors` file.
+      configs: as of `read_lora`.
+      layout: 'diffusers' (peft's matrices, with peft's fields in the header), or 'kohya' (the original's names, fused
+        query, key and value, an alpha for each layer).
 
-    Raises ValueError or FileNotFoundError in one sentence: no such file, a layer that this project does not adapt, a
-    part of the layers missing, ranks that differ, DoRA.
+    Raises:
+      ValueError: for what the layout has no words for.
     """
-    adapter = open_lora(source)
-    kept, abstract = fit(adapter, config)
-    return table.to_flax(kept, adapter, abstract, sharding, dtype), adapter.alpha
+    if layout not in LAYOUTS:
+        raise ValueError(f"The LoRA layout '{layout}' is unknown; choose one of {', '.join(LAYOUTS)}.")
+    destination = Path(destination)
+    file = destination if destination.suffix == ".safetensors" else destination / FILE_NAME
+    tensors, header = (_diffusers if layout == "diffusers" else _kohya)(adapter, configs)
+    contiguous = ((name, np.ascontiguousarray(x).reshape(x.shape)) for name, x in tensors.items())
+    return io.write_file(file, contiguous, header)
 
 
-class Adapter(Mapping[str, Any]):
-    """The tensors of a LoRA file under diffusers' names, with its `rank`, `alpha` and header."""
-
-    def __init__(self, checkpoint: io.Checkpoint, fields: Mapping[str, Any]):
-        self.checkpoint, self.metadata = checkpoint, checkpoint.metadata
-        self._names = {_diffusers_name(name): name for name in checkpoint}
-        ranks = {checkpoint[n].shape[0] for k, n in self._names.items() if k.endswith(".lora_A.weight")}
-        if not ranks:
-            raise ValueError(f"{checkpoint.origin()} holds no LoRA matrices (*.lora_A.weight); check the file.")
-        alphas = {float(fields["lora_alpha"]) if "lora_alpha" in fields else float(max(ranks))}
-        alphas |= {float(value) for value in (fields.get("alpha_pattern") or {}).values()}
-        if len(ranks) > 1 or len(alphas) > 1:
-            raise ValueError(
-                f"{checkpoint.origin()} gives its layers different ranks {sorted(ranks)} or alphas {sorted(alphas)}; "
-                "only one of each is supported: merge it in PyTorch instead."
-            )
-        if fields.get("use_dora"):
-            raise ValueError(f"{checkpoint.origin()} is a DoRA, which is not supported: merge it in PyTorch instead.")
-        self.rank, self.alpha = ranks.pop(), alphas.pop()
-        if fields.get("use_rslora"):
-            # peft then scales by alpha / sqrt(r); ours by alpha / r.
-            self.alpha *= math.sqrt(self.rank)
-
-    def __getitem__(self, name: str) -> io.LazyTensor:
-        return self.checkpoint[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def origin(self, name: str | None = None) -> str:
-        """The file, for error messages."""
-        return str(self.checkpoint.files[0])
+def _diffusers(adapter: Adapter, configs: Mapping[str, ModelConfig]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    del configs
+    tensors, values = {}, {}
+    for component, layers in adapter.updates.items():
+        for layer, update in layers.items():
+            if update.magnitude is not None and update.magnitude.shape[0] == 1:
+                raise ValueError(
+                    f"{adapter.origin} is a DoRA of columns ({component}.{layer}), which peft does not have; merge it."
+                )
+            up = update.up if update.down.ndim == 2 else update.up[..., None, None]
+            tensors[f"{component}.{layer}.lora_A.weight"] = update.down
+            tensors[f"{component}.{layer}.lora_B.weight"] = up
+            if update.magnitude is not None:
+                tensors[f"{component}.{layer}.lora_magnitude_vector"] = update.magnitude[:, 0]
+        fields = _peft_fields(layers)
+        values |= {f"{component}.{field}": value for field, value in fields.items()}
+    return tensors, {"format": "pt", METADATA_KEY: json.dumps(values, indent=2, sort_keys=True)}
 
 
-def is_lora_file(file: str | os.PathLike) -> bool:
-    """Whether a safetensors file, or peft folder, holds LoRA matrices."""
-    file = Path(file)
-    if file.is_dir():
-        return (file / PEFT_CONFIG).is_file() or (file / FILE_NAME).is_file()
-    return any(".lora_A." in name for name in io.read_header(file)[0])
+def _peft_fields(layers: Mapping[str, Update]) -> dict[str, Any]:
+    """`LoraConfig` for updates: one rank and alpha, and what differs from them by layer."""
+    number = lambda x: int(x) if float(x).is_integer() else x
+    alphas = {layer: number(update.scale * update.rank) for layer, update in layers.items()}
+    ranks = {layer: update.rank for layer, update in layers.items()}
+    usual = lambda values: max(set(values.values()), key=list(values.values()).count)
+    rank, alpha = usual(ranks), usual(alphas)
+    # The end of a name that is no other layer's: a bare 'to_q' would take attn2's too.
+    targets = {re.sub(r"^transformer_blocks\.\d+\.", "", layer) for layer in layers}
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {layer: r for layer, r in ranks.items() if r != rank},
+        "alpha_pattern": {layer: a for layer, a in alphas.items() if a != alpha},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_dora": any(update.magnitude is not None for update in layers.values()),
+        "target_modules": sorted(targets),
+    }
 
 
-def open_lora(source: str | os.PathLike) -> Adapter:
-    """A LoRA file, or the folder that holds one. Reads headers only."""
-    source, fields = Path(source), {}
-    file = source
-    if source.is_dir():
-        file = next((source / name for name in (FILE_NAME, PEFT_FILE) if (source / name).is_file()), None)
-        if file is None:
-            raise FileNotFoundError(f"{source} holds neither {FILE_NAME} nor {PEFT_FILE}; check the path.")
-    checkpoint = io.Checkpoint(file, [file])
-    if raw := checkpoint.metadata.get(METADATA_KEY):
-        try:
-            fields = {key.removeprefix(PREFIX): value for key, value in json.loads(raw).items()}
-        except (ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{file} has an unreadable {METADATA_KEY} in its header ({error}); export it again."
-            ) from error
-    elif file.name == PEFT_FILE:
-        fields = registry.read_json(file.parent / PEFT_CONFIG)
-    return Adapter(checkpoint, fields)
+def _kohya(adapter: Adapter, configs: Mapping[str, ModelConfig]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    names = {"transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    names["text_encoder_3"] = "lora_te3_"
+    tensors: dict[str, np.ndarray] = {}
+    for component, layers in adapter.updates.items():
+        groups: dict[str, list[tuple[single_file.Piece, Update]]] = {}
+        for layer, update in layers.items():
+            piece = single_file.PIECES[component](f"{layer}.weight", configs[component])
+            groups.setdefault(piece.name.removesuffix(".weight"), []).append((piece, update))
+        for stored, members in groups.items():
+            update = _fused(sorted(members, key=lambda member: member[0].part), stored, adapter.origin)
+            name = names[component] + stored.replace(".", "_")
+            tensors[f"{name}.lora_down.weight"] = update.down
+            tensors[f"{name}.lora_up.weight"] = update.up if update.down.ndim == 2 else update.up[..., None, None]
+            tensors[f"{name}.alpha"] = np.float32(update.scale * update.rank)
+            if update.magnitude is not None:
+                tensors[f"{name}.dora_scale"] = update.magnitude
+    return tensors, {"format": "pt"}
 
 
-def fit(adapter: Adapter, config: MMDiTConfig) -> tuple[tuple[Rule, ...], dict[str, Any]]:
-    """(rules of the layers that the file adapts, shapes of their LoRA tree) for a transformer.
-
-    A file may adapt a part of the targets, but each of those in all layers of a stack.
-    """
-    kept = tuple(rule for rule in rules(config) if any(name in adapter for name, _ in rule.names()))
-    known = {rule.path for rule in kept}
-    if extra := sorted(set(adapter) - {name for rule in kept for name, _ in rule.names()}):
-        every = [name for rule in rules(config) for name, _ in rule.names()]
+def _fused(members: list[tuple[single_file.Piece, Update]], stored: str, origin: str) -> Update:
+    """One update of what is stored together. Parts with matrices of their own are put beside each other: their ranks add up."""
+    piece, first = members[0]
+    own = [update for _, update in members]
+    if piece.parts == 1:
+        rows = np.roll(np.arange(first.up.shape[0]), first.up.shape[0] // 2 if piece.swapped else 0)
+        length = first.magnitude
+        length = length if length is None or length.shape[0] == 1 else length[rows]
+        return dataclasses.replace(first, up=first.up[rows], magnitude=length)
+    doras = [update.magnitude for update in own]
+    if any(length is not None for length in doras) and (
+        len(members) < piece.parts or any(length is None or length.shape[0] == 1 for length in doras)
+    ):
         raise ValueError(
-            f"{adapter.origin()} adapts {extra[0]!r}, which this project does not; it adapts "
-            f"attn.{{{','.join(LORA_TARGETS)}}} of the transformer's {config.num_layers} blocks"
-            f"{table.nearest(extra[0], every)}."
+            f"{origin} is a DoRA of a part of '{stored}', which kohya's layout has no words for; merge it."
         )
-    shapes = table.flatten(registry.NETWORKS[config.CLASS_NAME].abstract(config))
-    abstract = {}
-    for path in known:
-        *stack, width_in, width_out = shapes[path[:-2] + "/kernel"].shape
-        pair = (width_in, adapter.rank) if path.endswith("/a") else (adapter.rank, width_out)
-        abstract[path] = jax.ShapeDtypeStruct((*stack, *pair), jnp.float32)
-    return kept, table.unflatten({rule.path: abstract[rule.path] for rule in kept})
-
-
-def _rank(lora: Mapping[str, Any]) -> int:
-    ranks = {leaf.shape[-1] for path, leaf in table.flatten(lora).items() if path.endswith("/a")}
-    if len(ranks) != 1:
-        raise ValueError(f"The LoRA tree has ranks {sorted(ranks)}; it must have one.")
-    return ranks.pop()
-
-
-def _diffusers_name(name: str) -> str:
-    for prefix in PEFT_PREFIXES:
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            break
-    return PREFIX + name.replace(".default.weight", ".weight")
+    magnitude = None if doras[0] is None else np.concatenate(doras)
+    outputs = first.up.shape[0]
+    shared = all(np.array_equal(u.down, first.down) and u.scale == first.scale for u in own)
+    rank = first.rank if shared else sum(update.rank for update in own)
+    up, start = np.zeros((piece.parts * outputs, rank), first.up.dtype), 0
+    for part, update in members:
+        rows = slice(part.part * outputs, (part.part + 1) * outputs)
+        columns = slice(0, rank) if shared else slice(start, start + update.rank)
+        up[rows, columns] = update.up if shared else update.up * np.asarray(update.scale, update.up.dtype)
+        start += update.rank
+    down = first.down if shared else np.concatenate([update.down for update in own])
+    return Update(down, up, first.scale if shared else 1.0, magnitude)

@@ -1,0 +1,105 @@
+"""LoRA files on a model: found, read, applied beside its weights or merged into them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.models.lora import joined
+from unipic2_jax.pipelines.bundle import Bundle, find_model
+from unipic2_jax.weights import lora
+
+HUB_PATTERNS = ("*.safetensors", lora.PEFT_CONFIG)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A LoRA that is asked for: a file, a folder or a hub id, and what its own scale is multiplied by."""
+
+    source: str
+    scale: float = 1.0
+
+
+def parse(texts: Iterable[str]) -> list[Wanted]:
+    """'FILE_OR_FOLDER_OR_HUB_ID[:scale]', each.
+
+    Raises:
+      ValueError: for a scale that is not finite, or an empty text.
+    """
+    found = []
+    for text in texts:
+        source, colon, last = text.rpartition(":")
+        try:
+            wanted = Wanted(source, float(last)) if colon else Wanted(text)
+        except ValueError:  # a colon in a path
+            wanted = Wanted(text)
+        if not wanted.source or not math.isfinite(wanted.scale):
+            raise ValueError(f"--lora={text!r} is no FILE[:scale]; name a file, a folder or a hub id.")
+        found.append(wanted)
+    return found
+
+
+def component_configs(bundle: Bundle) -> dict[str, ModelConfig]:
+    """Sizes of the networks that a LoRA may adapt, by folder name."""
+    modules = {"transformer": bundle.transformer, **bundle.conditioner.modules}
+    return {name: module.config for name, module in modules.items() if name in lora.PREFIXES}
+
+
+def read(bundle: Bundle, source: str | os.PathLike) -> lora.Adapter:
+    """A LoRA file for a model.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence, see `weights.lora.read_lora`.
+    """
+    path = Path(source)
+    if not path.exists() and not path.suffix and len(path.parts) == 2:
+        path = find_model(source, HUB_PATTERNS)
+    return lora.read_lora(path, component_configs(bundle))
+
+
+def applied(bundle: Bundle, loras: Sequence[tuple[lora.Adapter, float]]) -> tuple[Bundle, Any]:
+    """A model with several LoRAs, each at a scale.
+
+    Returns:
+      The model with what can only be merged in its weights, and the tree of what the transformer applies beside them, or None.
+    """
+    trees = []
+    for adapter, scale in loras:
+        for component, layers in adapter.updates.items():
+            config = component_configs(bundle)[component]
+            tree, rest = lora.low_rank(lora.leaves(layers, config, scale), config)
+            trees += [tree] if tree else []
+            bundle = _merged(bundle, component, rest) if rest else bundle
+    return bundle, joined(trees) if trees else None
+
+
+def fused(bundle: Bundle, loras: Sequence[tuple[lora.Adapter, float]]) -> tuple[Bundle, set[str]]:
+    """A model with several LoRAs in its weights, and the paths of the leaves that they change ('transformer/path/to/leaf')."""
+    changed = set()
+    for adapter, scale in loras:
+        for component, layers in adapter.updates.items():
+            found = lora.leaves(layers, component_configs(bundle)[component], scale)
+            bundle = _merged(bundle, component, found)
+            group = component if component in bundle.params else f"conditioner/{component}"
+            changed |= {f"{group}/{path}/kernel" for path in found}
+    return bundle, changed
+
+
+def load_fused(bundle: Bundle, texts: Iterable[str]) -> tuple[Bundle, set[str]]:
+    """`fused` for what `parse` understands."""
+    return fused(bundle, [(read(bundle, wanted.source), wanted.scale) for wanted in parse(texts)])
+
+
+def _merged(bundle: Bundle, component: str, found: Any) -> Bundle:
+    params = dict(bundle.params)
+    if component in params:
+        params[component] = lora.merge(params[component], found)
+    else:
+        own = lora.merge(params["conditioner"][component], found)
+        params["conditioner"] = {**params["conditioner"], component: own}
+    return dataclasses.replace(bundle, params=params)
