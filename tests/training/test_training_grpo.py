@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import toy_grpo
 from toy_grpo import Brightness
 
+from unipic2_jax.models.lora import init_lora, merge_lora, scaled
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.rewards.base import RewardError
 from unipic2_jax.training import grpo_stage, loop
@@ -24,6 +25,7 @@ from unipic2_jax.training.evaluator import check_evaluation, make_evaluators
 from unipic2_jax.training.metrics import read_evaluations, read_rows
 from unipic2_jax.training.stage import StageContext
 from unipic2_jax.weights import table
+from unipic2_jax.weights.lora import save_lora
 
 LOGGED = [
     "reward",
@@ -125,7 +127,9 @@ def run(workdir):
 
 def test_without_a_lora_all_of_the_transformer_is_reinforced(tmp_path):
     """The reference stays what the stage began with; what it ends with are other weights and no LoRA file."""
-    config = toy_grpo.config(edit=toy_grpo.stage(lora=None, optimizer={"lr": 3e-3})).stages.edit
+    config = toy_grpo.config(
+        edit=toy_grpo.stage(lora=None, optimizer={"lr": 3e-3}, grpo={"updates_per_rollout": 1})
+    ).stages.edit
     mesh = make_mesh(jax.devices()[:1])
     context = StageContext("edit", 0, 0, mesh, tmp_path)
     stage = grpo_stage.GRPOStage(config, toy_grpo.load(mesh=mesh), context)
@@ -146,6 +150,25 @@ def test_without_a_lora_all_of_the_transformer_is_reinforced(tmp_path):
     with pytest.raises(ConfigError, match="reference='base' continues the LoRA of the stage before"):
         wrong = toy_grpo.config(edit=toy_grpo.stage(lora=None, reference="base")).stages.edit
         grpo_stage.GRPOStage.check(wrong, mesh)
+
+
+def test_reinforcement_goes_on_from_a_lora_file(tmp_path):
+    """It begins at the file's weights, and the KL is measured from them."""
+    mesh, bundle = make_mesh(jax.devices()[:1]), toy_grpo.load(mesh=make_mesh(jax.devices()[:1]))
+    tree = init_lora(jax.random.key(1), bundle.params["transformer"], 2)
+    tree = jax.tree.map(lambda x: x + 0.05, tree)
+    save_lora(tmp_path, jax.device_get(tree), 3.0, bundle.transformer.config)
+    lora = {"rank": 4, "alpha": 8.0, "init": str(tmp_path)}
+    config = toy_grpo.config(edit=toy_grpo.stage(lora=lora, grpo={"updates_per_rollout": 1})).stages.edit
+    stage = grpo_stage.GRPOStage(config, bundle, StageContext("edit", 0, 0, mesh, tmp_path))
+    state = stage.init()
+    began = table.flatten(jax.device_get(stage.finish(state).params["transformer"]))
+    wanted = table.flatten(jax.device_get(merge_lora(bundle.params["transformer"], scaled(tree, 1.5))))
+    for path in wanted:
+        np.testing.assert_allclose(began[path], wanted[path], rtol=0, atol=1e-6)
+    state, first = stage.step(state, 0)
+    assert first["kl"] == pytest.approx(0, abs=1e-9) and first["ratio_mean"] == pytest.approx(1, abs=1e-3)
+    assert stage.step(state, 1)[1]["kl"] > 1e-9
 
 
 def test_a_stage_is_not_measured_again_where_the_one_before_ended(tmp_path, monkeypatch):
@@ -243,10 +266,12 @@ import sys, jax, numpy as np
 sys.path.insert(0, {folder!r})
 import toy_grpo
 from pathlib import Path
+from unipic2_jax.models.lora import init_lora, merge_lora, scaled
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training import grpo_stage
 from unipic2_jax.training.stage import StageContext
 from unipic2_jax.weights import table
+from unipic2_jax.weights.lora import save_lora
 
 # A large epsilon keeps Adam from turning rounding errors of gradients near zero into whole steps.
 optimizer = {{"lr": 0.3, "eps": 0.1}}

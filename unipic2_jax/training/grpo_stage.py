@@ -210,6 +210,8 @@ class GRPOStage(Stage):
         pictures.check_size(config.height, config.width, pixels)
         self.transformer = bundle.transformer.clone(remat=config.remat)
         self.scale = scale_of(config.lora) if config.lora.rank else None  # of the LoRA; None: there is none
+        # The LoRA under which the KL is measured; None: the bare weights.
+        self.reference = self.place(self._new_trained()) if config.lora.init else None
         self.source = make_source(config.source, context.data_seed())
         self.scorer = Scorer(make_entries(config.rewards, context.mesh, context.precision))
         self.samples = config.num_prompts * self.grpo.group_size
@@ -355,7 +357,7 @@ class GRPOStage(Stage):
         if parts > 1:
             trajectory, inputs = self._join.eval_shape([(trajectory, inputs)] * parts)
         advantages = described_rows(np.zeros(1, np.float32), self.samples, self.context.mesh)
-        return self.params["transformer"], state, None, trajectory, advantages, inputs
+        return self.params["transformer"], state, self.reference, trajectory, advantages, inputs
 
     def _sample(
         self, state: PolicyState, records: list[PromptRecord], key: jax.Array, part: int
@@ -409,7 +411,7 @@ class GRPOStage(Stage):
         if metrics["failed"] < self.samples:
             advantages = shard_batch(advantages, self.context.mesh)
             state, update = self.ahead[records[0].image is not None](
-                self.params["transformer"], state, None, trajectory, advantages, inputs
+                self.params["transformer"], state, self.reference, trajectory, advantages, inputs
             )
             metrics |= {name: float(value) for name, value in jax.device_get(update).items()}
             self._tell_difference(metrics["log_prob_difference"], step)

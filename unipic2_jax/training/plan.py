@@ -211,7 +211,7 @@ def _sized(config: ConfigDict, name: str | None) -> ConfigDict:
 
 
 def _without_content(stage: ConfigDict, all_shapes: bool) -> None:
-    """Black pictures instead of the stage's data, a reward that is at hand instead of its own, no evaluations."""
+    """Black pictures instead of the stage's data, a reward that is at hand instead of its own, no evaluations, a new LoRA."""
     if stage.kind == "flow":
         pixels = {pixels for _, pixels in stage.resolutions}
         if 0 in pixels:  # the data's own
@@ -228,6 +228,8 @@ def _without_content(stage: ConfigDict, all_shapes: bool) -> None:
         stage.rewards = ConfigDict({"shapes_t2i": {"weight": 1.0}})
     if "evaluations" in stage:
         stage.evaluations = ConfigDict()
+    if "lora" in stage:
+        stage.lora.init = ""
 
 
 def _part_of_batch(name: str, stage: ConfigDict, shards: int, log: Callable[[str], None]) -> None:
