@@ -32,7 +32,7 @@ def full_size(task: str) -> dict:
         "batch_size": 16,
         "save_every": 250,
         "tasks": (task,),
-        "data": {"kind": "prepared", "path": "", "tasks": (task,)},
+        "data": {"kind": "prepared", "path": ""},
         "optimizer": {"lr": 1e-4, "warmup": 50, "weight_decay": 0.01},
         **pretraining.CHOICES,
         "ema_decay": 0.99,

@@ -211,7 +211,7 @@ class GRPOStage(Stage):
         self.transformer = bundle.transformer.clone(remat=config.remat)
         self.scale = scale_of(config.lora) if config.lora.rank else None  # of the LoRA; None: there is none
         # The LoRA under which the KL is measured; None: the bare weights.
-        self.reference = self.place(self._new_trained()) if config.lora.init else None
+        self.reference = self.place(self._new_trained(self.params["transformer"])) if config.lora.init else None
         self.source = make_source(config.source, context.data_seed())
         self.scorer = Scorer(make_entries(config.rewards, context.mesh, context.precision))
         self.samples = config.num_prompts * self.grpo.group_size
@@ -301,7 +301,7 @@ class GRPOStage(Stage):
         """What is trained: a LoRA as `training.low_rank.new_lora` has it, or the one of the stage before under `reference='base'`, or
         all of the transformer."""
         kept = self.params.get("lora") if self.config.reference == "base" else None
-        new = self._new_trained()
+        new = self._new_trained(self.params["transformer"])
         if kept is not None and jax.tree.map(jnp.shape, kept) != jax.tree.map(jnp.shape, new):
             raise ConfigError(
                 f"Stage '{self.context.name}' continues a LoRA of rank {jax.tree.leaves(kept)[0].shape[-1]} on "
@@ -309,8 +309,8 @@ class GRPOStage(Stage):
             )
         return self.place(init_state(new if kept is None else kept, self.optimizer))
 
-    def _new_trained(self) -> Any:
-        config, params = self.config.lora, self.params["transformer"]
+    def _new_trained(self, params: Any) -> Any:
+        config = self.config.lora
         if self.scale is None:
             return self.context.precision.lift(split_params(params, ".*")[0])
         # The step after the last: no step draws from this key.
@@ -332,7 +332,7 @@ class GRPOStage(Stage):
         encode = (params, tokens, negative, sources, key)
         inputs = described_rows(jax.eval_shape(self._encode, *encode), size, mesh)
         noise = described_rows(jax.eval_shape(self._draw_noise, key), size, mesh)
-        trained = jax.eval_shape(self._new_trained) if self.scale is not None else self._new_trained()
+        trained = jax.eval_shape(self._new_trained, params["transformer"])
         state = described(mesh, jax.eval_shape(lambda trained: init_state(trained, self.optimizer), trained))
         roll = (params["transformer"], state.lora, inputs, noise, key, described_whole(self.sigmas, mesh))
         update = self._update_arguments(state, roll, inputs)
