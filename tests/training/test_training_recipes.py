@@ -26,6 +26,7 @@ TINY = {
     "kontext": ("tiny", "tiny,smoke"),
     "unified": ("tiny", "tiny,smoke"),
     "unipic2": ("tiny", "tiny,smoke"),
+    "finetune": ("tiny", "tiny,smoke", "tiny,smoke,t2i,full"),
     "ablations": ("connector,x", "mllm,x", "connector_only,x,smoke", "joint,x", "judge_geneval,x,smoke"),
 }
 
@@ -41,7 +42,7 @@ def test_a_tiny_recipe_can_start(name, arg):
         stage_class(stage.kind).check(stage, mesh)
 
 
-@pytest.mark.parametrize("name", ["connector", "kontext", "unified", "unipic2"])
+@pytest.mark.parametrize("name", ["connector", "kontext", "unified", "unipic2", "finetune"])
 def test_a_full_recipe_asks_for_its_data_first(name, tmp_path):
     with pytest.raises(ConfigError, match="prepared data without a path"):
         loop.run(recipe(name, ""), tmp_path / "run")
