@@ -1,6 +1,7 @@
 """Checkpoints from PyTorch to here and back: the same names, shapes, dtypes and bits."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -245,10 +246,11 @@ def test_the_commands(folder, tmp_path):
         return subprocess.run([sys.executable, "-m", module, *flags], capture_output=True, text=True)
 
     done = run("convert.from_torch", f"--src={folder}/vae", f"--dst={tmp_path}/ours")
-    assert done.returncode == 0 and "AutoencoderKL" in done.stdout, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(rf"vae: AutoencoderKL, \d+ tensors, .* MB\nwrote {tmp_path}/ours\n", done.stdout)
     done = run("convert.to_torch", f"--src={tmp_path}/ours", f"--dst={tmp_path}/back", "--max_shard_gb=1e-5")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 2)
     assert len(list((tmp_path / "back").glob("*-of-*.safetensors"))) > 1
     assert contents(io.open_folder(folder / "vae")) == contents(io.open_folder(tmp_path / "back"))
     done = run("convert.to_torch", f"--src={tmp_path}/none", f"--dst={tmp_path}/x")
-    assert done.returncode == 1 and "error: There is no folder" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "error: There is no folder" in done.stderr and "Traceback" not in done.stderr
