@@ -394,6 +394,8 @@ def find_model(source: str | os.PathLike, patterns: Sequence[str] = HUB_PATTERNS
     path = Path(source)
     if path.is_dir():
         return path
+    if path.suffix in io.PICKLES and path.exists():
+        raise ValueError(io.no_pickles(path))
     if path.exists():
         raise FileNotFoundError(f"{source} is a file, not a model folder; a single checkpoint file must be converted.")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", os.fspath(source)):
