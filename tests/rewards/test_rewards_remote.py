@@ -133,7 +133,9 @@ def test_records_without_a_tag_are_refused_before_a_run(url, metadata, sound):
     if sound:
         check_tasks(entries, Source())
         return
-    with pytest.raises(ValueError, match=r"rewards\.geneval: prompts\.jsonl, line 3: The prompt 'a red circle' has no 'tag'"):
+    with pytest.raises(
+        ValueError, match=r"rewards\.geneval: prompts\.jsonl, line 3: The prompt 'a red circle' has no 'tag'"
+    ):
         check_tasks(entries, Source())
     # Other dialects ask for none.
     check_tasks(make_entries({"ours": {"kind": "remote", "url": url}}), Source())

@@ -21,6 +21,7 @@ from unipic2_jax.data.shapes.pool import WORDS
 from unipic2_jax.data.shapes.questions import QUESTION_WORDS
 from unipic2_jax.data.shapes.world import IMAGE_SIZE
 from unipic2_jax.flow.schedule import FlowMatchConfig
+from unipic2_jax.flow.seeds import folded
 from unipic2_jax.models.clip import CLIPTextConfig, CLIPTextModelWithProjection
 from unipic2_jax.models.connector import MetaQuery, MetaQueryConfig
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -246,7 +247,7 @@ def init_bundle(
             raise ValueError("A model with text encoders has no projectors; leave zero_projectors as it is.")
         connector = conditioner.connector.clone(zero_projectors=False)
         modules = (*others, dataclasses.replace(conditioner, connector=connector))
-    key = jax.random.key(seed) if isinstance(seed, (int, np.integer)) else seed
+    key = jax.random.key(folded(seed)) if isinstance(seed, (int, np.integer)) else seed
 
     def fresh(key):
         made = _by_folder(precision.hold(init_params(*modules, key)))

@@ -50,7 +50,7 @@ from unipic2_jax.training.evaluator import (
 )
 from unipic2_jax.training.flops import forward_flops, grpo_step_flops
 from unipic2_jax.training.optimizer import make_optimizer, merge_params
-from unipic2_jax.training.stage import Program, Stage, StageContext
+from unipic2_jax.training.stage import NO_STEP, Program, Stage, StageContext
 
 
 def grpo_fields() -> ConfigDict:
@@ -283,8 +283,7 @@ class GRPOStage(Stage):
         kept = self.params.get("lora") if self.config.reference == "base" else None
         rank = self.config.lora.rank
         if kept is None:
-            # The step after the last: no step draws from this key.
-            kept = init_lora(self.context.key(self.config.steps), self.params["transformer"], rank)
+            kept = init_lora(self.context.key(NO_STEP), self.params["transformer"], rank)
         elif (had := jax.tree.leaves(kept)[0].shape[-1]) != rank:
             raise ConfigError(
                 f"Stage '{self.context.name}' continues a LoRA of rank {had} and has lora.rank {rank}; make them equal."
