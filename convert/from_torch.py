@@ -10,10 +10,11 @@ back to the same names, dtypes and bits.
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
+from launch import cli
 from unipic2_jax.weights import convert
 
 SRC = flags.DEFINE_string(
@@ -24,15 +25,11 @@ BASE = flags.DEFINE_string("base", None, "Model folder that supplies what a file
 flags.mark_flags_as_required(["src", "dst"])
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown argument {argv[1]!r}; flags are --src, --dst and --base.")
-    try:
-        lines = convert.from_torch(SRC.value, DST.value, BASE.value)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str]) -> None:
+    del argv
+    lines = convert.from_torch(SRC.value, DST.value, BASE.value)
     print("\n".join([*lines, f"wrote {DST.value}"]))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -7,10 +7,11 @@ python -m convert.to_torch --src=checkpoints/lora --dst=out/pytorch_lora_weights
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
+from launch import cli
 from unipic2_jax.weights import convert, io
 
 SRC = flags.DEFINE_string("src", None, "Folder made by convert.from_torch, or a model folder in diffusers layout.")
@@ -20,15 +21,11 @@ MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", io.MAX_SHARD_BYTES / 1e9, "Lar
 flags.mark_flags_as_required(["src", "dst"])
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown argument {argv[1]!r}; flags are --src, --dst, --layout and --max_shard_gb.")
-    try:
-        lines = convert.to_torch(SRC.value, DST.value, LAYOUT.value, int(MAX_SHARD_GB.value * 1e9))
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str]) -> None:
+    del argv
+    lines = convert.to_torch(SRC.value, DST.value, LAYOUT.value, int(MAX_SHARD_GB.value * 1e9))
     print("\n".join([*lines, f"wrote {DST.value}"]))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -149,7 +149,7 @@ DAMAGE = {
         lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
         "vae holds no diffusion_pytorch_model.safetensors",
     ),
-    "scheduler gone": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json is missing"),
+    "scheduler gone": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json"),
     "tokenizer gone": (lambda f: shutil.rmtree(f / "tokenizer_2"), "lacks tokenizer_2/"),
     "cut short": (cut_short, "cut short"),
     "shard gone": (lose_shard, "lacks the shard diffusion_pytorch_model-00002-of-"),

@@ -13,7 +13,7 @@ from scripted_http import cut, hang, reply, scripted
 from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.rewards import flow_grpo
 from unipic2_jax.rewards.base import RewardError, make_reward
-from unipic2_jax.rewards.scoring import Scorer, make_entries
+from unipic2_jax.rewards.scoring import Scorer, check_tasks, make_entries
 
 PICTURES = list(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8))
 RECORDS = [PromptRecord("a red circle", None, {"tag": "colors"})] * 2
@@ -106,8 +106,39 @@ def test_a_geneval_server_of_flow_grpo(only_strict):
     assert ("accuracy" in scores.details) is not only_strict
     sent = pickle.loads(body)  # our own
     assert path == "/" and sent["only_strict"] is only_strict and sent["prompts"] == ["a red circle"] * 2
-    assert sent["meta_datas"] == [{"tag": "colors"}] * 2
+    assert sent["meta_datas"] == [{"prompt": "a red circle", "tag": "colors"}] * 2
     assert [image[:3] for image in sent["images"]] == [b"\xff\xd8\xff"] * 2
+
+
+@pytest.mark.parametrize(
+    ("url", "metadata", "sound"),
+    [
+        ("http://host:18085", {"tag": "colors"}, True),
+        ("http://host:18085", {}, False),
+        ("http://host:18085", {"tag": 3}, False),
+        ("http://host:18086", {}, True),  # DeQA reads no metadata
+        ("http://host:9000", {"include": [{"class": "circle", "count": 1}]}, False),
+        ("http://host:9000", {"include": [{"class": "circle", "count": 1}], "tag": "single_object"}, True),
+    ],
+)
+def test_records_without_a_tag_are_refused_before_a_run(url, metadata, sound):
+    class Source:
+        def batch(self, step, count):
+            raise AssertionError
+
+        def tasks(self):
+            yield "prompts.jsonl, line 3", PromptRecord("a red circle", metadata=metadata)
+
+    entries = make_entries({"geneval": {"kind": "remote", "url": url, "dialect": "flow_grpo"}})
+    if sound:
+        check_tasks(entries, Source())
+        return
+    with pytest.raises(
+        ValueError, match=r"rewards\.geneval: prompts\.jsonl, line 3: The prompt 'a red circle' has no 'tag'"
+    ):
+        check_tasks(entries, Source())
+    # Other dialects ask for none.
+    check_tasks(make_entries({"ours": {"kind": "remote", "url": url}}), Source())
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])

@@ -396,9 +396,71 @@ def test_another_configuration_is_refused(tmp_path):
     toy_stage.run(tmp_path / "run")
     with pytest.raises(loop.config_lib.ConfigError, match=r"config.seed = 0, and this command asks for 3"):
         toy_stage.run(tmp_path / "run", seed=3)
-    with pytest.raises(loop.config_lib.ConfigError, match=r"config.stages.first.steps = 12"):
-        toy_stage.run(tmp_path / "run", steps=13)
+    with pytest.raises(loop.config_lib.ConfigError, match=r"config.stages.first.nan_at = -1"):
+        toy_stage.run(tmp_path / "run", nan_at=13)
     toy_stage.run(tmp_path / "run", save_every=4)
+
+
+def longer(workdir, **steps):
+    """The toys' run with other steps, whose learning rates are constant."""
+    config = toy_stage.toy_config(**FIELDS)
+    for name, count in steps.items():
+        config.stages[name].steps = count
+    config.stages.second.optimizer.schedule = "constant"
+    return loop.run(config, workdir, load=toy_stage.load, save=toy_stage.save)
+
+
+def test_a_finished_run_goes_on_when_steps_are_raised(tmp_path, capsys):
+    whole = contents(longer(tmp_path / "whole", second=11).parent)
+    longer(tmp_path / "run")
+    first = contents(tmp_path / "run")["export"]
+    capsys.readouterr()
+    longer(tmp_path / "run", second=11)
+    said = capsys.readouterr().err
+    assert "This command has config.stages.second.steps = 11 instead of 7.\n" in said
+    assert "Continuing after step 7 of stage 'second'" in said and "stays in" in said
+    found = contents(tmp_path / "run")
+    assert (found["export"], found["state"]) == (whole["export"], whole["state"])
+    # The end at step 7 was evaluated too.
+    assert all(row in whole["rows"] or (row["kind"], row["step"]) == ("evaluation", 7) for row in found["rows"])
+    assert [r for r in found["rows"] if r["kind"] == "train"] == [r for r in whole["rows"] if r["kind"] == "train"]
+    with np.load(tmp_path / "run/export_19/params.npz") as arrays:
+        assert {name: arrays[name].tobytes() for name in arrays.files} == first != whole["export"]
+    # The same command once more finds nothing to do.
+    longer(tmp_path / "run", second=11)
+    assert contents(tmp_path / "run") == found and not (tmp_path / "run/export_23").exists()
+
+
+def test_steps_that_cannot_be_changed_are_one_sentence(tmp_path):
+    longer(tmp_path / "run")
+    ours = loop.config_lib.ConfigError
+    with pytest.raises(
+        ours, match=r"stage 'second' has begun with what 'first' gave.* config.stages.first.steps = 13 instead of 12"
+    ):
+        longer(tmp_path / "run", first=13)
+    with pytest.raises(ours, match=r"stage 'second' has begun, .*second.steps = 6 instead of 7; give 7 or more"):
+        longer(tmp_path / "run", second=6)
+
+
+def test_the_running_stage_gets_more_steps_and_one_to_come_any(processes, tmp_path, capsys):
+    started = start(processes, tmp_path / "run", {"kill_at": 6}, {**FIELDS, "steps": 12})
+    started.join(PATIENCE)
+    config = toy_stage.toy_config(**FIELDS)
+    config.stages.first.steps, config.stages.second.steps = 14, 3
+    loop.run(config, tmp_path / "run", load=toy_stage.load, save=toy_stage.save)
+    said = capsys.readouterr().err
+    assert "first.steps = 14 instead of 12." in said
+    assert "second.steps = 3 instead of 7; its learning rate follows 'cosine' of the 3 from here on." in said
+    loop.run(config, tmp_path / "whole", load=toy_stage.load, save=toy_stage.save)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 + 5, -(2**70)])
+def test_seeds_of_any_integer(tmp_path, seed):
+    toy_stage.run(tmp_path / "any", seed=seed)
+    toy_stage.run(tmp_path / "folded", seed=seed % 2**32)
+    assert contents(tmp_path / "any") == contents(tmp_path / "folded")
+    toy_stage.run(tmp_path / "folded", seed=seed)  # the same run
 
 
 def test_nan_stops_with_the_last_good_checkpoint(tmp_path):

@@ -1,10 +1,12 @@
 """Checkpoints from PyTorch to here and back: the same names, shapes, dtypes and bits."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ pytest.importorskip("diffusers", reason="these tests convert checkpoints that di
 
 import tiny_diffusers  # noqa: E402
 
-from unipic2_jax.weights import convert, io, native, registry, single_file, table  # noqa: E402
+from unipic2_jax.weights import convert, io, native, registry, single_file, table, variants  # noqa: E402
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -240,15 +242,142 @@ def test_wrong_places_are_named(folder, tmp_path):
         convert.to_torch(tmp_path / "ours", tmp_path / "back")
 
 
+WRAPPED = {
+    "DeepSpeed": lambda name: f"module.{name}",
+    "FSDP": lambda name: (
+        "_fsdp_wrapped_module." + name.replace("transformer_blocks.1.", "transformer_blocks.1._fsdp_wrapped_module.")
+    ),
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "both": lambda name: f"module._orig_mod.{name}",
+    "model.diffusion_model.": lambda name: f"model.diffusion_model.{name}",
+    "diffusion_model.": lambda name: f"module.diffusion_model.{name}",
+    "transformer.": lambda name: f"transformer.{name}",
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrapped_names_are_read_as_what_they_are(folder, tmp_path, caplog, kind):
+    def wrap(tensors):
+        wrapped = {WRAPPED[kind](name): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(wrapped)
+
+    src = rewrite(folder, tmp_path / "src", wrap)
+    (line,) = convert.from_torch(src, tmp_path / "ours")
+    assert "in the names of tensors is left out" in line
+    convert.to_torch(tmp_path / "ours", tmp_path / "back")
+    assert contents(io.open_folder(tmp_path / "back")) == contents(io.open_folder(folder / "transformer"))
+    network, config = registry.read_network(src)
+    loaded = native.load_component(src, network.rules(config), network.abstract(config))
+    expected = native.load_component(folder / "transformer", network.rules(config), network.abstract(config))
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+    assert "is left out" in caplog.text
+    # The same tensors as one file: the networks that it lacks come from the base.
+    convert.from_torch(src / "diffusion_pytorch_model.safetensors", tmp_path / "whole", base=folder)
+    convert.to_torch(tmp_path / "whole", tmp_path / "whole_back")
+    assert networks(tmp_path / "whole_back") == networks(folder)
+
+
+def test_names_that_become_the_same_are_refused(folder, tmp_path):
+    src = rewrite(folder, tmp_path / "src", lambda t: t.update({"_orig_mod.proj_out.bias": t["proj_out.bias"]}))
+    with pytest.raises(ValueError, match=r"Without '_orig_mod\.' in their names two tensors have the same one"):
+        convert.from_torch(src, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "transformer.", "module.", ""])
+def test_a_single_file_of_the_transformer_under_any_prefix(folder, tmp_path, prefix):
+    config = {"transformer": registry.read_network(folder / "transformer")[1]}
+    joined = single_file.join({"transformer": io.open_folder(folder / "transformer")}, config, {"transformer": prefix})
+    file = io.write_file(tmp_path / "one.safetensors", joined)
+    convert.from_torch(file, tmp_path / "ours", base=folder)
+    convert.to_torch(tmp_path / "ours", tmp_path / "back")
+    assert networks(tmp_path / "back") == networks(folder)
+    convert.to_torch(tmp_path / "ours", tmp_path / "back.safetensors")
+    stored = io.read_header(file)[0] if prefix != "module." else variants.plain(io.Checkpoint(file, [file]))
+    assert contents(stored) == contents(io.read_header(tmp_path / "back.safetensors")[0])
+
+
+E4M3, E5M2, BF16 = (np.dtype(d) for d in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_8_bits_are_read_into_bfloat16_exactly(folder, tmp_path, caplog, dtype):
+    original = {name: t[...].astype(dtype) for name, t in io.open_folder(folder / "transformer").items()}
+    src = rewrite(folder, tmp_path / "src", lambda t: t.update(original))
+    (line,) = convert.from_torch(src, tmp_path / "ours")
+    assert f"{len(original)} tensors of {dtype} are read into bfloat16" in line and "scales" not in line
+    convert.to_torch(tmp_path / "ours", tmp_path / "back")
+    back = io.open_folder(tmp_path / "back")
+    assert {t.dtype for t in back.values()} == {BF16}
+    for name, value in original.items():
+        np.testing.assert_array_equal(back[name][...].astype(np.float32), value.astype(np.float32))
+    network, config = registry.read_network(src)
+    loaded = table.flatten(native.load_component(src, network.rules(config), network.abstract(config)))
+    assert {leaf.dtype for leaf in loaded.values()} == {BF16} and "are read into bfloat16" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "single_file"])
+@pytest.mark.parametrize("scale_name", ["scale_weight", "weight_scale"])
+def test_scaled_8_bits_are_multiplied_by_their_scales(folder, tmp_path, layout, scale_name):
+    """ComfyUI's two spellings: one scale for a weight, or one for each row, and what only its arithmetic needs."""
+    config = {"transformer": registry.read_network(folder / "transformer")[1]}
+    source = io.open_folder(folder / "transformer")
+    prefix, stored = "", {name: t[...] for name, t in source.items()}
+    if layout == "single_file":
+        prefix, stored = "model.diffusion_model.", dict(single_file.join({"transformer": source}, config))
+    written, wanted = {prefix + "scaled_fp8": np.zeros(0, E4M3)}, {}
+    for number, (name, value) in enumerate(stored.items()):
+        if not name.endswith(".weight") or value.ndim != 2:
+            written[name] = wanted[name] = value
+            continue
+        rows = np.abs(value).max(axis=1, keepdims=True) if number % 2 else np.abs(value).max()
+        scale = np.float32(rows / 448)
+        eight = (value / scale).astype(E4M3)
+        written |= {name: eight, name.removesuffix("weight") + scale_name: scale.reshape(-1)}
+        written[name.removesuffix("weight") + "scale_input"] = np.float32([1.0])
+        wanted[name] = (eight.astype(np.float32) * scale).astype(BF16)
+    if layout == "diffusers":
+        io.write_folder(tmp_path / "src", io.DIFFUSERS_STEM, written.items())
+        (tmp_path / "src/config.json").write_text((folder / "transformer/config.json").read_text())
+        lines = convert.from_torch(tmp_path / "src", tmp_path / "ours")
+        convert.to_torch(tmp_path / "ours", tmp_path / "back")
+        back = io.open_folder(tmp_path / "back")
+    else:
+        lines = convert.from_torch(io.write_file(tmp_path / "x.safetensors", written.items()), tmp_path / "ours")
+        convert.to_torch(tmp_path / "ours", tmp_path / "back.safetensors")
+        back = io.read_header(tmp_path / "back.safetensors")[0]
+    assert any("are read into bfloat16, times their scales" in line for line in lines)
+    assert contents(back) == {name: (str(v.dtype), v.shape, v.tobytes()) for name, v in wanted.items()}
+
+
+def test_a_scale_of_blocks_is_refused(folder, tmp_path):
+    def change(tensors):
+        tensors["proj_out.weight"] = tensors["proj_out.weight"].astype(E4M3)
+        tensors["proj_out.weight_scale"] = np.ones((2, 2), np.float32)
+
+    with pytest.raises(ValueError, match=r"a scale of shape \(2, 2\) for 'proj_out.weight'"):
+        convert.from_torch(rewrite(folder, tmp_path / "src", change), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "pytorch_model.bin"])
+def test_pickles_are_refused_with_the_reason_and_the_remedy(folder, tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    (tmp_path / "config.json").write_text((folder / "vae/config.json").read_text())
+    for src in (tmp_path / name, tmp_path):
+        with pytest.raises(ValueError, match=rf"{name} is a pickle, which can run any code .*save_file"):
+            convert.from_torch(src, tmp_path / "ours")
+
+
 def test_the_commands(folder, tmp_path):
     def run(module, *flags):
         return subprocess.run([sys.executable, "-m", module, *flags], capture_output=True, text=True)
 
     done = run("convert.from_torch", f"--src={folder}/vae", f"--dst={tmp_path}/ours")
-    assert done.returncode == 0 and "AutoencoderKL" in done.stdout, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(rf"vae: AutoencoderKL, \d+ tensors, .* MB\nwrote {tmp_path}/ours\n", done.stdout)
     done = run("convert.to_torch", f"--src={tmp_path}/ours", f"--dst={tmp_path}/back", "--max_shard_gb=1e-5")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 2)
     assert len(list((tmp_path / "back").glob("*-of-*.safetensors"))) > 1
     assert contents(io.open_folder(folder / "vae")) == contents(io.open_folder(tmp_path / "back"))
     done = run("convert.to_torch", f"--src={tmp_path}/none", f"--dst={tmp_path}/x")
-    assert done.returncode == 1 and "error: There is no folder" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "error: There is no folder" in done.stderr and "Traceback" not in done.stderr

@@ -239,7 +239,7 @@ def test_damaged_files_are_told(tmp_path):
         files[0].write_bytes(whole[:cut])
         complain(ValueError, "cut short")
     files[0].write_bytes(struct.pack("<Q", 8) + b"[1,2,3]]" + whole)
-    complain(ValueError, "header is unreadable")
+    complain(ValueError, "does not start with '{'")
     files[0].unlink()
     complain(FileNotFoundError, f"lacks the shard {files[0].name}")
     index = tmp_path / "model.safetensors.index.json"
@@ -248,8 +248,71 @@ def test_damaged_files_are_told(tmp_path):
     values["weight_map"]["ghost"] = files[0].name
     index.write_text(json.dumps(values))
     complain(ValueError, "lacks 'ghost'")
-    index.write_text("{}")
-    complain(ValueError, "not an index of shards")
+    for text in ("{}", '{"weight_map": [1]}', '{"weight_map": {"a": 3}}'):
+        index.write_text(text)
+        complain(ValueError, "not an index of shards")
+
+
+def described(**changes):
+    """A file of two tensors of 8 bytes whose header's entries are changed."""
+    entries = {name: {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]} for i, name in enumerate("ab")}
+    for name, fields in changes.items():
+        entries[name] = {**entries.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(16)
+
+
+TEXT = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode() + b"   "
+UNSOUND = {
+    # The three bytes of padding belong to the header: every weight would be shifted by them.
+    "length too small": (struct.pack("<Q", len(TEXT) - 3) + TEXT + bytes(16), "end at byte .* and the file at byte"),
+    "length too large": (struct.pack("<Q", len(TEXT)) + TEXT[:-3] + bytes(16), "header"),
+    "longer": (struct.pack("<Q", len(TEXT)) + TEXT + bytes(17), "tensors end at byte .* and the file at byte"),
+    "hole": (described(b={"data_offsets": [9, 17]}), "'b' begins at byte 9 of the data where .* ends at 8"),
+    "overlap": (described(b={"data_offsets": [4, 12]}), "'b' begins at byte 4 of the data where .* ends at 8"),
+    "late": (described(a={"data_offsets": [8, 16]}), "begins at byte 8 of the data where .* ends at 0"),
+    "size": (described(a={"shape": [3]}), "'a' has 8 bytes where its dtype and shape need 12"),
+    "dtype": (described(a={"dtype": "F31"}), "'a' has the unknown dtype 'F31'"),
+    "negative": (described(a={"shape": [-1, -2]}), r"'a' has the shape \[-1, -2\]"),
+    "offsets": (described(a={"data_offsets": "08"}), "'a' has the data_offsets '08'"),
+    "entry": (described(a=7), "entry of 'a' lacks its dtype"),
+    "metadata": (described(__metadata__={"n": 3}), "__metadata__ is no object of texts"),
+    "twice": (struct.pack("<Q", 14) + b'{"a":1,"a":2} ', "a key twice"),
+    "blank": (struct.pack("<Q", 4) + b"  {}", r"does not start with '\{'"),
+    "huge": (struct.pack("<Q", 100_000_001) + b"{", "100000001 bytes|cut short"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSOUND)
+def test_what_breaks_the_formats_rules_is_refused_here_and_there(tmp_path, kind):
+    content, words = UNSOUND[kind]
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        io.read_header(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+    safetensors = pytest.importorskip("safetensors")
+    if kind != "blank":  # a rule that the format states and the library does not hold
+        with pytest.raises(safetensors.SafetensorError):
+            safetensors.safe_open(file, "np")
+
+
+def test_a_header_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "MAX_HEADER_BYTES", len(TEXT))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(TEXT)) + TEXT + bytes(16))
+    assert list(io.read_header(file)[0]) == ["a"]
+    file.write_bytes(struct.pack("<Q", len(TEXT) + 1) + TEXT + b" " + bytes(16))
+    with pytest.raises(ValueError, match="the format allows"):
+        io.read_header(file)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.ckpt", "model.pth"])
+def test_pickles_are_refused_with_the_reason(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    for read in (lambda: io.read_header(tmp_path / name), lambda: io.open_folder(tmp_path)):
+        with pytest.raises(ValueError, match=rf"{name} is a pickle, which can run any code .*save_file"):
+            read()
 
 
 def test_our_checkpoint_of_parameters(tmp_path):

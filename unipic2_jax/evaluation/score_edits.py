@@ -33,6 +33,7 @@ from unipic2_jax.data.buckets import Bucket, nearest_aspect
 from unipic2_jax.data.images import read_image
 from unipic2_jax.data.prepared import INDEX, PreparedExample, PreparedIndex, Shard, pack
 from unipic2_jax.data.prompts import PromptRecord, PromptSource
+from unipic2_jax.flow.seeds import folded
 from unipic2_jax.pipelines.pipeline import Pipeline
 from unipic2_jax.rewards.scoring import Scorer
 
@@ -230,7 +231,7 @@ class ScoredEdits:
 
     def _how(self, number: int, records: Sequence[PromptRecord], variety: Variety) -> dict[str, Any]:
         """How edit number `number` is made: a function of the seed and the number."""
-        rng = np.random.default_rng([variety.seed, number])
+        rng = np.random.default_rng([folded(variety.seed), number])
         kind, other = rng.random(), int(rng.integers(1, max(2, len(records))))
         drawn = {"steps": int(rng.choice(variety.steps)), "guidance": float(rng.choice(variety.guidance))}
         place = number // variety.samples % variety.batch
@@ -238,7 +239,7 @@ class ScoredEdits:
             return {"unedited": True}
         mismatched = kind < variety.unedited + variety.mismatched
         prompt = records[(place + other) % len(records) if mismatched else place].prompt
-        return {"for": prompt, **drawn, "seed": (variety.seed * 1_000_003 + number) % 2**32}
+        return {"for": prompt, **drawn, "seed": folded(variety.seed * 1_000_003 + number)}
 
     def _row(self, number: int, record: PromptRecord, edited: np.ndarray, how: dict[str, Any]) -> dict[str, Any]:
         pictures = [np.ascontiguousarray(picture) for picture in (record.image, edited)]

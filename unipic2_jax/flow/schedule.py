@@ -14,6 +14,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from unipic2_jax.web.fields import check_fields, hints
+from unipic2_jax.web.strict import read_object
+
 # What diffusers' scheduler can do beyond shift, with the values under which it does not do it.
 _MUST_BE = {
     "use_dynamic_shifting": False,
@@ -54,8 +57,9 @@ class FlowMatchConfig:
         """Reads diffusers' scheduler config.
 
         Raises:
-          ValueError: when the config asks for a schedule that is not a plain shifted one.
+          ValueError: when a field is of another type, or asks for a schedule that is not a plain shifted one.
         """
+        check_fields(hints(cls), values)
         for name, plain in _MUST_BE.items():
             if (values.get(name) or None) != (plain or None):
                 raise ValueError(
@@ -75,16 +79,15 @@ class FlowMatchConfig:
 
         Raises:
           FileNotFoundError: when the file is missing.
-          ValueError: when it is not JSON, or asks for another kind of schedule.
+          ValueError: a sentence that names the file: it is not JSON, has a field of another type, or asks for another kind
+            of schedule.
         """
         path = Path(folder) / FILE_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"The scheduler config {path} is missing; copy it from the original checkpoint.")
+        values = read_object(path)
         try:
-            values = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"The scheduler config {path} is not valid JSON ({error}); copy it again.") from error
-        return cls.from_dict(values)
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def save(self, folder: str | Path) -> None:
         """Writes `folder/scheduler_config.json`, creating the folder."""

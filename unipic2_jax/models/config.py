@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from unipic2_jax.web.fields import check_fields, hints
+from unipic2_jax.web.strict import read_object
+
+FILE_NAME = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,12 +22,42 @@ class ModelConfig:
     """
 
     CLASS_NAME = ""
+    # Fields of files that `adapted` reads besides the class's own, with their types.
+    FOREIGN: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Reads the fields that this network has and leaves the others (training switches of the original) alone."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+    def read(cls, folder: str | os.PathLike) -> Self:
+        """Reads `folder/config.json`.
+
+        Raises:
+          FileNotFoundError: there is none.
+          ValueError: a sentence that names the file, for what `from_dict` refuses.
+        """
+        file = Path(folder) / FILE_NAME
+        values = read_object(file)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """Reads the fields that this network has and leaves the others (training switches of the original) alone.
+
+        Args:
+          where: what the names of fields are written behind in messages ('vision_config.').
+
+        Raises:
+          ValueError: for a field that is missing or of another type, and for what this network does not support.
+        """
+        wanted = hints(cls)
+        check_fields({**wanted, **cls.FOREIGN}, values, where)
+        values = cls.adapted(values)
+        check_fields(wanted, values, where)
+        kept = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in wanted}
+        for name, hint in wanted.items():
+            if isinstance(hint, type) and issubclass(hint, ModelConfig) and isinstance(kept.get(name), Mapping):
+                kept[name] = hint.from_dict(kept[name], f"{where}{name}.")
         missing = [
             f.name
             for f in dataclasses.fields(cls)
@@ -29,6 +66,11 @@ class ModelConfig:
         if missing:
             raise ValueError(f"The {cls.CLASS_NAME} config lacks {', '.join(missing)}; add it to its config.json.")
         return cls(**kept)
+
+    @classmethod
+    def adapted(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a file says, under the names of this class's fields; raises ValueError for what is not supported."""
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

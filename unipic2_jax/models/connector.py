@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +53,6 @@ class MetaQueryConfig(ModelConfig):
     pooled_projection_dim: int = 2048
     joint_attention_dim: int = 4096
     connector_config: ConnectorConfig = dataclasses.field(default_factory=ConnectorConfig)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Reads the nested sizes too."""
-        return super().from_dict(
-            {**values, "connector_config": ConnectorConfig.from_dict(values.get("connector_config", {}))}
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """As the base. The original wants to be told how to attend; 'sdpa' needs no extra package."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +71,9 @@ class MMDiTConfig(ModelConfig):
             raise ValueError(f"qk_norm {self.qk_norm!r} is unknown; use 'rms_norm' or None.")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """As the base; files older than SD3.5 lack the two newest fields and mean diffusers' defaults for them."""
-        return super().from_dict({"dual_attention_layers": (), "qk_norm": None, **values})
+    def adapted(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Files older than SD3.5 lack the two newest fields and mean diffusers' defaults for them."""
+        return {"dual_attention_layers": (), "qk_norm": None, **values}
 
     @property
     def width(self) -> int:

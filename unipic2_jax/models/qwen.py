@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from unipic2_jax.models.qwen_vision import (
 )
 from unipic2_jax.models.remat import rematerialised
 from unipic2_jax.parallel.rules import constrain
+from unipic2_jax.web.fields import check_fields, hints
 
 # Keys and values of the places seen so far: {'key': [L, B, T, KV, D], 'value': the same}.
 Cache = dict[str, jax.Array]
@@ -46,6 +47,10 @@ class Qwen2_5_VLConfig(ModelConfig):
 
     CLASS_NAME = "Qwen2_5_VLForConditionalGeneration"
     MODEL_TYPE = "qwen2_5_vl"
+    FOREIGN: ClassVar[Mapping[str, Any]] = {
+        **dict.fromkeys(("text_config", "rope_parameters", "rope_scaling"), Mapping | None),
+        "use_sliding_window": bool | None,
+    }
 
     vocab_size: int = 152064
     hidden_size: int = 3584
@@ -59,8 +64,8 @@ class Qwen2_5_VLConfig(ModelConfig):
     rope_theta: float = 1000000.0
     mrope_section: tuple[int, ...] = (16, 24, 24)
     tie_word_embeddings: bool = False
-    bos_token_id: int = 151643
-    eos_token_id: int = 151645
+    bos_token_id: int | None = 151643
+    eos_token_id: int | None = 151645
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
@@ -87,23 +92,23 @@ class Qwen2_5_VLConfig(ModelConfig):
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Reads the flat files of the hub and the nested ones of transformers 5.
+    def adapted(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The flat files of the hub and the nested ones of transformers 5.
 
         Raises:
           ValueError: for what is not supported: sliding windows, and rotary positions that are scaled.
         """
-        values = {**values, **values.get("text_config", {}), "tie_word_embeddings": _tied(values)}
+        nested = values.get("text_config") or {}
+        check_fields({**hints(cls), **cls.FOREIGN}, nested, "text_config.")
+        tied = any(side.get("tie_word_embeddings", False) for side in (values, nested))
+        values = {**values, **nested, "tie_word_embeddings": tied}
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "mrope"):
             raise ValueError(f"Rotary positions of type {kind!r} are not supported; only the unscaled ones are.")
         if values.get("use_sliding_window"):
             raise ValueError("use_sliding_window is not supported; no released Qwen2.5-VL sets it.")
-        values = {**values, **{k: rope[k] for k in ("rope_theta", "mrope_section") if k in rope}}
-        return super().from_dict(
-            {**values, "vision_config": Qwen2_5_VLVisionConfig.from_dict(values.get("vision_config", {}))}
-        )
+        return {**values, **{k: rope[k] for k in ("rope_theta", "mrope_section") if k in rope}}
 
     def to_dict(self) -> dict[str, Any]:
         """The flat layout of the hub, which every version of transformers reads."""
@@ -117,11 +122,6 @@ class Qwen2_5_VLConfig(ModelConfig):
     def head_dim(self) -> int:
         """Channels of a head."""
         return self.hidden_size // self.num_attention_heads
-
-
-def _tied(values: Mapping[str, Any]) -> bool:
-    nested = values.get("text_config", {}).get("tie_word_embeddings", False)
-    return bool(values.get("tie_word_embeddings", False) or nested)
 
 
 QWEN2_5_VL_7B = Qwen2_5_VLConfig()

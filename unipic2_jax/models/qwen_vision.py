@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ class Qwen2_5_VLVisionConfig(ModelConfig):
 
     CLASS_NAME = "Qwen2_5_VLVisionConfig"
     MODEL_TYPE = "qwen2_5_vl"
+
+    FOREIGN: ClassVar[Mapping[str, Any]] = {"in_chans": int}
 
     depth: int = 32
     hidden_size: int = 1280
@@ -74,9 +76,9 @@ class Qwen2_5_VLVisionConfig(ModelConfig):
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """As the base; published files say `in_chans`."""
-        return super().from_dict({"in_channels": values.get("in_chans", cls.in_channels), **values})
+    def adapted(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Published files say `in_chans`."""
+        return {"in_channels": values.get("in_chans", cls.in_channels), **values}
 
     @property
     def window_edge(self) -> int:

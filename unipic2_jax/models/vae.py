@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +60,8 @@ class VAEConfig(ModelConfig):
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Reads a diffusers config.json.
-
-        Raises:
-          ValueError: the file describes an AutoencoderKL with parts that this network does not have.
-        """
+    def adapted(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """As they are; raises ValueError for an AutoencoderKL with parts that this network does not have."""
         blocks = len(values.get("block_out_channels", cls.block_out_channels))
         supported = {
             "act_fn": "silu",
@@ -78,7 +74,7 @@ class VAEConfig(ModelConfig):
             found = values.get(name, wanted)
             if (list(found) if isinstance(found, tuple) else found) != wanted:
                 raise ValueError(f"The AutoencoderKL config has {name}={found!r}; only {wanted!r} is supported.")
-        return super().from_dict(values)
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values, with the block types without which diffusers builds another network."""

@@ -21,6 +21,7 @@ from unipic2_jax.data.shapes.pool import WORDS
 from unipic2_jax.data.shapes.questions import QUESTION_WORDS
 from unipic2_jax.data.shapes.world import IMAGE_SIZE
 from unipic2_jax.flow.schedule import FlowMatchConfig
+from unipic2_jax.flow.seeds import folded
 from unipic2_jax.models.clip import CLIPTextConfig, CLIPTextModelWithProjection
 from unipic2_jax.models.connector import MetaQuery, MetaQueryConfig
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -35,6 +36,8 @@ from unipic2_jax.pipelines.metaquery import MetaQueryConditioner
 from unipic2_jax.pipelines.tiny_tokenizers import build_tokenizers
 from unipic2_jax.pipelines.tiny_vlm import build_vlm_processor
 from unipic2_jax.pipelines.vlm import VLMProcessor
+from unipic2_jax.web.fields import check_fields, hints
+from unipic2_jax.web.strict import read_object
 from unipic2_jax.weights import clip, connector, io, mmdit, native, qwen, t5, table, vae
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -244,7 +247,7 @@ def init_bundle(
             raise ValueError("A model with text encoders has no projectors; leave zero_projectors as it is.")
         connector = conditioner.connector.clone(zero_projectors=False)
         modules = (*others, dataclasses.replace(conditioner, connector=connector))
-    key = jax.random.key(seed) if isinstance(seed, (int, np.integer)) else seed
+    key = jax.random.key(folded(seed)) if isinstance(seed, (int, np.integer)) else seed
 
     def fresh(key):
         made = _by_folder(precision.hold(init_params(*modules, key)))
@@ -285,15 +288,23 @@ def load_bundle(
     folders = _component_folders(folder, vlm)
     configs = read_configs(folders)
     scheduler = FlowMatchConfig.load(folder / "scheduler")
-    settings = _read_json(folder / EXTRAS_FILE) if (folder / EXTRAS_FILE).is_file() else {}
-    known = (MetaQueryConditioner if "conditioner" in configs else TextConditioner).SETTINGS
-    if unknown := [name for name in settings if name not in known]:
-        raise ValueError(f"{folder / EXTRAS_FILE} has the field {unknown[0]!r}; a model of this kind knows {known}.")
-    if not isinstance(length := settings.get("max_sequence_length"), (int, type(None))):
-        raise ValueError(f"max_sequence_length in {folder / EXTRAS_FILE} is {length!r}; give a number of tokens.")
+    settings = read_object(folder / EXTRAS_FILE) if (folder / EXTRAS_FILE).is_file() else {}
+    _check_settings(
+        MetaQueryConditioner if "conditioner" in configs else TextConditioner, settings, folder / EXTRAS_FILE
+    )
     modules = make_modules(configs, _load_tokenizers(folder, configs, folders), settings, precision)
     loaded = _load_folders(folders, configs, modules, mesh, precision)
     return Bundle(*modules, scheduler, _by_group(loaded), folders)
+
+
+def _check_settings(conditioner: type, settings: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError in one sentence for a setting that this class has not, or of another type."""
+    if unknown := [name for name in settings if name not in conditioner.SETTINGS]:
+        raise ValueError(f"{file} has the field {unknown[0]!r}; a model of this kind knows {conditioner.SETTINGS}.")
+    try:
+        check_fields(hints(conditioner, conditioner.SETTINGS), settings)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def read_configs(
@@ -305,7 +316,7 @@ def read_configs(
 
 
 def _read_config(name: str, folder: Path) -> Any:
-    return COMPONENTS[name][0].from_dict(_read_json(folder / "config.json"))
+    return COMPONENTS[name][0].read(folder)
 
 
 def _load_folders(
@@ -384,6 +395,8 @@ def find_model(source: str | os.PathLike, patterns: Sequence[str] = HUB_PATTERNS
     path = Path(source)
     if path.is_dir():
         return path
+    if path.suffix in io.PICKLES and path.exists():
+        raise ValueError(io.no_pickles(path))
     if path.exists():
         raise FileNotFoundError(f"{source} is a file, not a model folder; a single checkpoint file must be converted.")
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", os.fspath(source)):
@@ -436,7 +449,7 @@ def _by_folder(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _component_folders(folder: Path, vlm: str | os.PathLike | None) -> dict[str, Path]:
     """Where the networks of a model are; T5 may be left out only where model_index.json says so."""
-    index = _read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     layout = METAQUERY_LAYOUT if (folder / "conditioner").is_dir() else TEXT_LAYOUT
     names = [name for name in layout if name != "text_encoder_3" or index.get(name, True) not in (None, [None] * 2)]
     folders = {name: folder / name for name in names}
@@ -484,16 +497,6 @@ def _finite(tensors: Iterable[tuple[str, np.ndarray]], component: str) -> Iterat
                 "fails too, the training has diverged."
             )
         yield name, array
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object; copy it again.")
-    return values
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from unipic2_jax.models.clip import CLIPTextModelWithProjection
 from unipic2_jax.models.t5 import T5Encoder
+from unipic2_jax.pipelines.tokenizer_files import save_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -244,15 +244,6 @@ class TextConditioner:
         for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
             if (tokenizer := getattr(self, name)) is not None:
                 save_tokenizer(tokenizer, Path(folder) / name)
-
-
-def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
-    """Hugging Face format; tokenizer.json without the indentation, which is half of it."""
-    tokenizer.save_pretrained(folder)
-    file = Path(folder) / "tokenizer.json"
-    if file.is_file():
-        held = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(held, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def load_tokenizers(folder: str | Path) -> dict[str, Any]:

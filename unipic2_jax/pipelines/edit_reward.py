@@ -33,6 +33,7 @@ from unipic2_jax.parallel.processes import agreed, local_rows, rows_to_host
 from unipic2_jax.parallel.rules import shardings
 from unipic2_jax.pipelines.bundle import VLM_PATTERNS, find_model
 from unipic2_jax.pipelines.vlm import VLMInput, VLMProcessor
+from unipic2_jax.web.fields import check_fields, hints
 from unipic2_jax.weights import edit_reward as files
 from unipic2_jax.weights import io, native, qwen, registry, table
 from unipic2_jax.weights.lora import PEFT_FILE
@@ -104,7 +105,7 @@ class Spec:
 
         Raises:
           FileNotFoundError: there is no such folder, or it has no config.json.
-          ValueError: it is the folder of something else.
+          ValueError: it is the folder of something else, or a field is of another type.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -112,11 +113,16 @@ class Spec:
         values = registry.read_json(folder / "config.json")
         if values.get("model_type") != MODEL_TYPE or not isinstance(values.get("targets"), list):
             raise ValueError(f"{folder} holds no EditReward; name a folder that a stage of kind 'regression' exported.")
-        fields = {name: values[name] for name in ("template", "pixels") if name in values}
-        base = values.get("base")
+        fields = {name: values[name] for name in hints(cls) if name in values}
+        try:
+            check_fields(hints(cls), fields)
+            spec = cls(**{**fields, "targets": tuple(fields["targets"])})
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        base = spec.base
         if base is not None and (folder / base).is_dir():
             base = os.path.normpath(folder / base)
-        return cls(tuple(values["targets"]), base, **fields)
+        return dataclasses.replace(spec, base=base)
 
     def write(self, folder: Path) -> None:
         """Writes config.json. A base that is a folder is named relative to this one."""

@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unipic2_jax.flow.guidance import VelocityFn, guided_velocity_batched
 from unipic2_jax.flow.ode import sample_ode
+from unipic2_jax.flow.seeds import folded
 from unipic2_jax.models.mmdit import MMDiT
 from unipic2_jax.models.vae import AutoencoderKL, decode_chunked, denormalize, encode_chunked, normalize
 from unipic2_jax.parallel.rules import RULES, devices_along
@@ -87,7 +89,9 @@ def guided_velocity_fn(
 
 
 def image_keys(seeds: Any) -> jax.Array:
-    """One PRNG key per seed, uint32 [B]. The generator is fixed, so a seed means the same on every backend."""
+    """One PRNG key per seed, any whole numbers [B]. The generator is fixed, so a seed means the same on every backend."""
+    if not isinstance(seeds, jax.Array):
+        seeds = np.asarray([folded(seed) for seed in seeds], np.uint32)
     return jax.vmap(lambda seed: jax.random.key(seed, impl="threefry2x32"))(jnp.asarray(seeds, jnp.uint32))
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unipic2_jax.flow.seeds import folded
 from unipic2_jax.models.qwen import Cache, Qwen2_5_VL, init_cache
 from unipic2_jax.models.qwen_vision import VisionInput
 
@@ -211,7 +212,7 @@ def generate(
         positions,
         valid,
         vision,
-        jax.random.key(seed),
+        jax.random.key(folded(seed)),
         room=max_new_tokens,
         cache_dtype=cache_dtype,
     )

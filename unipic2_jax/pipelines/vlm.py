@@ -17,7 +17,7 @@ from PIL import Image
 from unipic2_jax.data.images import to_pil
 from unipic2_jax.models.qwen import Qwen2_5_VLConfig, mrope_positions, text_positions
 from unipic2_jax.models.qwen_vision import VisionInput, pack_images
-from unipic2_jax.pipelines.conditioner import save_tokenizer
+from unipic2_jax.pipelines.tokenizer_files import save_tokenizer
 
 ROLES = ("system", "user", "assistant")
 IMAGE_TOKEN, END_OF_TURN = "<|image_pad|>", "<|im_end|>"

@@ -21,6 +21,7 @@ from unipic2_jax.rewards.base import RewardError, Scores
 from unipic2_jax.rewards.request import Endpoint, encode_picture
 from unipic2_jax.web.strict import as_number, excerpt
 
+GENEVAL_PORT = 18085
 _KINDS = "biuf"  # of NumPy: bool, integers, floats
 
 
@@ -32,7 +33,8 @@ def ask(endpoint: Endpoint, images: Sequence[np.ndarray], records: Sequence[Prom
     """
     request = {
         "images": [encode_picture(image, "JPEG") for image in images],
-        "meta_datas": [record.metadata for record in records],
+        # Lines of GenEval's metadata there, which hold their prompt.
+        "meta_datas": [{"prompt": record.prompt, **record.metadata} for record in records],
         "prompts": [record.prompt for record in records],
         "only_strict": only_strict,
     }
@@ -41,6 +43,24 @@ def ask(endpoint: Endpoint, images: Sequence[np.ndarray], records: Sequence[Prom
         return read_answer(loads(content), len(images), only_strict)
     except ValueError as error:
         raise RewardError(f"The reward server at {endpoint.shown} {error}.") from None
+
+
+def check(records: Sequence[PromptRecord], port: int | None) -> None:
+    """Whether GenEval's server can score these records: it sorts its verdicts by their tags.
+
+    Args:
+      port: of the server's address. A record with clauses to find ('include') is meant for GenEval's on any port.
+
+    Raises:
+      ValueError: one sentence with the prompt, when it cannot.
+    """
+    for record in records:
+        is_geneval = port == GENEVAL_PORT or "include" in record.metadata
+        if is_geneval and not isinstance(record.metadata.get("tag"), str):
+            raise ValueError(
+                f"The prompt {excerpt(repr(record.prompt))} has no 'tag', by which GenEval's server of Flow-GRPO sorts what "
+                "it finds; give it GenEval's, as 'colors'."
+            )
 
 
 def read_answer(answer: Any, count: int, only_strict: bool) -> Scores:

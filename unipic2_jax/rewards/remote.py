@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -50,6 +51,10 @@ class RemoteReward(Reward):
         self.dialect, self.groupwise, self.only_strict = dialect, groupwise, only_strict
         self.request_timeout = request_timeout
         self.calls = Calls(batch_size=0 if groupwise else 16, concurrency=4, timeout=60, retries=4, breaker=10)
+
+    def check(self, records: Sequence[PromptRecord]) -> None:
+        if self.dialect == "flow_grpo":
+            flow_grpo.check(records, urlsplit(self.endpoint.url).port)
 
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
         if self.dialect == "flow_grpo":

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from unipic2_jax.flow.seeds import folded
 from unipic2_jax.models.precision import PRECISIONS
 from unipic2_jax.parallel.mesh import AXES, PRESETS
 
@@ -145,6 +146,7 @@ def validate(config: ConfigDict) -> ConfigDict:
       ConfigError: one sentence that names the field and its nearest match or remedy.
     """
     config = make_config(config)
+    _fold_seeds(config, "config")
     if config.precision not in PRECISIONS:
         raise ConfigError(f"config.precision is '{config.precision}'" + nearest(config.precision, PRECISIONS))
     if not config.schedule:
@@ -179,6 +181,18 @@ def validate(config: ConfigDict) -> ConfigDict:
     if config.keep_every < 0:
         raise ConfigError(f"config.keep_every is {config.keep_every}; it must be at least 0.")
     return config.lock()
+
+
+def _fold_seeds(node: ConfigDict, where: str) -> None:
+    """Writes what every field called `seed` stands for."""
+    for name, value in node.items():
+        if isinstance(value, ConfigDict):
+            _fold_seeds(value, f"{where}.{name}")
+        elif name == "seed":
+            try:
+                node[name] = folded(value, f"{where}.{name}")
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
 
 
 def mesh_fields(parallel: ConfigDict) -> tuple[str, dict[str, int], int]:
@@ -222,24 +236,66 @@ FREE_FIELDS = ("save_every", "log_every", "keep_checkpoints", "keep_every", "att
 FREE_GROUPS = ("parallel",)
 
 
-def check_same_run(config: ConfigDict, path: Path) -> None:
+def check_same_run(config: ConfigDict, path: Path) -> list[str]:
     """Refuses to continue a run whose saved configuration at `path` is another one.
+
+    A stage may get more steps while none after it has begun, and a stage that has not begun any number.
+
+    Returns:
+      A sentence about every stage whose steps are others than before.
 
     Raises:
       ConfigError: names the first differing field with both values.
     """
     if not path.exists():
-        return
+        return []
     saved, asked = _flat(json.loads(path.read_text())), _flat(json.loads(to_json(config)))
+    steps = {f"stages.{name}.steps": name for name in config.schedule}
+    told = []
     for name in sorted({*saved, *asked}):
         if name.rsplit(".", 1)[-1] in FREE_FIELDS or name.split(".", 1)[0] in FREE_GROUPS:
             continue
         old, new = (json.dumps(side[name]) if name in side else "absent" for side in (saved, asked))
-        if old != new:
+        if old != new and name in steps and name in saved:
+            told.append(_other_steps(config, path.parent, steps[name], saved[name]))
+        elif old != new:
             raise ConfigError(
                 f"{path.parent} holds a run with config.{name} = {old}, and this command asks for {new}; "
                 "give the same value or another --workdir."
             )
+    return told
+
+
+def _other_steps(config: ConfigDict, workdir: Path, name: str, old: int) -> str:
+    """What it means that a stage of the run in `workdir` has other steps than the `old` ones.
+
+    Raises:
+      ConfigError: when the run cannot go on with them.
+    """
+    stage, index = config.stages[name], config.schedule.index(name)
+    change = f"config.stages.{name}.steps = {stage.steps} instead of {old}"
+    begun = [i for i in range(len(config.schedule)) if _has_begun(workdir, i)]
+    if begun and begun[-1] > index:
+        later = config.schedule[begun[-1]]
+        raise ConfigError(
+            f"{workdir} holds a run whose stage '{later}' has begun with what '{name}' gave, and this command asks for {change}; "
+            f"give the {old} again, raise the steps of '{later}', or choose another --workdir."
+        )
+    if index in begun and stage.steps < old:
+        raise ConfigError(
+            f"{workdir} holds a run whose stage '{name}' has begun, and this command asks for {change}; give {old} or more, or "
+            "another --workdir."
+        )
+    follows = [f"its learning rate follows '{stage.optimizer.schedule}'"] * (stage.optimizer.schedule != "constant")
+    follows += ["its resolutions begin at parts"] * (len(stage.get("resolutions", ())) > 1)
+    of_all = f"; {' and '.join(follows)} of the {stage.steps} from here on" if follows else ""
+    return f"This command has {change}{of_all}."
+
+
+def _has_begun(workdir: Path, index: int) -> bool:
+    """Whether a stage has: it is evaluated before its first step, and takes over what the one before has trained."""
+    evaluated = any((workdir / "evaluations").glob(f"{index}_*.json"))
+    return evaluated or (index > 0 and (workdir / "checkpoints" / "params" / str(index)).exists())
 
 
 def write_config(config: ConfigDict, path: Path) -> None:

@@ -38,7 +38,7 @@ from unipic2_jax.training.flops import flow_step_flops, forward_flops
 from unipic2_jax.training.flow import draw_corruption, flow_losses, loss_by_noise
 from unipic2_jax.training.low_rank import check_lora, lora_fields, merged, new_lora, scale_of
 from unipic2_jax.training.optimizer import check_rules, make_optimizer, merge_params, split_params
-from unipic2_jax.training.stage import Program, Stage, StageContext
+from unipic2_jax.training.stage import NO_STEP, Program, Stage, StageContext
 from unipic2_jax.weights.lora import save_lora
 
 ENCODE_BATCH = 256
@@ -121,9 +121,8 @@ class FlowStage(Stage):
         if self.scale is None:
             self.trained, frozen = split_params(bundle.params, config.optimizer.trainable)
         else:
-            # The step after the last: no step draws from this key.
-            key, frozen = context.key(config.steps), bundle.params
-            lora = new_lora(config.lora, key, frozen["transformer"], bundle.transformer.config)
+            frozen = bundle.params
+            lora = new_lora(config.lora, context.key(NO_STEP), frozen["transformer"], bundle.transformer.config)
             self.trained = {"lora": lora}
         self.frozen = context.precision.hold(frozen)
         params = self.frozen if self.scale is not None else merge_params(self.trained, self.frozen)

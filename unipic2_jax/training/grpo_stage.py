@@ -51,7 +51,7 @@ from unipic2_jax.training.evaluator import (
 from unipic2_jax.training.flops import forward_flops, grpo_step_flops
 from unipic2_jax.training.low_rank import check_lora, lora_fields, merged, new_lora, scale_of
 from unipic2_jax.training.optimizer import make_optimizer, merge_params, split_params
-from unipic2_jax.training.stage import Program, Stage, StageContext
+from unipic2_jax.training.stage import NO_STEP, Program, Stage, StageContext
 from unipic2_jax.weights.lora import save_lora
 
 
@@ -313,8 +313,7 @@ class GRPOStage(Stage):
         config = self.config.lora
         if self.scale is None:
             return self.context.precision.lift(split_params(params, ".*")[0])
-        # The step after the last: no step draws from this key.
-        return new_lora(config, self.context.key(self.config.steps), params, self.transformer.config)
+        return new_lora(config, self.context.key(NO_STEP), params, self.transformer.config)
 
     def programs(self) -> list[Program]:
         config, mesh, params, size = self.config, self.context.mesh, self.params, self.samples_at_once

@@ -88,7 +88,8 @@ def run(
             raise config_lib.ConfigError(f"config.stages.{name}: {error}") from error
     workdir = Path(workdir)
     check_writable(workdir)
-    config_lib.check_same_run(config, workdir / "config.json")
+    for sentence in config_lib.check_same_run(config, workdir / "config.json"):
+        _tell(sentence)
     use_compilation_cache(workdir)
     if mesh is None:
         config = split.resolved(config, _tell)
@@ -317,6 +318,7 @@ class _Run:
             record, state = found
             first, step = record["stage_index"], record["step"]
             self.say(f"Continuing after step {step} of stage '{self.names[first]}' in {self.workdir}.")
+            self.put_aside(export, first, step)
         stage = stage or self.stage_at(first)
         # Only now, so that a mistake which shows up while starting can be corrected in the same folder.
         if is_main():
@@ -359,6 +361,15 @@ class _Run:
             self.say(f"Done: the model is in {export}, the report in {report}.")
         wait_for_all("export")
         return export
+
+    def put_aside(self, export: Path, first: int, step: int) -> None:
+        """Gives the export of a run that was finished, and now has more steps, a name of its own."""
+        left = self.config.stages[self.names[first]].steps - step or len(self.names) - 1 - first
+        if not is_main() or not left or not export.exists():
+            return
+        kept = export.with_name(f"export_{self.offsets[first] + step}")
+        export.rename(kept)
+        self.say(f"The model after {self.offsets[first] + step} steps stays in {kept}.")
 
     def whole(self, params: Any) -> Any:
         """Parameters as one process can write them."""

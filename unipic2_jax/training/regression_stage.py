@@ -37,7 +37,7 @@ from unipic2_jax.pipelines.edit_reward import (
 from unipic2_jax.pipelines.vlm import VLMInput
 from unipic2_jax.training.config import ConfigError, TrainingError, stage_fields
 from unipic2_jax.training.optimizer import make_optimizer
-from unipic2_jax.training.stage import Stage, StageContext
+from unipic2_jax.training.stage import NO_STEP, Stage, StageContext
 
 NAME = "edit_reward"  # of its metrics
 PREPARE_BATCH = 256
@@ -103,8 +103,7 @@ class RegressionStage(Stage):
         self.data, self.heldout = (ScoredEdits(config[f], (config.overall, *targets)) for f in ("data", "heldout"))
         self.model = bundle
         if config.lora.rank:
-            # The step after the last: no step draws from this key.
-            self.model = with_lora(bundle, context.key(config.steps), config.lora.rank, config.lora.alpha)
+            self.model = with_lora(bundle, context.key(NO_STEP), config.lora.rank, config.lora.alpha)
         elif "lora" in bundle.params:
             raise ConfigError("the EditReward that is continued has a LoRA; give lora.rank its rank instead of 0.")
         self.module = self.model.module.clone(remat=config.remat)

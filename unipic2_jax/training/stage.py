@@ -26,6 +26,10 @@ STAGES: dict[str, Any] = {
 }
 
 
+# What is drawn at a stage's start has the key of this step, which no run reaches; a longer run starts with the same.
+NO_STEP = 2**32 - 1
+
+
 @jax.jit
 def _key(seed: jax.Array, index: jax.Array, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), step)

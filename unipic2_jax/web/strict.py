@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 
@@ -19,6 +21,24 @@ def read_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError:
         raise ValueError("it is not text in UTF-8") from None
+
+
+def read_object(file: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence that names the file.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}; copy it from the original checkpoint.")
+    try:
+        values = read_json(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); copy it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a JSON object; copy it again.")
+    return values
 
 
 def as_number(value: Any) -> float | None:

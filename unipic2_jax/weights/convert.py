@@ -18,7 +18,7 @@ from typing import Any
 
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.models.config import ModelConfig
-from unipic2_jax.weights import io, lora, native, registry, single_file, table
+from unipic2_jax.weights import io, lora, native, registry, single_file, table, variants
 
 MODEL_INDEX, SINGLE_FILE = "model_index.json", "single_file.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
@@ -30,7 +30,8 @@ def from_torch(src: str | os.PathLike, dst: str | os.PathLike, base: str | os.Pa
     """Converts a PyTorch checkpoint into a folder of ours.
 
     Args:
-      src: a model folder in diffusers layout, one network's folder, a single-file checkpoint, or a LoRA file.
+      src: a model folder in diffusers layout, one network's folder, a single-file checkpoint, a file of one network under
+        diffusers' names (with `base`), or a LoRA file.
       dst: the folder to make; it must not hold anything yet, and appears only when complete.
       base: a model folder that supplies what a file does not hold: configs, tokenizers, further networks.
 
@@ -95,19 +96,23 @@ def _folder_from_torch(src: Path, out: Path, base: Path | None) -> list[str]:
     # Everything is checked before the first tensor is read: a full model takes minutes.
     for part in parts:
         network, config = registry.read_network(src / part)
-        table.check(network.rules(config), io.open_folder(src / part), network.abstract(config))
+        table.check(network.rules(config), variants.open_folder(src / part), network.abstract(config))
     _copy_plain(src, out)
-    return [_component_from_torch(src / part, out / part) for part in parts] + [
-        f"{part}: left out, {MODEL_INDEX} does not name it" for part in left
-    ]
+    lines = [_component_from_torch(src / part, out / part) for part in parts]
+    return lines + [f"{part}: left out, {MODEL_INDEX} does not name it" for part in left]
 
 
 def _component_from_torch(src: Path, out: Path) -> str:
-    network, config = registry.read_network(src)
-    stem, checkpoint = io.weight_stem(src), io.open_folder(src)
-    native.write(out, network.rules(config), checkpoint, network.abstract(config), stem)
-    _copy_files(src, out)
-    return _line(src.name, config, len(checkpoint), sum(t.nbytes for t in checkpoint.values()))
+    return _network_from_torch(variants.open_folder(src), io.weight_stem(src), src, out)
+
+
+def _network_from_torch(source: variants.Variant, stem: str, configured: Path, out: Path) -> str:
+    """Writes one network from its tensors; `configured` is the folder with its config.json."""
+    network, config = registry.read_network(configured)
+    native.write(out, network.rules(config), source, network.abstract(config), stem)
+    _copy_files(configured, out)
+    line = _line(configured.name, config, len(source), sum(map(checkpoint_bytes, source.values())))
+    return "; ".join([line, *source.notes])
 
 
 def _component_to_torch(src: Path, out: Path, max_shard_bytes: int) -> str:
@@ -118,7 +123,7 @@ def _component_to_torch(src: Path, out: Path, max_shard_bytes: int) -> str:
         manifest, tensors = native.tensors(src, rules)
         stem, metadata = manifest.stem, manifest.metadata
     else:
-        checkpoint = io.open_folder(src)
+        checkpoint = variants.open_folder(src)
         table.check(rules, checkpoint, network.abstract(config))
         stem, metadata = io.weight_stem(src), checkpoint.metadata
         tensors = ((name, tensor[...]) for name, tensor in checkpoint.items())
@@ -210,9 +215,11 @@ class _Origin:
 
 
 def _single_file_from_torch(src: Path, out: Path, base: Path | None) -> list[str]:
-    checkpoint = io.Checkpoint(src, [src])
+    checkpoint = variants.plain(io.Checkpoint(src, [src]))
     prefixes = single_file.prefixes(checkpoint)
     if "transformer" not in prefixes and "vae" not in prefixes:
+        if base is not None and (part := _network_of_file(src, base)):
+            return _network_file_from_torch(src, part, out, base)
         near = table.nearest(single_file.PREFIXES["transformer"][0] + single_file.PROBES["transformer"], checkpoint)
         raise ValueError(f"{src} is neither a single-file SD3.5 checkpoint nor a LoRA file{near}.")
     configs, networks, wanted = {}, {}, {}
@@ -247,10 +254,33 @@ def _single_file_from_torch(src: Path, out: Path, base: Path | None) -> list[str
         lines += [_component_from_torch(base / part, out / part) + f", from {base}" for part in others]
     else:
         lines.append("sizes were read from the tensors' shapes; tokenizers are missing: give --base to add them")
+    lines += checkpoint.notes
     if unused:
         io.write_file(out / native.UNUSED, ((name, checkpoint[name][...]) for name in unused))
     _write_json(out / SINGLE_FILE, dataclasses.asdict(_Origin(checkpoint.metadata, prefixes, filled)))
     return lines
+
+
+def _network_of_file(src: Path, base: Path) -> str | None:
+    """Which network of a model folder (or '.', the folder's own) has most of a file's tensors under diffusers' names."""
+    held = set(variants.plain(io.Checkpoint(src, [src]), (*variants.OUTER, *variants.OWNERS)))
+    for part in ["."] if (base / "config.json").is_file() else _components(base)[0]:
+        network, config = registry.read_network(base / part)
+        if 2 * len(held & table.expected_shapes(network.rules(config), network.abstract(config)).keys()) > len(held):
+            return part
+    return None
+
+
+def _network_file_from_torch(src: Path, part: str, out: Path, base: Path) -> list[str]:
+    """A file of one network under diffusers' names takes the place of that network of `base`."""
+    source = variants.plain(io.Checkpoint(src, [src]), (*variants.OUTER, *variants.OWNERS))
+    stem = io.weight_stem(base / part) or io.DIFFUSERS_STEM
+    lines = [_network_from_torch(source, stem, (base / part).resolve(), out / part)]
+    if part == ".":
+        return lines
+    _copy_plain(base, out)
+    others = [other for other in _components(base)[0] if other != part]
+    return lines + [_component_from_torch(base / other, out / other) + f", from {base}" for other in others]
 
 
 def checkpoint_bytes(tensor: Any) -> int:

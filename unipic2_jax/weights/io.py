@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from unipic2_jax.web.strict import read_json
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -29,6 +32,9 @@ DTYPES = {
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -37,6 +43,10 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 # As in diffusers and transformers: the stem of the weight files of each kind of folder.
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 MAX_SHARD_BYTES = 5 * 10**9
+# The official library refuses longer headers.
+MAX_HEADER_BYTES = 100_000_000
+# What PyTorch writes with pickle.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +60,7 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, index: Any) -> np.ndarray:
         if 0 in self.shape:
@@ -65,32 +75,88 @@ class LazyTensor:
 
 
 def read_header(file: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """(tensors by name, `__metadata__`) of one safetensors file. Raises ValueError when it is damaged or cut short."""
+    """(tensors by name, `__metadata__`) of one safetensors file, by the rules of the official library.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, cut short, or breaks a rule of the format: a header of at most 100 MB that starts with
+        '{', tensors that follow each other from byte 0 to the file's last one, each as large as its dtype and shape say.
+    """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}; check the path.")
+    if file.suffix in PICKLES:
+        raise ValueError(no_pickles(file))
     size = file.stat().st_size
     with file.open("rb") as f:
         prefix = f.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length + 8 > size:
             raise ValueError(f"{file} is not a safetensors file or was cut short; copy or download it again.")
-        try:
-            header = json.loads(f.read(length))
-            metadata = header.pop("__metadata__", {})
-            tensors = {}
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                tensors[name] = LazyTensor(file, tuple(entry["shape"]), DTYPES[entry["dtype"]], 8 + length + begin)
-                if tensors[name].nbytes != end - begin:
-                    raise ValueError(f"{file} gives {name!r} {end - begin} bytes where its shape needs another number.")
-                if 8 + length + end > size:
-                    raise ValueError(f"{file} was cut short before the end of {name!r}; copy or download it again.")
-        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
-            raise ValueError(f"{file} is not a safetensors file (its header is unreadable: {error}).") from error
-        except KeyError as error:
-            raise ValueError(f"{file} holds a tensor with an unknown or missing {error} in its header.") from error
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"{file} has a header of {length} bytes, and the format allows {MAX_HEADER_BYTES}.")
+        text = f.read(length)
+    try:
+        if not text.startswith(b"{"):
+            raise ValueError("it does not start with '{'")
+        header = read_json(text)
+        metadata = header.pop("__metadata__", {})
+        if not _is_texts(metadata):
+            raise ValueError("its __metadata__ is no object of texts")
+        tensors = {name: _described(file, name, entry, 8 + length) for name, entry in header.items()}
+        _check_filled(tensors, 8 + length, size)
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not a sound safetensors file: of its header, {error}; copy or download it again."
+        ) from error
     return tensors, metadata
+
+
+def _is_texts(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _described(file: Path, name: str, entry: Any, start: int) -> LazyTensor:
+    """The tensor of an entry of a header; `start` is where data begin. Raises ValueError with a clause."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"the entry of {name!r} lacks its dtype, shape or data_offsets")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name!r} has the unknown dtype {entry['dtype']!r}")
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        raise ValueError(f"{name!r} has the shape {shape!r}, which is no list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise ValueError(f"{name!r} has the data_offsets {offsets!r}, which are no two positions")
+    tensor = LazyTensor(file, tuple(shape), DTYPES[entry["dtype"]], start + offsets[0])
+    if tensor.nbytes != offsets[1] - offsets[0]:
+        raise ValueError(f"{name!r} has {offsets[1] - offsets[0]} bytes where its dtype and shape need {tensor.nbytes}")
+    return tensor
+
+
+def _check_filled(tensors: Mapping[str, LazyTensor], start: int, size: int) -> None:
+    """Raises ValueError with a clause unless the tensors fill the file's bytes from `start` to `size` without a hole."""
+    end = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset != end:
+            raise ValueError(
+                f"{name!r} begins at byte {tensor.offset - start} of the data where the tensor before it ends at {end - start}"
+            )
+        end += tensor.nbytes
+    if end != size:
+        cut = ", so that it was cut short" if size < end else ""
+        raise ValueError(f"the tensors end at byte {end} and the file at byte {size}{cut}")
+
+
+def no_pickles(file: str | os.PathLike) -> str:
+    """The sentence about a file that PyTorch wrote with pickle."""
+    return (
+        f"{file} is a pickle, which can run any code when it is opened, so it is never read here; save its tensors as "
+        "safetensors where you trust it: `safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)`."
+    )
 
 
 class Checkpoint(Mapping[str, LazyTensor]):
@@ -153,9 +219,11 @@ def open_folder(folder: str | os.PathLike, stem: str | None = None) -> Checkpoin
         raise FileNotFoundError(f"There is no folder {folder}; check the path.")
     stem = stem or weight_stem(folder)
     if stem is None:
+        if pickles := sorted(file for file in folder.iterdir() if file.suffix in PICKLES):
+            raise ValueError(no_pickles(pickles[0]))
         raise FileNotFoundError(
             f"{folder} holds no {DIFFUSERS_STEM}.safetensors, {TRANSFORMERS_STEM}.safetensors or index of shards; "
-            "weights in pickle files (.bin) must be saved as safetensors first."
+            "copy the weights there."
         )
     single, index = folder / f"{stem}.safetensors", _index_file(folder, stem)
     if single.is_file():
@@ -163,8 +231,10 @@ def open_folder(folder: str | os.PathLike, stem: str | None = None) -> Checkpoin
     if not index.is_file():
         raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}; check the path.")
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        weight_map = read_json(index.read_bytes())["weight_map"]
+        if not _is_texts(weight_map):
+            raise TypeError("it must name a file for every tensor")
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not an index of shards (no readable 'weight_map'); copy it again.") from error
     files = [folder / name for name in sorted(set(weight_map.values()))]
     if absent := [f.name for f in files if not f.is_file()]:

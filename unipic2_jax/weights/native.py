@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -24,12 +25,14 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from unipic2_jax.weights import io, table
+from unipic2_jax.weights import io, table, variants
 from unipic2_jax.weights.table import Rule
 
 PARAMS, MANIFEST, UNUSED = "params", "tensors.json", "unused.safetensors"
 FORMAT, VERSION = "unipic2-jax weights", 1
 BATCH_BYTES = 1 << 28
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +256,7 @@ def check_component(folder: str | os.PathLike, rules: Iterable[Rule], abstract: 
     if is_native(folder):
         check_tree(Path(folder) / PARAMS, abstract)
     else:
-        table.check(rules, io.open_folder(folder), abstract)
+        table.check(rules, variants.open_folder(folder), abstract)
 
 
 def load_component(
@@ -266,11 +269,15 @@ def load_component(
 ) -> dict[str, Any]:
     """Parameters of one network from its folder, be it safetensors (diffusers, transformers) or our own checkpoint.
 
+    What safetensors hold under other names or in 8 bits is read as `weights/variants.py` says, with a line in the log.
     Streams onto `sharding`; arguments and errors are those of `table.to_flax`.
     """
     if is_native(folder):
         return load_tree(Path(folder) / PARAMS, abstract, sharding, dtype, wanted)
-    return table.to_flax(rules, io.open_folder(folder), abstract, sharding, dtype, wanted)
+    source = variants.open_folder(folder)
+    for note in source.notes:
+        logger.warning("%s: %s.", folder, note)
+    return table.to_flax(rules, source, abstract, sharding, dtype, wanted)
 
 
 def with_changes(
@@ -297,7 +304,7 @@ def with_changes(
             if rule.path in changed:
                 yield from table.split_leaf(rule, leaves[rule.path], dtypes)
         return
-    source = table.canonical(rules, io.open_folder(folder))
+    source = table.canonical(rules, variants.open_folder(folder))
     for rule in rules:
         if rule.path in changed:
             yield from table.split_leaf(rule, leaves[rule.path], {name: source[name].dtype for name, _ in rule.names()})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,8 @@ from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
 from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig, example_inputs
 from unipic2_jax.models.t5 import T5Config, T5Encoder
 from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
+from unipic2_jax.web.fields import check_fields
+from unipic2_jax.web.strict import read_object as read_json
 from unipic2_jax.weights import clip, connector, mmdit, qwen, t5, vae
 from unipic2_jax.weights.table import Rule
 
@@ -86,30 +87,22 @@ NETWORKS = {
 NETWORKS["SD3Transformer2DKontextModel"] = NETWORKS[MMDiTConfig.CLASS_NAME]
 
 
-def read_json(file: str | os.PathLike) -> dict[str, Any]:
-    """A JSON object from a file; ValueError or FileNotFoundError in one sentence."""
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no file {file}; copy it from the original checkpoint.")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); copy it again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object; copy it again.")
-    return values
-
-
 def class_name(folder: str | os.PathLike) -> str:
     """The class of the network in a folder, as its config.json states it ('' where it states none)."""
-    values = read_json(Path(folder) / "config.json")
+    file = Path(folder) / "config.json"
+    values = read_json(file)
+    try:
+        check_fields({"_class_name": str | None, "architectures": tuple[str, ...] | None}, values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return values.get("_class_name") or next(iter(values.get("architectures") or [""]))
 
 
 def read_network(folder: str | os.PathLike) -> tuple[Network, ModelConfig]:
     """The network that a component's folder describes, with its sizes.
 
-    Raises FileNotFoundError without a config.json, ValueError for a network that this project does not have.
+    Raises FileNotFoundError without a config.json, ValueError for a network that this project does not have, and for what
+    `ModelConfig.read` refuses.
     """
     name = class_name(folder)
     if name not in NETWORKS:
@@ -120,4 +113,4 @@ def read_network(folder: str | os.PathLike) -> tuple[Network, ModelConfig]:
             f"known are {', '.join(NETWORKS)}."
         )
     network = NETWORKS[name]
-    return network, network.config.from_dict(read_json(Path(folder) / "config.json"))
+    return network, network.config.read(folder)

@@ -24,7 +24,7 @@ from unipic2_jax.weights import table
 
 # Component -> prefixes of its names in the file (ours first when writing), and a name that is there if it is.
 PREFIXES = {
-    "transformer": ("model.diffusion_model.", ""),
+    "transformer": ("model.diffusion_model.", "diffusion_model.", "transformer.", ""),
     "vae": ("first_stage_model.", "vae."),
     "text_encoder": ("text_encoders.clip_l.transformer.",),
     "text_encoder_2": ("text_encoders.clip_g.transformer.",),
