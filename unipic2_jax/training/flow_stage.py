@@ -21,6 +21,7 @@ from tqdm import tqdm
 from unipic2_jax.data.examples import Example, ExampleSource, make_examples
 from unipic2_jax.data.loader import Loader
 from unipic2_jax.data.plan import BatchPlan, BatchShape
+from unipic2_jax.data.prompts import PromptSource
 from unipic2_jax.flow.timesteps import TimestepSampling
 from unipic2_jax.models.remat import check_policy
 from unipic2_jax.parallel.mesh import batch_shards, described_rows, described_whole, replicated, shard_batch
@@ -31,7 +32,7 @@ from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, reference
 from unipic2_jax.rl.ema import ema_update
 from unipic2_jax.training.ahead import Ahead
 from unipic2_jax.training.config import ConfigError, stage_fields
-from unipic2_jax.training.evaluator import check_evaluation, make_evaluators
+from unipic2_jax.training.evaluator import check_evaluation, evaluation_sources, make_evaluators
 from unipic2_jax.training.flops import flow_step_flops, forward_flops
 from unipic2_jax.training.flow import draw_corruption, flow_losses, loss_by_noise
 from unipic2_jax.training.optimizer import check_rules, make_optimizer, merge_params, split_params
@@ -104,6 +105,10 @@ class FlowStage(Stage):
             make_plan(config, make_sources(config, config.validation.data, 0), 0)
         for name, fields in config.evaluations.items():
             check_evaluation(name, fields)
+
+    @classmethod
+    def prompt_sources(cls, config: ConfigDict) -> list[PromptSource]:
+        return evaluation_sources(config.evaluations)
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
         self.trained, frozen = split_params(bundle.params, config.optimizer.trainable)

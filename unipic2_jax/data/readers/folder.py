@@ -12,10 +12,12 @@ from unipic2_jax.data.readers.jsonl import JSONLRecords
 from unipic2_jax.data.records import BadRecord, Record
 
 MANIFEST = "metadata.jsonl"
+CAPTION_SUFFIXES = (".txt", ".caption")  # the first that is there counts
 
 
 class FolderRecords:
-    """Every picture below a folder, sorted by path, with the text in the .txt file of the same stem beside it.
+    """Every picture below a folder, sorted by path, with the text in the .txt or .caption file of the same stem beside
+    it.
 
     Where there is a metadata.jsonl at any depth (the imagefolder layout of Hugging Face: lines with `file_name` and
     `caption`, `text` or `prompt`), its lines are the records, and pictures that it does not list are not read.
@@ -43,9 +45,10 @@ class FolderRecords:
         if self._listed is not None:
             return self._listed[index]
         image = Path(self._files[index])
-        caption = image.with_suffix(".txt")
-        if not caption.is_file():
+        beside = [image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+        caption = next((file for file in beside if file.is_file()), None)
+        if caption is None:
             raise BadRecord(
-                "missing-caption", f"The picture {image} has no caption; write it to {caption.name} beside it."
+                "missing-caption", f"The picture {image} has no caption; write it to {beside[0].name} beside it."
             )
         return Record(image, parse_text(caption.read_bytes(), str(caption)), name=str(image))
