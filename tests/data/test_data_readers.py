@@ -6,6 +6,7 @@ import pickle
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -16,8 +17,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from picture_files import encoded, pixels, reason_of, seed_of
 
 from unipic2_jax.data.buckets import Bucket
-from unipic2_jax.data.images import decode
+from unipic2_jax.data.images import SUFFIXES, decode
 from unipic2_jax.data.prepared import INDEX, PreparedExample, PreparedIndex, Shard, pack
+from unipic2_jax.data.readers import fields
 from unipic2_jax.data.records import BadRecord, Record, make_records
 
 
@@ -298,6 +300,13 @@ def test_a_manifest_whose_pictures_have_unknown_names_is_refused_by_name(tmp_pat
     assert len(make_records({"kind": "jsonl", "path": str(tmp_path / "a.jsonl")})) == 1
 
 
+def test_the_documentation_lists_every_name():
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    names = {*fields.RESULTS, *fields.SOURCES, *fields.EDIT_TEXTS, *fields.UNUSED, *fields.PICTURES}
+    suffixes = {suffix.removeprefix(".") for suffix in SUFFIXES}  # 'in a tar the extension'
+    assert [name for name in sorted(names - suffixes) if f"`{name}`" not in page] == []
+
+
 def test_captions_of_a_folder_may_be_in_caption_files_and_have_windows_lines(tmp_path):
     for name in ("a", "b", "scan.001"):
         image_file(tmp_path / f"{name}.png", 1)
@@ -307,6 +316,22 @@ def test_captions_of_a_folder_may_be_in_caption_files_and_have_windows_lines(tmp
     (tmp_path / "scan.001.txt").write_text("a scan")
     source = make_records({"kind": "folder", "path": str(tmp_path)})
     assert [record.prompt for record in source] == ["one\ntwo", "this", "a scan"]
+
+
+def test_a_folder_of_results_has_its_sources_in_other_folders(tmp_path):
+    for name, seed in {"a.png": 1, "x/b.png": 2, "a.2.png": 3, "control/a.jpg": 11, "control/x/b_1.png": 22}.items():
+        image_file(tmp_path / name, seed)
+    image_file(tmp_path / "control/x/b_0.png", 12)
+    for name in ("a", "x/b", "a.2"):
+        (tmp_path / f"{name}.txt").write_text(f"edit {name}")
+    make = lambda **options: make_records({"kind": "folder", "path": str(tmp_path), **options})
+    source = make(references=str(tmp_path / "control"))
+    found = [source[n] for n in (1, 2)]
+    assert [record.prompt for record in found] == ["edit a", "edit x/b"] and len(source) == 3
+    assert [[seed_of(picture) for picture in record.references] for record in found] == [[11], [12, 22]]
+    assert reason_of(lambda: source[0]) == "missing-reference"  # a.2
+    with pytest.raises(FileNotFoundError, match="There is no folder .*none; check the path"):
+        make(references=[str(tmp_path / "none")])
 
 
 def test_keys_of_a_shard_may_have_dots_and_folders(tmp_path):
