@@ -330,7 +330,7 @@ def test_a_folder_of_results_has_its_sources_in_other_folders(tmp_path):
     assert [record.prompt for record in found] == ["edit a", "edit x/b"] and len(source) == 3
     assert [[seed_of(picture) for picture in record.references] for record in found] == [[11], [12, 22]]
     assert reason_of(lambda: source[0]) == "missing-reference"  # a.2
-    with pytest.raises(FileNotFoundError, match="There is no folder .*none; check the path"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*none; check the path"):
         make(references=[str(tmp_path / "none")])
 
 
