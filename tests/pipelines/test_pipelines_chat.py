@@ -80,7 +80,7 @@ def test_the_command_answers_once_or_line_by_line(folder, picture):
     assert once.returncode == 0 and once.stdout.strip() == answer, once.stderr
     assert once.stderr.strip().endswith("Qwen2.5-VL of 3 layers")
     talk = command(
-        "chat", f"model={folder}", f"images={picture}", "max_new_tokens=6", text_in="what is it?\nand then?\n\n"
+        "chat", f"model={folder}", f"images={picture}", "max_new_tokens=6", text_in="\ufeffwhat is it?\nand then?\n\n"
     )
     assert talk.returncode == 0 and talk.stdout.strip().startswith(answer) and len(talk.stdout) > len(once.stdout)
 

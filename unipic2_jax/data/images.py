@@ -179,7 +179,7 @@ def _as_bytes(image: Image.Image) -> Image.Image:
     if not (image.mode.startswith("I;16") or image.mode in ("I", "F")):
         return image
     image.load()
-    grey, tags = np.asarray(image, np.float64), getattr(image, "tag_v2", {})
+    grey, tags = np.asarray(image, np.float64 if image.mode == "I" else np.float32), getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16") and image.format:  # of a file
         top = 2.0 ** int(np.max(tags.get(_BITS, 16))) - 1
     elif image.mode == "I" and image.format in ("PNG", "PPM"):  # PIL scales a PPM to 16 bits
