@@ -76,7 +76,7 @@ def _read_line() -> str:
     """The next question; '' ends the conversation."""
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip()
+    return sys.stdin.readline().removeprefix("\ufeff").strip()  # a file that is piped in may have a mark
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("There is nothing to change; give --prompt.")
     work = [jobs.Job(prompt, tuple(IMAGE.value)) for prompt in PROMPT.value]
     if PROMPTS_FILE.value is not None:
-        work += jobs.read_jobs(PROMPTS_FILE.value)
+        work += jobs.read_jobs(PROMPTS_FILE.value, task="edit")
     if not work:
         raise ValueError("There is no edit; give --image and --prompt, or --prompts_file.")
     if bare := [job for job in work if not job.images]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
     """Prints what was made."""
     del argv
     from unipic2_jax import pipelines
-    from unipic2_jax.data.prompts import make_source
+    from unipic2_jax.data.prompts import look_through, make_source
     from unipic2_jax.evaluation.score_edits import Budget, ScoredEdits, Variety
     from unipic2_jax.rewards.scoring import CALL_FIELDS, Scorer, check_tasks, make_entries
 
@@ -86,6 +87,7 @@ def main(argv: list[str]) -> None:
         **made,
     }
     edits = ScoredEdits(OUT.value, settings)
+    look_through(prompts, Path(OUT.value) / "looked_through.txt")
     counts = edits.run(pipelines.load(MODEL.value, loras=LORA.value), prompts, scorer, variety, budget)
     print(", ".join(f"{name} {count}" for name, count in counts.items()))
     if budget.cost is not None:

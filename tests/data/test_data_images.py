@@ -10,7 +10,7 @@ import pytest
 from picture_files import encoded, pixels, reason_of, seed_of
 from PIL import Image, ImageFile
 
-from unipic2_jax.data.images import decode
+from unipic2_jax.data.images import decode, read_image, to_pil
 from unipic2_jax.data.records import BadRecord
 
 
@@ -49,6 +49,97 @@ def test_every_kind_of_picture_is_decoded_upright_to_rgb(tmp_path):
     clear.putpixel((1, 2), 1)
     shown = np.asarray(decode(encoded(clear, transparency=0)))
     assert (shown[0, 0] == 255).all() and shown[2, 1].tolist() == [0, 0, 255]
+
+
+def grey_of(picture):
+    shown = np.asarray(decode(picture))
+    assert (shown == shown[..., :1]).all()
+    return shown[..., 0]
+
+
+def test_numbers_that_are_not_0_to_255_are_read_by_their_mode_and_range():
+    grey = np.arange(240, dtype=np.uint8).reshape(12, 20)
+    wide = grey.astype(np.uint16) * 257
+    dark = grey.astype(np.uint16)  # of 16 bits: nearly black
+    files = {
+        "fractions": (encoded(Image.fromarray(grey / np.float32(255)), "TIFF"), grey),
+        "whole fractions": (encoded(Image.fromarray(grey.astype(np.float32)), "TIFF"), grey),
+        "wide fractions": (encoded(Image.fromarray(wide.astype(np.float32)), "TIFF"), grey),
+        "16-bit TIFF": (encoded(Image.fromarray(wide), "TIFF"), grey),
+        "16-bit PNG": (encoded(Image.fromarray(wide)), grey),
+        "dark 16-bit PNG": (encoded(Image.fromarray(dark)), np.round(dark / 257)),
+        "dark 16-bit TIFF": (encoded(Image.fromarray(dark), "TIFF"), np.round(dark / 257)),
+        "0 is white": (encoded(Image.fromarray(wide), "TIFF", tiffinfo={262: 0}), 255 - grey),
+        "32-bit TIFF": (encoded(Image.fromarray(wide.astype(np.int32)), "TIFF"), grey),
+        "8 of 32 bits": (encoded(Image.fromarray(grey.astype(np.int32)), "TIFF"), grey),
+        "16-bit PPM": (b"P5 20 12 65535\n" + wide.astype(">u2").tobytes(), grey),
+        "12-bit PPM": (
+            b"P5 20 12 4095\n" + (grey.astype(int) * 16).astype(">u2").tobytes(),
+            grey.astype(int) * 16 / 4095 * 255,
+        ),
+        "1 bit": (encoded(Image.fromarray(grey > 100)), (grey > 100) * 255),
+    }
+    for name, (data, expected) in files.items():
+        assert np.abs(grey_of(data) - np.asarray(expected, float)).max() <= 1, name
+    opaque = Image.fromarray(np.dstack([grey, np.full_like(grey, 255)]), "LA")
+    np.testing.assert_array_equal(grey_of(encoded(opaque)), grey)
+    assert (grey_of(encoded(Image.fromarray(np.dstack([grey, 0 * grey]), "LA"))) == 255).all()
+    clear = grey_of(encoded(Image.fromarray(wide), transparency=int(wide[0, 5])))
+    assert clear[0, 5] == 255 and clear[0, 6] == 6
+    turned = grey_of(encoded(Image.fromarray(wide), exif=exif(6)))
+    np.testing.assert_array_equal(turned, np.rot90(grey, -1))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        (np.float32([[0, 1.5]]), "span 0 to 1.5, which is neither 0 to 1 nor whole"),
+        (np.float32([[-0.5, 0.5]]), "span -0.5 to 0.5"),
+        (np.float32([[0, np.nan]]), "NaN or infinite in places"),
+        (np.int32([[0, 70000]]), "span 0 to 70000"),
+        (np.int32([[-5, 5]]), "span -5 to 5"),
+    ],
+)
+def test_numbers_of_which_nobody_knows_what_is_white_are_refused(numbers, words):
+    data = encoded(Image.fromarray(numbers), "TIFF")
+    assert reason_of(lambda: decode(data)) == "unknown-range"
+    with pytest.raises(ValueError, match=words):
+        decode(data)
+    with pytest.raises(ValueError, match=words):
+        to_pil(Image.fromarray(numbers))
+
+
+def png_with(*chunks, picture=None):
+    """A PNG with further chunks behind its header."""
+    data = encoded(pixels(1)) if picture is None else picture
+    chunk = lambda kind, text: struct.pack(">I", len(text)) + kind + text + struct.pack(">I", zlib.crc32(kind + text))
+    return data[:33] + b"".join(chunk(*found) for found in chunks) + data[33:]
+
+
+def test_a_png_with_long_texts_is_a_picture(tmp_path):
+    long = zlib.compress(bytes(3 * 2**20), 9)
+    workflow = png_with(
+        (b"zTXt", b"workflow\0\0" + long), (b"iTXt", b"prompt\0\1\0\0\0" + long), (b"iCCP", b"p\0\0" + long)
+    )
+    xmp = b"XML:com.adobe.xmp\0"
+    with pytest.raises(ValueError, match="too large"):
+        Image.open(io.BytesIO(workflow))
+    for data in (
+        workflow,
+        png_with((b"iTXt", xmp + b"\1\0\0\0" + long)),
+        png_with(*[(b"tEXt", b"a\0" + bytes(2**20))] * 65),  # more than PIL takes together
+    ):
+        (tmp_path / "a.png").write_bytes(data)
+        for found in (decode(data), decode(tmp_path / "a.png"), read_image(tmp_path / "a.png")):
+            np.testing.assert_array_equal(found, pixels(1))
+    # What turns a picture is in a text as well.
+    turned = xmp + b'\0\0\0\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    np.testing.assert_array_equal(decode(png_with((b"iTXt", turned))), np.rot90(pixels(1), -1))
+    bomb = png_with((b"zTXt", b"workflow\0\0" + long), picture=huge_png(60000, 60000))
+    assert reason_of(lambda: decode(bomb)) == "decompression-bomb"
+    (tmp_path / "a.png").write_bytes(bomb)
+    with pytest.raises(ValueError, match="larger than the limit"):
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unipic2_jax.data.prompts import FinitePromptSource, JSONLSource, PromptRecord, make_source
+from unipic2_jax.data import prompts
+from unipic2_jax.data.prompts import (
+    UNREAD,
+    FinitePromptSource,
+    JSONLSource,
+    PromptRecord,
+    look_through,
+    make_source,
+)
+from unipic2_jax.data.records import make_records
+from unipic2_jax.data.text import read_lines
+from unipic2_jax.pipelines.jobs import Job, read_jobs
 
 
 def write(path, rows, end="\n"):
@@ -48,24 +59,134 @@ def test_edits_bring_their_image_and_group_by_it(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"prompt": "x"}, "{"], "Line 2 .* is not JSON"),
-        ([{"tag": "x"}], "Line 1 .* has no prompt"),
+        ([{"prompt": "x"}, "{"], "no valid JSON in line 2 of .*a.jsonl"),
+        ([{"tag": "x"}], "no prompt in line 1 of .*; add a text called"),
         ([{"prompt": "x"}, "", {"prompt": "y"}], "Line 2 .* is empty"),
         ([{"prompt": "x"}, {"prompt": "y"}, "  \t", {"prompt": "z"}], "Line 3 .* is empty"),
-        ([{"prompt": "x", "image": "none.png"}], "none.png, which does not exist"),
-        ([{"prompt": "x", "image": "bad.png"}], "bad.png cannot be decoded"),
+        ([{"prompt": "x", "image": "none.png"}], "none.png of line 1 of .* does not exist; correct the path"),
+        ([{"prompt": "x", "image": "bad.png"}], "bad.png of line 1 of .* cannot be decoded"),
         ([{"prompt": "x"}, {"prompt": "x", "image": "bad.png"}], "some have none"),
         ([], "holds no prompts"),
-        ([{"prompt": "x"}, {"prompt": "y", "image": 5}], "Line 2 .* has 5 as its image; write a path"),
-        ([{"prompt": "x", "image": ["bad.png"]}], r"Line 1 .* has \['bad.png'\] as its image"),
-        ([{"prompt": "x"}, '{"prompt": "y", "n": ' + "9" * 5000 + "}"], "Line 2 .* is not JSON"),
+        ([{"prompt": "x"}, {"prompt": "y", "image": 5}], "picture in line 2 of .* is no path but int; write a path"),
+        ([{"prompt": "x", "image": ["bad.png", 3]}], "picture in line 1 of .* is no path but int"),
+        (
+            [{"prompt": "x", "input_images": ["bad.png", "bad.png"]}],
+            "Line 1 .* has 2 pictures to edit and one is taken",
+        ),
+        ([{"prompt": "x", "output_image": "bad.png"}], "'output_image' but no input_images in line 1"),
+        ([{"prompt": "x"}, {"prompt": "x", "before": "bad.png"}], "picture under 'before' in line 2 of .*a.jsonl, and"),
+        (
+            [{"prompt": "x", "source_image": "bad.png", "control_image": "bad.png"}],
+            "Both 'source_image' and 'control_im",
+        ),
+        (
+            [{"prompt": "half of \ud83d"}],
+            r"half a character in line 1 of .* \(the lone surrogate U\+D83D at character 9\)",
+        ),
+        ([{"prompt": "x"}, '{"prompt": "y", "n": ' + "9" * 5000 + "}"], "no valid JSON in line 2 of .*a.jsonl"),
     ],
 )
 def test_bad_files_get_one_sentence(tmp_path, rows, words):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing")
     with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
-        JSONLSource(write(tmp_path / "a.jsonl", rows)).batch(0, 1)
+        look_through(JSONLSource(write(tmp_path / "a.jsonl", rows)))
     assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_and_windows_lines_and_paths_are_understood(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.full((4, 4), 50, np.uint8)).save(tmp_path / "images" / "a.png")
+    rows = [{"prompt": "one", "image": "images\\a.png"}, {"prompt": "two\u2028three", "image": "images/a.png"}]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "m.jsonl").write_bytes(f"\ufeff{lines}\r\n".encode())
+    records = JSONLSource(str(tmp_path / "m.jsonl"), shuffle=False).batch(0, 2)
+    assert [record.prompt for record in records] == ["one", "two\u2028three"]
+    assert all(record.image.max() == 50 for record in records)
+    assert read_lines(tmp_path / "m.jsonl") == list(enumerate(lines.split("\r\n"), 1))
+    # A file whose name has a backslash in it is there under that name.
+    Image.fromarray(np.full((4, 4), 60, np.uint8)).save(tmp_path / "images\\a.png")
+    assert JSONLSource(str(tmp_path / "m.jsonl"), shuffle=False).batch(0, 1)[0].image.max() == 60
+
+
+SOURCE, RESULT = "before.png", "after.png"
+
+
+@pytest.mark.parametrize(
+    ("row", "image", "prompt"),
+    [
+        ({"input_images": [SOURCE], "instruction": "do", "output_image": RESULT}, SOURCE, "do"),
+        ({"image": RESULT, "control_image": SOURCE, "prompt": "do"}, SOURCE, "do"),  # ai-toolkit, Kontext trainers
+        ({"image_path": RESULT, "control_path": SOURCE, "caption": "do"}, SOURCE, "do"),  # musubi-tuner
+        ({"image_path": RESULT, "control_path_0": SOURCE, "caption": "do"}, SOURCE, "do"),
+        ({"image": RESULT, "edit_image": SOURCE, "prompt": "do"}, SOURCE, "do"),  # DiffSynth
+        ({"image": RESULT, "kontext_images": SOURCE, "prompt": "do"}, SOURCE, "do"),
+        ({"image": RESULT, "conditioning_image": SOURCE, "text": "do"}, SOURCE, "do"),  # diffusers
+        ({"original_image": SOURCE, "edit_prompt": "do", "edited_image": RESULT, "edited_prompt": "no"}, SOURCE, "do"),
+        ({"source_image": SOURCE, "target_image": RESULT, "caption": "no", "instruction": "do"}, SOURCE, "do"),
+        ({"src_img": SOURCE, "edited_img": RESULT, "edited_prompt_list": ["no", "do"]}, SOURCE, "do"),  # OmniEdit
+        ({"source_img": SOURCE, "target_img": RESULT, "mask_img": RESULT, "instruction": "do"}, SOURCE, "do"),
+        ({"image": SOURCE, "edited_image": RESULT, "prompt": "do"}, SOURCE, "do"),
+        ({"input": SOURCE, "output": RESULT, "edit": "do"}, SOURCE, "do"),
+        ({"image": SOURCE, "prompt": "do"}, SOURCE, "do"),  # a task alone
+        ({"image": RESULT, "caption": "a cat"}, None, "a cat"),  # a picture with its caption
+        ({"prompt": "a cat", "input": "text", "url": "http://x/a.png", "output": ["x"]}, None, "a cat"),
+    ],
+)
+def test_one_table_says_what_is_what_for_data_prompts_and_lists_of_edits(row, image, prompt, tmp_path):
+    for name, value in ((SOURCE, 10), (RESULT, 20)):
+        Image.fromarray(np.full((4, 4), value, np.uint8)).save(tmp_path / name)
+    path = write(tmp_path / "m.jsonl", [row])
+    (record,) = JSONLSource(path).batch(0, 1)
+    assert record.prompt == prompt and (record.image is None) == (image is None)
+    assert image is None or (record.image == 10).all()
+    assert read_jobs(path) == [Job(prompt, (str(tmp_path / image),) if image else ())]
+    if RESULT not in row.values():
+        return
+    example = make_records({"kind": "jsonl", "path": path})[0]
+    assert (example.image, example.prompt) == (tmp_path / RESULT, prompt)
+    assert example.references == ((tmp_path / SOURCE,) if image else ())
+
+
+def test_pictures_are_looked_through_once_before_a_run(tmp_path, monkeypatch):
+    for name in "abc":
+        Image.fromarray(np.full((4, 4), 10, np.uint8)).save(tmp_path / f"{name}.png")
+    sound = (tmp_path / "b.png").read_bytes()
+    for name in "bc":
+        (tmp_path / f"{name}.png").write_bytes(sound[:40])
+    path = write(tmp_path / "m.jsonl", [{"prompt": "x", "image": f"{name}.png"} for name in "abbc"])
+    source = make_source(
+        {"kind": "turns", "sources": {"a": {"kind": "jsonl", "path": path}, "s": {"kind": "shapes"}}}, 0
+    )
+    memory = tmp_path / "looked_through.txt"
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"b\.png of line 2 of .*m\.jsonl cannot be .*\(1 others are broken too\)\.$"
+        ):
+            look_through(source, memory)
+    for name in "bc":
+        (tmp_path / f"{name}.png").write_bytes(sound)
+    decoded = []
+    monkeypatch.setattr(prompts, "decode", lambda path, name: decoded.append(path.name))
+    look_through(source, memory)
+    assert sorted(decoded) == ["a.png", "b.png", "c.png"]
+    look_through(source, memory)  # remembered
+    assert len(decoded) == 3
+
+
+def test_a_picture_that_breaks_later_is_a_record_that_says_so(tmp_path):
+    for name in "ab":
+        Image.fromarray(np.full((4, 4), 10, np.uint8)).save(tmp_path / f"{name}.png")
+    path = write(tmp_path / "m.jsonl", [{"prompt": name, "image": f"{name}.png"} for name in "ab"])
+    source = JSONLSource(path, shuffle=False)
+    (tmp_path / "b.png").unlink()
+    sound, broken = source.batch(3, 2)
+    assert not sound.error and sound.image.max() == 10
+    assert broken.prompt == "b" and broken.error.endswith(
+        "b.png of line 2 of " + path + " does not exist; correct the path."
+    )
+    assert (broken.image == UNREAD).all()
+    again = JSONLSource(path, shuffle=False).batch(3, 2)[1]
+    assert (again.key, again.error) == (broken.key, broken.error)
 
 
 def test_bytes_that_are_no_text_are_found_in_their_line(tmp_path):

@@ -6,6 +6,7 @@ import pickle
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -16,8 +17,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from picture_files import encoded, pixels, reason_of, seed_of
 
 from unipic2_jax.data.buckets import Bucket
-from unipic2_jax.data.images import decode
+from unipic2_jax.data.images import SUFFIXES, decode
 from unipic2_jax.data.prepared import INDEX, PreparedExample, PreparedIndex, Shard, pack
+from unipic2_jax.data.readers import fields
 from unipic2_jax.data.records import BadRecord, Record, make_records
 
 
@@ -152,7 +154,8 @@ def write_tfds(folder, edit=False):
             yield n, {"output_image": picture, "instruction": caption(n), "input_images": sources} if edit else t2i
 
     write_tfds_data(folder, features, {"train": examples()})
-    return {"kind": "tfds", "name": "toy", "data_dir": str(folder)}
+    named = {} if edit else {"references": ()}  # what 'unused' is for is not known
+    return {"kind": "tfds", "name": "toy", "data_dir": str(folder), **named}
 
 
 def write_tfds_data(folder, features, splits):
@@ -263,6 +266,10 @@ def test_bad_lines_of_a_manifest_are_bad_records_of_their_own(tmp_path):
         ("missing-image", '{"image": "\\u0000", "caption": "x"}'),
         ("missing-reference", '{"output_image": "a.png", "caption": "x"}'),
         ("missing-reference", '{"image": "a.png", "instruction": "x", "input_images": []}'),
+        ("unknown-picture", '{"image": "a.png", "before": "b.png", "prompt": "x"}'),
+        ("unknown-picture", '{"image": "a.png", "others": ["b.PNG"], "prompt": "x"}'),
+        ("two-sources", '{"image": "a.png", "control_image": "a.png", "input": "a.png", "prompt": "x"}'),
+        ("not-unicode", '{"image": "a.png", "prompt": "half of \\ud83d"}'),
         ("empty-prompt", '{"image": "a.png", "caption": "  "}'),
         ("not-text", '{"image": "a.png", "caption": 3}'),
         ("", '{"image": "a.png", "prompt": " x "}'),
@@ -276,6 +283,87 @@ def test_bad_lines_of_a_manifest_are_bad_records_of_their_own(tmp_path):
     with pytest.raises(BadRecord, match=r"line 2 of .*m\.jsonl"):
         source[1]
     assert source[len(lines)].prompt == "x"
+
+
+def test_a_manifest_whose_pictures_have_unknown_names_is_refused_by_name(tmp_path):
+    line = '{"image": "a.png", "before": "b.png", "prompt": "x"}\n'
+    (tmp_path / "m.jsonl").write_text(line)
+    with pytest.raises(
+        ValueError, match=r"picture under 'before' in line 1 of .*m\.jsonl, and what it is for is not known"
+    ):
+        make_records({"kind": "jsonl", "path": str(tmp_path / "m.jsonl")})
+    (tmp_path / "a.jsonl").write_text(
+        '{"image": "a.png", "mask": "b.png", "metadata": {"x": "b.png"}, "prompt": "x"}\n'
+    )
+    with pytest.raises(ValueError, match=r"'before' in line 1 of .*m\.jsonl"):
+        make_records({"kind": "jsonl", "path": str(tmp_path)})
+    assert len(make_records({"kind": "jsonl", "path": str(tmp_path / "a.jsonl")})) == 1
+
+
+def test_the_documentation_lists_every_name():
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    names = {*fields.RESULTS, *fields.SOURCES, *fields.EDIT_TEXTS, *fields.UNUSED, *fields.PICTURES}
+    suffixes = {suffix.removeprefix(".") for suffix in SUFFIXES}  # 'in a tar the extension'
+    assert [name for name in sorted(names - suffixes) if f"`{name}`" not in page] == []
+
+
+def test_captions_of_a_folder_may_be_in_caption_files_and_have_windows_lines(tmp_path):
+    for name in ("a", "b", "scan.001"):
+        image_file(tmp_path / f"{name}.png", 1)
+    (tmp_path / "a.caption").write_bytes("\ufeffone\r\ntwo\u2028\r\n".encode())
+    (tmp_path / "b.caption").write_text("not this")
+    (tmp_path / "b.txt").write_text("this")
+    (tmp_path / "scan.001.txt").write_text("a scan")
+    source = make_records({"kind": "folder", "path": str(tmp_path)})
+    assert [record.prompt for record in source] == ["one\ntwo", "this", "a scan"]
+
+
+def test_a_folder_of_results_has_its_sources_in_other_folders(tmp_path):
+    for name, seed in {"a.png": 1, "x/b.png": 2, "a.2.png": 3, "control/a.jpg": 11, "control/x/b_1.png": 22}.items():
+        image_file(tmp_path / name, seed)
+    image_file(tmp_path / "control/x/b_0.png", 12)
+    for name in ("a", "x/b", "a.2"):
+        (tmp_path / f"{name}.txt").write_text(f"edit {name}")
+    make = lambda **options: make_records({"kind": "folder", "path": str(tmp_path), **options})
+    source = make(references=str(tmp_path / "control"))
+    found = [source[n] for n in (1, 2)]
+    assert [record.prompt for record in found] == ["edit a", "edit x/b"] and len(source) == 3
+    assert [[seed_of(picture) for picture in record.references] for record in found] == [[11], [12, 22]]
+    assert reason_of(lambda: source[0]) == "missing-reference"  # a.2
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*none; check the path"):
+        make(references=[str(tmp_path / "none")])
+
+
+def test_keys_of_a_shard_may_have_dots_and_folders(tmp_path):
+    picture = lambda n: encoded(pixels(n))
+    numbered = [
+        (f"scan.{n:03}.{kind}", data) for n in range(5) for kind, data in (("jpg", picture(n)), ("txt", b"%d" % n))
+    ]
+    plain = [("x/a.jpg", picture(5)), ("y/a.jpg", picture(6)), ("y/a.txt", b"6"), ("x/a.caption", b"5")]
+    edit = [("e.7.output.png", picture(7)), ("e.7.input_1.png", picture(9)), ("e.7.input_0.png", picture(8))]
+    more = [("e.7.json", b'{"instruction": "7"}'), ("y/a.seg.npy", b"unused"), ("y/a.mask.png", b"unused")]
+    write_tar(tmp_path / "a.tar", [*numbered, *plain, *edit, *more])
+    source = make_records({"kind": "webdataset", "path": str(tmp_path / "a.tar")})
+    assert [record.prompt for record in source] == ["0", "1", "2", "3", "4", "5", "6", "7"]
+    assert [seed_of(record.image) for record in source] == list(range(8))
+    assert [len(record.references) for record in source] == [0] * 7 + [2]
+    assert [seed_of(picture) for picture in source[7].references] == [8, 9]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["a.jpg", "a.txt", "a.jpg", "a.txt"], "member a.jpg of .*a.tar is not the only one for 'jpg' of 'a'"),
+        (["a.jpg", "a.JPG", "a.txt"], "member a.JPG of .*a.tar is not the only one"),
+        (["a.1.jpg", "a.1.txt", "a.1.jpg"], "member a.1.jpg of .*a.tar is not the only one for 'jpg' of 'a.1'"),
+        (["a.jpg", "a.txt", "a.1.jpg", "a.1.txt"], r"member a.1.jpg of .*a.tar has the key 'a' of other members"),
+        (["a.jpg", "a.txt", "a.before.jpg"], r"a picture of unknown use \('before'\)"),
+    ],
+)
+def test_members_that_could_belong_to_several_examples_are_refused(names, words, tmp_path):
+    write_tar(tmp_path / "a.tar", [(name, encoded(pixels(1))) for name in names])
+    with pytest.raises(ValueError, match=words):
+        make_records({"kind": "webdataset", "path": str(tmp_path / "a.tar")})
 
 
 def test_bad_captions_of_a_folder(tmp_path):
@@ -358,21 +446,30 @@ def test_columns_of_parquet_are_named_or_found_by_type(tmp_path):
         make()
     with pytest.raises(ValueError, match=r"has no column 'none'; name one of pic, image"):
         make(prompt="none")
-    source = make(prompt="words")
+    with pytest.raises(ValueError, match=r"column 'old' with pictures in .*a\.parquet, .*; set references"):
+        make(prompt="words")
+    source = make(prompt="words", references=())
     assert source.references == () and seed_of(source[0].image) == 1
     assert reason_of(lambda: source[1]) == "missing-image"
     other = make(image="pic", prompt="input", references="old")
     assert seed_of(other[0].image) == 3 and other[0].references == () and seed_of(other[1].references[0]) == 2
     assert reason_of(lambda: decode(other[1].image)) == "missing-image"
-    assert reason_of(lambda: make(image="pic", prompt="words")[1]) == "missing-caption"
-    assert reason_of(lambda: make(image="text", prompt="words")[0]) == "missing-image"
+    assert reason_of(lambda: make(image="pic", prompt="words", references=())[1]) == "missing-caption"
+    assert reason_of(lambda: make(image="text", prompt="words", references=())[0]) == "missing-image"
 
-    edits = pa.table({"image": [b"x"], "edited_image": [b"y"], "edit_prompt": ["z"]})
-    pq.write_table(edits, tmp_path / "b.parquet")
+    columns = {"edited_image": [b"y"], "edit_prompt": ["z"], "caption": ["of the result"]}
+    pq.write_table(pa.table(columns), tmp_path / "b.parquet")
+    edits = lambda **options: make(path=str(tmp_path / "b.parquet"), **options)
     with pytest.raises(ValueError, match="edits but no usual column of what was edited"):
-        make(path=str(tmp_path / "b.parquet"))
-    assert make(path=str(tmp_path / "b.parquet"), references="image")[0].references == (b"x",)
-    assert make(path=str(tmp_path / "b.parquet"), references=())[0].references == ()
+        edits()
+    assert edits(references=())[0].references == ()
+    pq.write_table(pa.table({"image": [b"x"], **columns}), tmp_path / "b.parquet")
+    assert edits(references="image")[0].references == edits()[0].references == (b"x",)
+    assert edits()[0].prompt == "z" and edits()[0].image == b"y" and edits(references=())[0].image == b"y"
+    omni = {"src_img": [b"x"], "edited_img": [b"y"], "edited_prompt_list": [["short", "long"]], "task": ["t"]}
+    pq.write_table(pa.table(omni), tmp_path / "b.parquet")
+    found = edits()[0]
+    assert (found.image, found.references, found.prompt) == (b"y", (b"x",), "long")
 
 
 def test_damaged_parquet(tmp_path):

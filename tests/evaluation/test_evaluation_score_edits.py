@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unipic2_jax.data.prompts import PromptRecord
+from unipic2_jax.data.prompts import UNREAD, PromptRecord
 from unipic2_jax.data.scored_edits import ScoredEdits as Data
 from unipic2_jax.evaluation.score_edits import Budget, ScoredEdits, Variety
 from unipic2_jax.rewards.base import Calls, Reward, RewardError, Scores
@@ -69,9 +69,11 @@ class Judge(Reward):
         return Scores(values, {"instruction": values**2, "quality": 1 - values})
 
 
-def run(out, judge=None, pipe=None, variety=VARIETY, budget=UNLIMITED):
+def run(out, judge=None, pipe=None, variety=VARIETY, budget=UNLIMITED, source=None):
     judge, edits = judge or Judge(), ScoredEdits(out, SETTINGS)
-    counts = edits.run(pipe or Pipe(), Source(), Scorer({"judge": Entry(judge, judge.calls)}), variety, budget)
+    counts = edits.run(
+        pipe or Pipe(), source or Source(), Scorer({"judge": Entry(judge, judge.calls)}), variety, budget
+    )
     return counts, judge, edits
 
 
@@ -102,6 +104,25 @@ def test_edits_are_made_and_marked(tmp_path):
             assert example.prompt == row["prompt"] and example.image == (tmp_path / row["image"]).read_bytes()
             assert float(example.arrays["score"].item()) == np.float32(row["marks"]["score"])
     assert sources["train"] and sources["heldout"] and not sources["train"] & sources["heldout"]
+
+
+def test_a_picture_that_cannot_be_read_is_left_out_until_it_can(tmp_path, monkeypatch):
+    class Broken(Source):
+        def batch(self, step, count):
+            records = super().batch(step, count)
+            lost = lambda record: dataclasses.replace(record, image=UNREAD, error="Its picture is gone.")
+            return [lost(record) if record.metadata["number"] == 1 else record for record in records]
+
+    said = []
+    monkeypatch.setattr("tqdm.tqdm.write", said.append)
+    counts, judge, _ = run(tmp_path / "parts", source=Broken())
+    assert (counts["made"], counts["unasked"]) == (10, 2) and "edit 1" not in [prompt for prompt, _ in judge.asked]
+    assert said == ["No edits are made of a picture: Its picture is gone."]
+    counts, *_ = run(tmp_path / "parts")
+    assert counts["made"] == 12 and counts["unasked"] == 0
+    run(tmp_path / "whole")
+    by_number = lambda name: sorted((row["number"], row["key"]) for row in lines(tmp_path / name / "made.jsonl"))
+    assert by_number("parts") == by_number("whole")
 
 
 @pytest.mark.parametrize("call", [0, 3, 9])

@@ -80,7 +80,7 @@ def test_the_command_answers_once_or_line_by_line(folder, picture):
     assert once.returncode == 0 and once.stdout.strip() == answer, once.stderr
     assert once.stderr.strip().endswith("Qwen2.5-VL of 3 layers")
     talk = command(
-        "chat", f"model={folder}", f"images={picture}", "max_new_tokens=6", text_in="what is it?\nand then?\n\n"
+        "chat", f"model={folder}", f"images={picture}", "max_new_tokens=6", text_in="\ufeffwhat is it?\nand then?\n\n"
     )
     assert talk.returncode == 0 and talk.stdout.strip().startswith(answer) and len(talk.stdout) > len(once.stdout)
 
@@ -92,6 +92,11 @@ def test_what_cannot_be_chatted_with_is_said(folder, picture):
         ChatModel.load(TINY)
     with pytest.raises(ValueError, match=re.escape("holds AutoencoderKL; chat needs a Qwen2.5-VL")):
         ChatModel.load(f"{TINY}/vae")
+    model = ChatModel.load(folder)
+    with pytest.raises(ValueError, match=r"5000 x 20 pixels is more than 200 times .*; crop it\.$"):
+        model([user(Image.new("RGB", (5000, 20)), "what is it?")])
+    with pytest.raises(ValueError, match="half a character in message 0"):
+        model([user("what is \ud83d?")])
     for arguments, message in (
         ([f"model={folder}", "prompt=x", "json"], "--json answers one --prompt about one --image"),
         ([f"model={folder}", "prompt=x", f"image={picture}", "json", "max_new_tokens=3"], "no JSON list of boxes"),

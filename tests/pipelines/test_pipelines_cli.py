@@ -108,20 +108,27 @@ def test_mistakes_are_one_sentence(name, arguments, sentence, model, source, tmp
 
 def test_prompt_files(tmp_path):
     file = tmp_path / "edits.jsonl"
+    (tmp_path / "x.png").touch()
     file.write_text('{"prompt": "a", "image": "x.png"}\n{"instruction": "b"}')
     assert jobs.read_jobs(file) == [jobs.Job("a", (str(tmp_path / "x.png"),)), jobs.Job("b")]
     for content, sentence in (
-        ('{"prompt": "a"}\n{"prompt": ', "line 2: not valid JSON"),
-        ('{"text": "a"}', 'line 1: there is no text under "prompt"'),
-        ('{"prompt": "a", "image": 3}', 'line 1: "image" must be a path'),
+        ('{"prompt": "a"}\n{"prompt": ', "no valid JSON in line 2 of .*edits.jsonl"),
+        ('{"words": "a"}', "no prompt in line 1 of .*; add a text called 'prompt'"),
+        ('{"prompt": "a", "image": 3}', "picture in line 1 of .* is no path but int"),
+        ('{"prompt": "a", "image": "y.png"}', "y.png of line 1 of .* does not exist"),
+        ('{"prompt": "\\ud83d"}', "half a character in line 1 of .*"),
         ("\n\n", "holds no prompt"),
     ):
         file.write_text(content)
         with pytest.raises(ValueError, match=sentence):
             jobs.read_jobs(file)
     file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not a text file in UTF-8"):
+    with pytest.raises(ValueError, match=r"Line 1 of .*edits.jsonl is not text in UTF-8"):
         jobs.read_jobs(file)
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\r\n two\u2028three \r\n".encode())
+    assert jobs.read_jobs(tmp_path / "a.txt") == [jobs.Job("one"), jobs.Job("two\u2028three")]
+    file.write_text('{"image": "x.png", "text": "make it red"}')
+    assert jobs.read_jobs(file, task="edit") == [jobs.Job("make it red", (str(tmp_path / "x.png"),))]
 
 
 def test_targets(tmp_path):

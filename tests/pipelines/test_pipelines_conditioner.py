@@ -169,6 +169,8 @@ def test_tokenize_shapes_and_truncation(conditioner, caplog):
     assert not caplog.records
     with pytest.raises(TypeError, match="must be a string but one is int"):
         conditioner.tokenize([1])
+    with pytest.raises(ValueError, match="half a character in prompt"):
+        conditioner.tokenize(["\ud83d"])
 
 
 def test_mismatched_parts_are_named(conditioner):

@@ -184,6 +184,6 @@ def test_damaged_files(tmp_path):
     files["broken.png"] = bytes(broken)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=r"cannot be decoded .*; replace it by a sound PNG or JPEG") as caught:
+        with pytest.raises(ValueError, match=r"(cannot be decoded|is empty) .*; replace") as caught:
             read_image(tmp_path / name)
         assert "\n" not in str(caught.value)

@@ -39,6 +39,12 @@ def data_url(kind="PNG"):
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def long_and_narrow():
+    buffer = io.BytesIO()
+    Image.new("RGB", (5000, 20)).save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 def asked(*parts, **fields):
     content = [*parts] or [{"type": "image_url", "image_url": {"url": data_url()}}, {"type": "text", "text": QUESTION}]
     return {
@@ -123,6 +129,9 @@ def image(url):
         (image({"url": "data:image/png;base64,***"}), 400, "not base64"),
         (image({"url": "data:image/png;base64,aGFsbG8="}), 400, "cannot be decoded"),
         (image(None), 400, "is no data URL"),
+        (image({"url": long_and_narrow()}), 400, "5000 x 20 pixels is more than 200 times as long as it is wide"),
+        (asked({"type": "text", "text": "\ud83d"}), 400, "half a character in message 0"),
+        (asked(messages=[{"role": "user", "content": "\ud83d"}]), 400, "half a character in message 0"),
     ],
 )  # fmt: skip
 def test_what_it_cannot_do_is_refused_with_a_sentence(server, body, status, sentence):

@@ -108,6 +108,8 @@ BAD = {
     ),
     "negatives": ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt has 3 entries for 2 prompts"),
     "seed": ({"seed": -1}, "seed -1 is outside 0"),
+    "half a character": ({"prompt": ["a", "b \ud83d"]}, r"half a character in prompt \(the lone surrogate U\+D83D"),
+    "half a negative": ({"negative_prompt": "b \ud83d"}, "half a character in negative_prompt"),
     "seeds": ({"seed": [1, 2, 3]}, "3 seeds for 2 pictures"),
     "latents": ({"latents": np.zeros((2, 4, 6, 6))}, r"latents must have the shape \[2, 16, any, any\]"),
     "latents size": ({"latents": np.zeros((2, 16, 6, 6)), "height": 32}, r"\[2, 16, 8, any\]"),
@@ -125,6 +127,19 @@ def test_bad_input_is_one_sentence_before_any_compute(name, pipe, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_a_prompt_is_text(pipe):
-    with pytest.raises(TypeError, match="must be a string, not int"):
-        pipe([3])
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"prompt": [3]}, "A prompt must be a string but one is int"),
+        ({"prompt": None}, "prompt is None; it must be a string"),
+        ({"negative_prompt": 5}, "negative_prompt is 5; it must be a string"),
+        ({"seed": None}, "A seed is None; seed must be a whole number"),
+        ({"seed": 1.5}, r"A seed is 1\.5; seed must be"),
+        ({"seed": [1, 2.5]}, r"A seed is 2\.5; seed must be"),
+        ({"seed": True}, "A seed is True; seed must be"),
+        ({"seed": "12"}, "A seed is '12'; seed must be"),
+    ],
+)
+def test_what_is_of_the_wrong_type_is_named(changed, sentence, pipe):
+    with pytest.raises(TypeError, match=sentence):
+        pipe(**{"prompt": PROMPTS, **changed})

@@ -18,6 +18,7 @@ from unipic2_jax.rewards.detectors.base import Wanted, make_detector
 from unipic2_jax.rewards.detectors.colors import add_colors, crop
 from unipic2_jax.rewards.detectors.mask2former import Mask2FormerDetector
 from unipic2_jax.rewards.detectors.shapes import ShapesDetector
+from unipic2_jax.rewards.detectors.tflite import read_labels
 from unipic2_jax.rewards.geneval import COLORS, Detection
 from unipic2_jax.rewards.scoring import Scorer, make_entries
 
@@ -121,6 +122,13 @@ def test_labels_from_a_file(tmp_path, photographs):
     detector = make_detector({"kind": "tflite", "model": str(efficientdet(0)), "labels": str(file)})
     (found,) = detector.detect([photographs["chelsea"]], [Wanted(frozenset({"thing 16"}), threshold=0.5)])
     assert [detection.name for detection in found] == ["thing 16"]
+
+
+def test_lines_of_a_file_of_labels_end_as_files_say(tmp_path):
+    (tmp_path / "labels.txt").write_bytes("\ufeffcat\r\n\r\nsofa\x85\r\n".encode())
+    assert read_labels("none", str(tmp_path / "labels.txt")) == ["cat", "", "couch"]
+    (tmp_path / "labels.txt").write_bytes("cat\nhot\u2028dog".encode())
+    assert read_labels("none", str(tmp_path / "labels.txt")) == ["cat", "hot\u2028dog"]
 
 
 def test_a_tflite_file_has_to_be_one(tmp_path):

@@ -238,6 +238,28 @@ def test_tasks_of_a_file_are_shown_to_the_rewards_that_are_about_them(tmp_path):
         check_tasks(entries, make())
 
 
+def test_nobody_is_asked_about_a_picture_that_was_made_of_nothing():
+    asked = []
+
+    class Counting(Reward):
+        def score(self, images, records):
+            asked.extend(record.prompt for record in records)
+            return Scores(np.ones(len(images)), {})
+
+    class OfGroups(Counting):
+        groupwise = True
+
+    records = [PromptRecord(name, error="Its picture is gone." if name == "b" else "") for name in "aabbcc"]
+    entries = {"each": Entry(Counting(), Calls()), "groups": Entry(OfGroups(), Calls())}
+    scored = Scorer(entries).score([np.zeros((1, 1, 3), np.uint8)] * 6, records)
+    for name in entries:
+        np.testing.assert_array_equal(scored.values[name], [1, 1, np.nan, np.nan, 1, 1])
+        assert (
+            scored.errors[name] == {2: "Its picture is gone.", 3: "Its picture is gone."} and scored.asked[name].all()
+        )
+    assert sorted(asked) == list("aaaacccc")
+
+
 def test_wrong_numbers_of_scores_are_failures_and_mistakes_are_not():
     class Short(Reward):
         def score(self, images, records):

@@ -58,6 +58,7 @@ def test_a_served_reward_gives_exactly_the_scores_of_the_reward(task):
         ({"images": [png()]}, "no list 'prompts'"),
         (request(images=[], prompts=[], sources=[], metadata=[]), "no images"),
         (request(prompts=["a", "b"]), "1 images and 2 prompts"),
+        (request(prompts=["\ud83d"]), "half a character in entry 0 of prompts"),
         (request(prompts=[7]), "Entry 0 of prompts is no text"),
         (request(metadata=[None]), "Entry 0 of metadata is no object"),
         (request(images=[None]), "Entry 0 of images is no text"),

@@ -1,6 +1,7 @@
 """GRPO as a stage of a run: what it logs, that it learns, failed rewards, several stages, resume, devices."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -443,6 +444,52 @@ def test_a_run_over_its_error_budget_is_saved_and_goes_on_later(tmp_path):
     parts, whole = start(tmp_path / "parts"), start(tmp_path / "whole")
     with np.load(whole / "params.npz") as a, np.load(parts / "params.npz") as b:
         assert all(np.array_equal(a[name], b[name]) for name in a.files)
+
+
+def edits(folder, damaged=""):
+    """A manifest of four edits, and the fields of a stage that is trained on it."""
+    for number, name in enumerate("abcd"):
+        Image.new("RGB", (4, 4), (60 * number, 0, 0)).save(folder / f"{name}.png")
+    if damaged:
+        (folder / f"{damaged}.png").write_bytes((folder / "a.png").read_bytes()[:40])
+    rows = (
+        {"input_images": [f"{name}.png"], "instruction": f"brighten {name}", "output_image": "no"} for name in "abcd"
+    )
+    (folder / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "jsonl", "path": str(folder / "edits.jsonl"), "task": "edit"}
+    return toy_grpo.config(edit=toy_grpo.stage(source=source, evaluations={}, steps=3, save_every=100))
+
+
+def test_a_picture_that_breaks_during_a_run_is_a_counted_failure_also_after_an_interruption(tmp_path):
+    config = edits(tmp_path)
+    start = lambda folder: loop.run(
+        config, folder, load=toy_grpo.load, save=toy_grpo.save, mesh=make_mesh(jax.devices()[:1])
+    )
+
+    def losing(values, then=lambda values: values):
+        (tmp_path / "b.png").unlink(missing_ok=True)
+        return then(values)
+
+    Brightness.trouble = losing
+    whole = start(tmp_path / "whole")
+    assert [row["failed"] for row in read_rows(tmp_path / "whole/metrics.jsonl") if "failed" in row] == [0, 4, 4]
+    edits(tmp_path)
+    Brightness.trouble = functools.partial(losing, then=toy_grpo.stop_at_call(1))
+    with pytest.raises(SystemExit):
+        start(tmp_path / "parts")
+    Brightness.trouble = None
+    parts = start(tmp_path / "parts")
+    assert [row["failed"] for row in read_rows(tmp_path / "parts/metrics.jsonl") if "failed" in row] == [0, 4, 4]
+    with np.load(whole / "params.npz") as a, np.load(parts / "params.npz") as b:
+        assert all(np.array_equal(a[name], b[name]) for name in a.files)
+
+
+def test_a_damaged_picture_is_found_before_a_run(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"^config\.stages\.edit: The picture .*c\.png of line 3 of .*edits\.jsonl cannot be"
+    ):
+        loop.run(edits(tmp_path, damaged="c"), tmp_path / "run", load=lambda *_: pytest.fail("the run began"))
+    assert not (tmp_path / "run/looked_through.txt").exists()
 
 
 def test_the_first_failure_of_a_reward_is_told(tmp_path):

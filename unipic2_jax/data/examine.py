@@ -23,6 +23,7 @@ from unipic2_jax.data.buckets import ASPECTS, MULTIPLE, Bucket, bucket_size, cro
 from unipic2_jax.data.images import decode
 from unipic2_jax.data.prepared import PreparedExample
 from unipic2_jax.data.records import BadRecord, RecordSource
+from unipic2_jax.data.text import check_unicode
 
 # Reasons to leave out sound records; all others are those of bad ones, which are limited in number.
 FILTERS = ("too-small", "aspect", "empty-prompt", "long-prompt", "pair-size", "duplicate")
@@ -144,8 +145,7 @@ class Examine:
                 "long-prompt",
                 f"{name} has a prompt of {len(prompt)} characters, and max_prompt is {settings.max_prompt}.",
             )
-        if prompt != _text(prompt):
-            raise BadRecord("not-unicode", f"{name} has a prompt with half a character in it (a lone surrogate).")
+        check_unicode(prompt, f"the prompt of {name}")
         pictures = [decode(picture, name) for picture in (record.image, *record.references)]
         for width, height in (picture.size for picture in pictures):
             found = f"{name} has a picture of {width} x {height} pixels"

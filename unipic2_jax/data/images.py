@@ -6,11 +6,13 @@ import functools
 import io
 import math
 import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from unipic2_jax.data.records import BadRecord, Encoded
 
@@ -33,7 +35,7 @@ def decode(encoded: Encoded, name: str = "", *, max_pixels: int | None = None, a
 
     Raises:
       BadRecord: 'missing-image', 'unreadable-file', 'empty-file', 'not-an-image', 'truncated-image' (cut off, or damaged
-        behind its header), 'decompression-bomb' or 'animated-image'.
+        behind its header), 'decompression-bomb', 'animated-image' or 'unknown-range' (numbers of which nobody says what is white).
     """
     what = "The picture" + (f" {encoded}" if isinstance(encoded, Path) else "") + (f" of {name}" if name else "")
     limit = max_pixels or Image.MAX_IMAGE_PIXELS
@@ -42,7 +44,8 @@ def decode(encoded: Encoded, name: str = "", *, max_pixels: int | None = None, a
         if isinstance(encoded, np.ndarray):
             _check_pixels(math.prod(encoded.shape[:2]), limit)
             return to_pil(encoded)
-        with Image.open(io.BytesIO(_content(encoded, what)), formats=_formats()) as image:
+        content = _without_texts(_content(encoded, what))
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
             _check_pixels(image.width * image.height, limit)
             if not animated and image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
                 raise BadRecord("animated-image", f"{what} is an animation; allow animations or remove it.")
@@ -51,6 +54,8 @@ def decode(encoded: Encoded, name: str = "", *, max_pixels: int | None = None, a
             return upright_rgb(image)
     except BadRecord:
         raise
+    except UnknownRange as error:
+        raise BadRecord("unknown-range", f"{what} cannot be read: {error}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         sentence = f"{what} is larger than the limit of {limit} pixels; raise the limit or remove it."
         raise BadRecord("decompression-bomb", sentence) from error
@@ -88,8 +93,52 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
+# Chunks of a PNG that say nothing about its pixels, and their keywords of which PIL reads how the picture is turned.
+_TEXT_CHUNKS, _TURNED = (b"tEXt", b"zTXt", b"iTXt", b"iCCP"), (b"XML:com.adobe.xmp", b"Raw profile type exif")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_CHUNK = struct.Struct(">I4s")  # length of the content and kind; a checksum follows the content
+
+
+def _without_texts(content: bytes) -> bytes:
+    """A PNG without texts and colour profiles, for the sake of which PIL refuses a sound one when they are long; else itself."""
+    if not content.startswith(_PNG):
+        return content
+    kept, start, place, found = [], 0, len(_PNG), set()
+    while place + _CHUNK.size <= len(content):
+        length, kind = _CHUNK.unpack_from(content, place)
+        following = place + _CHUNK.size + length + 4
+        if kind in _TEXT_CHUNKS:
+            text = content[place + _CHUNK.size : following - 4]
+            keyword = text.partition(b"\0")[0]
+            if keyword not in _TURNED or keyword in found or _is_long(kind, text):
+                kept.append(content[start:place])
+                start = following
+            found.add(keyword)
+        place = following
+    return b"".join([*kept, content[start:]]) if kept else content
+
+
+def _is_long(kind: bytes, text: bytes) -> bool:
+    """Whether PIL would refuse a PNG because of this chunk."""
+    packed = text.partition(b"\0")[2]
+    if kind == b"tEXt":
+        return False
+    if kind == b"iTXt":
+        if packed[:1] != b"\1":
+            return False
+        packed = packed[2:].split(b"\0", 2)[-1]  # behind two flags, language and translated keyword
+    else:
+        packed = packed[1:]
+    unpack = zlib.decompressobj()
+    try:
+        unpack.decompress(packed, PngImagePlugin.MAX_TEXT_CHUNK)
+    except zlib.error:
+        return True
+    return bool(unpack.unconsumed_tail)
+
+
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads an image file completely and turns it into upright RGB.
+    """Reads an image file completely and turns it into upright RGB, see `decode`; up to PIL's hard limit of pixels.
 
     Raises:
       FileNotFoundError: when there is no such file.
@@ -97,30 +146,70 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no image file {os.fspath(path)!r}; check the path.")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return upright_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        # PIL raises SyntaxError for a broken PNG chunk.
-        raise ValueError(
-            f"The image file {os.fspath(path)} cannot be decoded ({error}); replace it by a sound PNG or JPEG."
-        ) from error
+    limit = Image.MAX_IMAGE_PIXELS
+    return decode(Path(path), max_pixels=2 * limit if limit else None)  # PIL warns of half of what it refuses
+
+
+class UnknownRange(ValueError):
+    """The numbers of a picture lie where it cannot be told which of them is white."""
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Applies the EXIF rotation, lays transparency on white, and converts any mode to RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        # PIL clips wide greys to 255 when it converts; 16-bit scans would turn white.
-        grey = np.asarray(image, np.float32)
-        top = 65535.0 if image.mode != "F" and grey.max(initial=0) > 255 else 255.0
-        image = Image.fromarray(np.clip(grey * (255.0 / top), 0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    """Applies the EXIF rotation, lays transparency on white, and converts any mode to RGB.
+
+    Raises:
+      UnknownRange: for numbers that are neither 0 to 1, nor whole and 0 to 255 or 0 to 65535.
+    """
+    image = ImageOps.exif_transpose(_as_bytes(image))
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+# Tags of a TIFF: bits of a number, and whether 0 is white (0) or black (1).
+_BITS, _PHOTOMETRIC = 258, 262
+
+
+def _as_bytes(image: Image.Image) -> Image.Image:
+    """Greys of more than 8 bits as 0..255; PIL would clip them, so that 16-bit scans turn white and fractions black."""
+    if not (image.mode.startswith("I;16") or image.mode in ("I", "F")):
+        return image
+    image.load()
+    grey, tags = np.asarray(image, np.float64 if image.mode == "I" else np.float32), getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16") and image.format:  # of a file
+        top = 2.0 ** int(np.max(tags.get(_BITS, 16))) - 1
+    elif image.mode == "I" and image.format in ("PNG", "PPM"):  # PIL scales a PPM to 16 bits
+        top = 65535.0
+    else:
+        top = _white(grey, image.mode == "F")
+    shown = np.clip(grey * (255.0 / top), 0, 255).round().astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:  # which PIL sees to for 8 bits only
+        shown = 255 - shown
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        shown[grey == clear] = 255
+    made = Image.fromarray(shown)
+    made.info.update((key, value) for key, value in image.info.items() if key != "transparency")
+    made.getexif().update(image.getexif())
+    return made
+
+
+def _white(grey: np.ndarray, fractions: bool) -> float:
+    """Which number is white, by the range of all."""
+    low, high = grey.min(initial=0), grey.max(initial=0)
+    if not np.isfinite(grey).all():
+        raise UnknownRange("its numbers are NaN or infinite in places; clean it, or save it with 8 bits.")
+    if low >= 0 and fractions and high <= 1:
+        return 1.0
+    if low >= 0 and high <= 65535 and (grey == np.floor(grey)).all():
+        return 255.0 if high <= 255 else 65535.0
+    raise UnknownRange(
+        f"its numbers span {low:.6g} to {high:.6g}, which is neither 0 to 1 nor whole and 0 to 255 or 65535; save it with 8 bits."
+    )
 
 
 def to_pil(image: Any) -> Image.Image:
@@ -130,10 +219,14 @@ def to_pil(image: Any) -> Image.Image:
       image: `PIL.Image`, path, or array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; uint8 in 0..255 or float in 0..1.
 
     Raises:
-      ValueError: when an array has another shape, type or range.
+      FileNotFoundError: when there is no such file.
+      ValueError: when an array has another shape, type or range, or a file is no sound picture.
     """
     if isinstance(image, Image.Image):
-        return upright_rgb(image)
+        try:
+            return upright_rgb(image)
+        except (OSError, SyntaxError) as error:  # of a file that PIL opened and had not read yet
+            raise ValueError(f"The picture cannot be decoded ({_one_line(error)}); give a sound one.") from error
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
     array = np.asarray(image)

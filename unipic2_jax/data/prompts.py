@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from tqdm import tqdm
 
-from unipic2_jax.data.images import read_image
+from unipic2_jax.data.images import decode
 from unipic2_jax.data.kinds import make_kind
+from unipic2_jax.data.readers.fields import parse_json, parse_task
+from unipic2_jax.data.records import BadRecord
+from unipic2_jax.data.text import read_text
 
 # Kind -> 'module:class'; a class takes (seed, **options) and is a PromptSource.
 SOURCES: dict[str, Any] = {
@@ -35,6 +40,7 @@ class PromptRecord:
     image: np.ndarray | None = None  # uint8 [H, W, 3], what to edit
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)  # what rewards need to know
     key: str = ""  # samples with equal keys form a group; by default made of prompt and image
+    error: str = ""  # the sentence that says why its image could not be read; what is made for it is not scored
 
     def __post_init__(self) -> None:
         if not self.key:
@@ -57,6 +63,10 @@ class FinitePromptSource(PromptSource, Protocol):
         """Each task once, with its place for messages. Pictures are not read: `UNREAD` is that of every edit."""
         ...
 
+    def pictures(self) -> Iterator[tuple[str, Path]]:
+        """The place and the file of every picture."""
+        ...
+
 
 def group_key(prompt: str, image: np.ndarray | None) -> str:
     """The prompt; for an edit, the prompt and the picture."""
@@ -74,11 +84,52 @@ def make_source(config: Mapping[str, Any], seed: int) -> PromptSource:
     return make_kind(SOURCES, "prompt source", config, seed=seed)
 
 
+def look_through(source: PromptSource, memory: Path | None = None) -> None:
+    """Decodes each picture that a finite source names, in threads, so that a broken one is known of before a run.
+
+    Args:
+      memory: a file of the run, in which is noted what was looked through. It is not looked through again when the run goes on:
+        a picture that breaks meanwhile is a failure that is counted (`PromptRecord.error`), with or without an interruption.
+
+    Raises:
+      ValueError: naming the first broken picture and its place, and how many there are.
+    """
+    if not isinstance(source, FinitePromptSource):
+        return
+    places: dict[Path, str] = {}
+    for place, path in source.pictures():
+        places.setdefault(path, place)
+    named = "".join(f"{path}\n" for path in places)
+    digest = hashlib.blake2b(os.fsencode(named), digest_size=16).hexdigest()
+    if not places or (memory is not None and memory.is_file() and digest in memory.read_text().split()):
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        errors = pool.map(lambda found: _problem(*found), places.items())
+        bar = tqdm(errors, total=len(places), unit="picture", desc="looking through prompts", disable=None)
+        broken = [error for error in bar if error]
+    if broken:
+        others = f" ({len(broken) - 1} others are broken too)" if len(broken) > 1 else ""
+        raise ValueError(f"{broken[0].rstrip('.')}{others}.")
+    if memory is not None:
+        with memory.open("a") as file:
+            file.write(f"{digest}\n")
+
+
+def _problem(path: Path, place: str) -> str | None:
+    """Why a picture cannot be read."""
+    try:
+        decode(path, place)
+    except BadRecord as error:
+        return str(error)
+    return None
+
+
 class JSONLSource:
     """Tasks from a file with one JSON object per line: GenEval metadata, or a manifest of edits.
 
-    A line has `prompt` (or `instruction`), for an edit `image`, a path relative to the file, and anything else, which
-    becomes the metadata together with `index`, the line's number from 0.
+    A line has `prompt` (or `instruction`), for an edit `image` or `input_images`, a path relative to the file, and anything
+    else, which becomes the metadata together with `index`, the line's number from 0. Other usual names do as well, see
+    `readers.fields`: what launch.prepare_data reads as an edit is one here.
 
     Attributes:
       shuffle: a new order each time the file has been gone through; otherwise the file's order, over and over.
@@ -89,15 +140,10 @@ class JSONLSource:
         self.path, self.seed, self.shuffle = Path(path), seed, shuffle
         if not self.path.is_file():
             raise FileNotFoundError(f"The prompt file {path} does not exist; check the path.")
-        try:
-            text = (content := self.path.read_bytes()).decode().rstrip()
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            raise ValueError(f"Line {line} of {path} is not text in UTF-8; save the file as UTF-8.") from error
+        text = read_text(self.path).rstrip()
         if not text:
             raise ValueError(f"The prompt file {path} holds no prompts; give one JSON object per line.")
-        # `splitlines` would also split at separators that JSON allows inside of a text.
-        self.rows = [self._row(number, line) for number, line in enumerate(text.split("\n"))]
+        self.rows = [self._row(number, line, task) for number, line in enumerate(text.split("\n"))]
         if len({row["image"] is None for row in self.rows}) > 1:
             raise ValueError(f"Some lines of {path} have an image and some have none; split it into two files.")
         if task is not None and (task == "edit") != (self.rows[0]["image"] is not None):
@@ -106,25 +152,18 @@ class JSONLSource:
                 f"The prompt file {path} is for the task '{task}' and has {found}; give one with {wanted}."
             )
 
-    def _row(self, number: int, line: str) -> dict[str, Any]:
-        where = self.place(number)
+    def _row(self, number: int, line: str, task: str | None) -> dict[str, Any]:
+        place = self.place(number)
         if not line.strip():
-            raise ValueError(f"{where} is empty; remove it or write the prompt that belongs there.")
-        try:
-            metadata = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON ({error}); correct it.") from error
-        prompt = metadata.get("prompt", metadata.get("instruction")) if isinstance(metadata, dict) else None
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{where} has no prompt; add a text called 'prompt'.")
-        image = metadata.get("image")
-        if image is not None:
-            if not isinstance(image, str):
-                raise ValueError(f"{where} has {image!r} as its image; write a path, or leave 'image' out.")
-            image = self.path.parent / image
-            if not image.is_file():
-                raise FileNotFoundError(f"{where} names the image {image}, which does not exist; check the path.")
-        return {"prompt": prompt, "image": image, "metadata": {"index": number, **metadata}}
+            raise ValueError(f"{place} is empty; remove it or write the prompt that belongs there.")
+        where = place[0].lower() + place[1:]
+        metadata = parse_json(line, where)
+        # What is missing is found when the pictures are looked through; a run that goes on may have lost some.
+        found = parse_task(metadata, self.path.parent, where, task, exists=False)
+        if len(found.images) > 1:
+            raise ValueError(f"{place} has {len(found.images)} pictures to edit and one is taken here; keep one.")
+        image = found.images[0] if found.images else None
+        return {"prompt": found.prompt, "image": image, "metadata": {"index": number, **metadata}, "where": where}
 
     def place(self, row: int) -> str:
         """Of a row in the file, for messages: 'Line 3 of train.jsonl'."""
@@ -138,16 +177,32 @@ class JSONLSource:
         for number, row in enumerate(self.rows):
             yield self.place(number), PromptRecord(row["prompt"], row["image"] and UNREAD, row["metadata"])
 
+    def pictures(self) -> Iterator[tuple[str, Path]]:
+        """See `FinitePromptSource`."""
+        return ((row["where"], row["image"]) for row in self.rows if row["image"] is not None)
+
     def batch(self, step: int, count: int) -> list[PromptRecord]:
-        """Tasks step * count ... of the endless sequence of (shuffled) passes through the file."""
+        """Tasks step * count ... of the endless sequence of (shuffled) passes through the file.
+
+        A picture that cannot be read is `UNREAD`, and the record says why.
+        """
         records = []
         for position in range(step * count, (step + 1) * count):
             epoch, place = divmod(position, len(self.rows))
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)) if self.shuffle else None
             row = self.rows[place if order is None else order[place]]
-            image = None if row["image"] is None else np.asarray(read_image(row["image"]))
-            records.append(PromptRecord(row["prompt"], image, row["metadata"]))
+            records.append(self._record(row))
         return records
+
+    def _record(self, row: Mapping[str, Any]) -> PromptRecord:
+        if row["image"] is None:
+            return PromptRecord(row["prompt"], None, row["metadata"])
+        try:
+            image = np.asarray(decode(row["image"], row["where"]))
+        except BadRecord as error:
+            key = f"{row['prompt']}\n{row['image']}"
+            return PromptRecord(row["prompt"], UNREAD, row["metadata"], key, error=str(error))
+        return PromptRecord(row["prompt"], image, row["metadata"])
 
 
 class TurnsSource:
@@ -170,6 +225,12 @@ class TurnsSource:
             if isinstance(source, FinitePromptSource):
                 for place, record in source.tasks():
                     yield place, _of_dataset(name, record)
+
+    def pictures(self) -> Iterator[tuple[str, Path]]:
+        """Those of its finite sources."""
+        for _, source in self.sources:
+            if isinstance(source, FinitePromptSource):
+                yield from source.pictures()
 
     def batch(self, step: int, count: int) -> list[PromptRecord]:
         """The next batch of the source whose turn it is."""

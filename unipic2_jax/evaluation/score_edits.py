@@ -205,11 +205,14 @@ class ScoredEdits:
         records = source.batch(step, variety.batch)
         if missing := [record.prompt for record in records if record.image is None]:
             raise ValueError(f"The prompt {missing[0]!r} comes without a picture to edit; use a source of edits.")
+        for sentence in dict.fromkeys(record.error for record in records if record.error):
+            tqdm.write(f"No edits are made of a picture: {sentence}")
+        sound = [i for i in range(len(numbers)) if not records[i // variety.samples].error]
         how = [self._how(number, records, variety) for number in numbers]
         edited: dict[int, np.ndarray] = {}
-        kinds = sorted({(row["steps"], row["guidance"]) for row in how if "steps" in row})
+        kinds = sorted({(how[i]["steps"], how[i]["guidance"]) for i in sound if "steps" in how[i]})
         for steps, guidance in kinds:
-            own = [i for i, row in enumerate(how) if (row.get("steps"), row.get("guidance")) == (steps, guidance)]
+            own = [i for i in sound if (how[i].get("steps"), how[i].get("guidance")) == (steps, guidance)]
             # Filled up, so that all calls share a program.
             asked = own + own[-1:] * (-len(own) % variety.at_once)
             pictures = pipe(
@@ -222,9 +225,9 @@ class ScoredEdits:
             ).images
             edited |= {i: np.asarray(picture) for i, picture in zip(own, pictures)}
         rows = []
-        for i, number in enumerate(numbers):
+        for i in sound:
             record = records[i // variety.samples]
-            rows.append(self._row(number, record, edited.get(i, record.image), how[i]))
+            rows.append(self._row(numbers[i], record, edited.get(i, record.image), how[i]))
         new = [row for row in rows if row["number"] not in self.made]
         _append(self.out / "made.jsonl", new)
         self.made |= {row["number"]: row for row in new}

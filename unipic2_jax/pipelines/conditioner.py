@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unipic2_jax.data.text import check_unicode
 from unipic2_jax.models.clip import CLIPTextModelWithProjection
 from unipic2_jax.models.t5 import T5Encoder
 from unipic2_jax.pipelines.tokenizer_files import save_tokenizer
@@ -89,12 +90,23 @@ def tokenize_negative(conditioner: Conditioner, negative: str | None, images: Se
     return conditioner.tokenize([negative] * len(images), images)
 
 
-def check_prompts(prompts: Sequence[str] | str) -> list[str]:
-    """The prompts as a list. Raises TypeError when one is not a string."""
+def check_prompts(prompts: Sequence[str] | str, name: str = "prompt") -> list[str]:
+    """The prompts as a list.
+
+    Args:
+      name: of the argument, for messages.
+
+    Raises:
+      TypeError: when one is not a string, or there is no list.
+      ValueError: when one holds half a character.
+    """
+    if not isinstance(prompts, str | Iterable):
+        raise TypeError(f"{name} is {prompts!r}; it must be a string, or a list of some.")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     for prompt in prompts:
         if not isinstance(prompt, str):
-            raise TypeError(f"A prompt must be a string but one is {type(prompt).__name__}; pass text.")
+            raise TypeError(f"A {name} must be a string but one is {type(prompt).__name__}; pass text.")
+        check_unicode(prompt, name)
     return prompts
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from PIL import Image
 
 from unipic2_jax.data.images import read_image
+from unipic2_jax.data.readers.fields import parse_json, parse_task
+from unipic2_jax.data.text import check_unicode, read_lines
 from unipic2_jax.evaluation.grids import contact_sheet
 from unipic2_jax.pipelines.pipeline import Pipeline
 
@@ -28,44 +30,33 @@ class Job:
     images: tuple[Any, ...] = ()
 
 
-def read_jobs(file: str | os.PathLike) -> list[Job]:
+def read_jobs(file: str | os.PathLike, task: str | None = None) -> list[Job]:
     """Reads prompts, one per line, or, from a .jsonl file, JSON objects.
 
-    An object has "prompt" or "instruction", and for an edit "image" or "input_images": paths relative to the file.
-    Empty lines are skipped.
+    An object has "prompt" or "instruction", and for an edit "image" or "input_images" (paths relative to the file), or other
+    names of `data.readers.fields`. Empty lines are skipped.
+
+    Args:
+      task: 'edit' when every line is one; see `data.readers.fields.parse_task`.
 
     Raises:
       FileNotFoundError: when the file is missing.
-      ValueError: when it holds no prompt, or a line is not understood; the message names the line.
+      ValueError: when it holds no prompt, a line is not understood, or a picture does not exist; the message names the line.
     """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"There is no prompts file {file}; check the path.")
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a text file in UTF-8 ({error.reason}); save it as one.") from error
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    numbered = read_lines(file)
     if not numbered:
         raise ValueError(f"{file} holds no prompt; write one per line.")
+    return [_parse(line, f"line {number} of {file}", file, task) for number, line in numbered]
+
+
+def _parse(line: str, where: str, file: Path, task: str | None) -> Job:
     if file.suffix != ".jsonl":
-        return [Job(line) for _, line in numbered]
-    return [_parse(line, f"{file}, line {number}", file.parent) for number, line in numbered]
-
-
-def _parse(line: str, place: str, folder: Path) -> Job:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON ({error.msg}); write one object per line.") from error
-    prompt = values.get("prompt", values.get("instruction")) if isinstance(values, dict) else None
-    if not isinstance(prompt, str):
-        raise ValueError(f'{place}: there is no text under "prompt" or "instruction"; add it.')
-    images = values.get("input_images", values.get("image")) or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f'{place}: "image" must be a path, or "input_images" a list of paths.')
-    return Job(prompt, tuple(str(folder / image) for image in images))
+        return Job(check_unicode(line, where))
+    found = parse_task(parse_json(line, where), file.parent, where, task)
+    return Job(found.prompt, tuple(map(str, found.images)))
 
 
 def load_images(jobs: Sequence[Job]) -> list[Job]:

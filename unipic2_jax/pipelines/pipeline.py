@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from unipic2_jax.parallel.mesh import batch_shards, shard_batch
 from unipic2_jax.pipelines import adapters, sampling
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines.bundle import Bundle
+from unipic2_jax.pipelines.conditioner import check_prompts
 from unipic2_jax.weights.lora import Adapter
 
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -246,16 +247,14 @@ class Pipeline:
     ) -> list[_Request]:
         """Checks and broadcasts the arguments of `__call__`: one request per picture."""
         bundle = self.bundle
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = check_prompts(prompt)
         if not prompts:
             raise ValueError("There is no prompt; give at least one.")
         references = _references(image, len(prompts))
         if negative_prompt is None:
             negative_prompt = [bundle.conditioner.default_negative(bool(own)) for own in references]
+        check_prompts(negative_prompt, "negative_prompt")
         negatives = _per_prompt(negative_prompt, "negative_prompt", len(prompts))
-        for text in (*prompts, *negatives):
-            if not isinstance(text, str):
-                raise TypeError(f"A prompt must be a string, not {type(text).__name__}.")
         count = len(prompts) * num_images_per_prompt
         seeds = _seeds(seed, count)
         if latents is not None:
@@ -436,8 +435,11 @@ def _per_prompt(values: str | Sequence[str], name: str, count: int) -> list[str]
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """One seed per picture."""
-    single = isinstance(seed, (int, np.integer))
-    seeds = [int(seed) + k for k in range(count)] if single else [int(s) for s in seed]
+    is_whole = lambda value: isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    given = [seed] if is_whole(seed) or not isinstance(seed, Iterable) or isinstance(seed, str) else list(seed)
+    if wrong := [value for value in given if not is_whole(value)]:
+        raise TypeError(f"A seed is {wrong[0]!r}; seed must be a whole number, or a list of one per picture.")
+    seeds = [int(seed) + k for k in range(count)] if is_whole(seed) else [int(s) for s in given]
     if len(seeds) != count:
         raise ValueError(f"There are {len(seeds)} seeds for {count} pictures; give one number, or one per picture.")
     for s in seeds:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from unipic2_jax.data.images import to_pil
+from unipic2_jax.data.text import check_unicode
 from unipic2_jax.models.qwen import Qwen2_5_VLConfig, mrope_positions, text_positions
 from unipic2_jax.models.qwen_vision import VisionInput, pack_images
 from unipic2_jax.pipelines.tokenizer_files import save_tokenizer
@@ -24,6 +25,8 @@ IMAGE_TOKEN, END_OF_TURN = "<|image_pad|>", "<|im_end|>"
 # What the template says where no message is the system's; the published scripts take it out.
 DEFAULT_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 LEAST_TOKENS = 16
+# Longer edge by shorter edge that Qwen2-VL's image processor takes.
+MAX_ASPECT = 200
 
 # One message as transformers writes it: {'role': ..., 'content': text or [{'type': 'text' | 'image', ...}, ...]}.
 Message = Mapping[str, Any]
@@ -56,6 +59,16 @@ def bucket(count: int, least: int = 1) -> int:
     """`count` rounded up to one of four sizes an octave: at most a quarter more, and few different shapes."""
     step = max(least, 2 ** max((count - 1).bit_length() - 3, 0))
     return -(-count // step) * step
+
+
+def _checked(picture: Image.Image) -> Image.Image:
+    """A picture of a shape that can be read."""
+    if max(picture.size) > MAX_ASPECT * min(picture.size):
+        raise ValueError(
+            f"A picture of {picture.width} x {picture.height} pixels is more than {MAX_ASPECT} times as long as it is wide, which "
+            "Qwen2.5-VL does not read; crop it."
+        )
+    return picture
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,7 +163,8 @@ class VLMProcessor:
             next of a few sizes.
 
         Raises:
-          ValueError: for an unknown role or content, images that do not fit their places, or a prompt that is too long.
+          ValueError: for an unknown role or content, half a character, images that do not fit their places or are too long and
+            narrow, or a prompt that is too long.
         """
         return self._prepare(conversations, answers, system_prompt, mrope, pixels, text_length, windows)
 
@@ -203,15 +217,19 @@ class VLMProcessor:
     def _render(self, messages: Sequence[Message], system_prompt: bool) -> tuple[str, list[Image.Image]]:
         """The template's text of a conversation, one image token an image, and its images."""
         pictures = []
-        for message in messages:
+        for number, message in enumerate(messages):
             if message.get("role") not in ROLES:
                 raise ValueError(f"The role {message.get('role')!r} is unknown; use one of {', '.join(ROLES)}.")
             content = message.get("content")
-            for part in () if isinstance(content, str) else content or ():
+            if isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            for part in content or ():
                 if part.get("type") == "image":
-                    pictures.append(to_pil(part["image"]))
+                    pictures.append(_checked(to_pil(part["image"])))
                 elif part.get("type") != "text":
                     raise ValueError(f"Content of type {part.get('type')!r} is unknown; use 'text' or 'image'.")
+                else:
+                    check_unicode(part["text"], f"message {number}")
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         is_default = messages[0]["role"] != "system" and text.startswith(DEFAULT_SYSTEM)
         return (text if system_prompt or not is_default else text.removeprefix(DEFAULT_SYSTEM)), pictures

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unipic2_jax.data.text import read_text
 from unipic2_jax.web.strict import as_number, excerpt, read_json
 
 # Part of what answers are cached by. The texts below are too; this is for a new meaning of the same texts.
@@ -58,12 +59,7 @@ def read_template(path: str) -> string.Template:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"There is no judge's template {path}; check the path.")
-    try:
-        template = string.Template(file.read_text(encoding="utf-8").strip())
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"The judge's template {path} is not text in UTF-8 ({error.reason}); save it as such."
-        ) from error
+    template = string.Template(read_text(file).strip())
     if not template.is_valid() or template.get_identifiers() != ["prompt"]:
         raise ValueError(f"The judge's template {path} must have $prompt and no other name; correct it.")
     return template

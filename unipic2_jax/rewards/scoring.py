@@ -143,10 +143,14 @@ class Scorer:
 
         Args:
           over: ends what is queued or waits for another try, once it is set; an error sets it. Batches may share one.
+
+        Nobody is asked about what was made for a record with an `error`: its scores failed for that reason.
         """
         pending, over = {}, over or threading.Event()
         for name, entry in self.entries.items():
             asked = [i for i, record in enumerate(records) if entry.is_about(record)]
+            broken = [i for i in asked if records[i].error]
+            asked = [i for i in asked if not records[i].error]
             parts = _parts(entry, asked, records)
             if entry.reward.on_mesh:  # a process that has nothing to ask takes part
                 parts = [asked]
@@ -155,6 +159,7 @@ class Scorer:
                 (part, begin(self._score, name, [images[i] for i in part], [records[i] for i in part], over))
                 for part in parts
             ]
+            pending[name] += [([i], _Known(records[i].error)) for i in broken]
 
         def result() -> Scored:
             try:
@@ -233,6 +238,16 @@ class _Later:
 
     def result(self) -> Any:
         return self.call(*self.arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """The result of a call that need not be made."""
+
+    sentence: str
+
+    def result(self) -> str:
+        return self.sentence
 
 
 def _parts(entry: Entry, asked: list[int], records: Sequence[PromptRecord]) -> list[list[int]]:

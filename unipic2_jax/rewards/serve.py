@@ -14,6 +14,7 @@ import numpy as np
 from unipic2_jax.data.images import decode
 from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.data.records import BadRecord
+from unipic2_jax.data.text import check_unicode
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.rewards.base import reward_class
 from unipic2_jax.rewards.scoring import Scorer, make_entries
@@ -105,6 +106,10 @@ def read_request(request: Any) -> tuple[list[np.ndarray], list[PromptRecord]]:
     for i, (prompt, metadata) in enumerate(zip(request["prompts"], request["metadata"])):
         if not isinstance(prompt, str):
             raise Refusal(400, f"Entry {i} of prompts is no text; correct it.")
+        try:
+            check_unicode(prompt, f"entry {i} of prompts")
+        except BadRecord as error:
+            raise Refusal(400, str(error)) from None
         if not isinstance(metadata, dict):
             raise Refusal(400, f"Entry {i} of metadata is no object; send {{}} where there is none.")
     images = [_picture(f"entry {i} of images", text) for i, text in enumerate(request["images"])]

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict, config_dict
 from PIL import Image
 
-from unipic2_jax.data.prompts import PromptRecord, make_source
+from unipic2_jax.data.prompts import PromptRecord, PromptSource, make_source
 from unipic2_jax.evaluation.grids import contact_sheet
 from unipic2_jax.models.precision import PRECISIONS, Precision
 from unipic2_jax.parallel.mesh import batch_shards, shard_batch
@@ -84,6 +84,12 @@ def check_evaluation(name: str, values: Mapping[str, Any]) -> None:
         check_tasks(make_entries(config.rewards), source)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"evaluations.{name}: {error}") from error
+
+
+def evaluation_sources(evaluations: Mapping[str, Mapping[str, Any]]) -> list[PromptSource]:
+    """The held-out prompts of those evaluations that have some."""
+    configs = [read_evaluation(name, values) for name, values in evaluations.items()]
+    return [make_source(config.source, config.seed) for config in configs if is_wanted(config)]
 
 
 def is_wanted(config: ConfigDict) -> bool:

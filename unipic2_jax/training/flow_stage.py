@@ -22,6 +22,7 @@ from tqdm import tqdm
 from unipic2_jax.data.examples import Example, ExampleSource, make_examples
 from unipic2_jax.data.loader import Loader
 from unipic2_jax.data.plan import BatchPlan, BatchShape
+from unipic2_jax.data.prompts import PromptSource
 from unipic2_jax.flow.timesteps import TimestepSampling
 from unipic2_jax.models.lora import scaled
 from unipic2_jax.models.remat import check_policy
@@ -33,7 +34,7 @@ from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, reference
 from unipic2_jax.rl.ema import ema_update
 from unipic2_jax.training.ahead import Ahead
 from unipic2_jax.training.config import ConfigError, stage_fields
-from unipic2_jax.training.evaluator import check_evaluation, make_evaluators
+from unipic2_jax.training.evaluator import check_evaluation, evaluation_sources, make_evaluators
 from unipic2_jax.training.flops import flow_step_flops, forward_flops
 from unipic2_jax.training.flow import draw_corruption, flow_losses, loss_by_noise
 from unipic2_jax.training.low_rank import check_lora, lora_fields, merged, new_lora, scale_of
@@ -115,6 +116,10 @@ class FlowStage(Stage):
             make_plan(config, make_sources(config, config.validation.data, 0), 0)
         for name, fields in config.evaluations.items():
             check_evaluation(name, fields)
+
+    @classmethod
+    def prompt_sources(cls, config: ConfigDict) -> list[PromptSource]:
+        return evaluation_sources(config.evaluations)
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
         self.scale = scale_of(config.lora) if config.lora.rank else None  # of the LoRA; None: there is none

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict, config_dict
 
-from unipic2_jax.data.prompts import PromptRecord, make_source
+from unipic2_jax.data.prompts import UNREAD, PromptRecord, PromptSource, make_source
 from unipic2_jax.flow.sde import SDEConfig
 from unipic2_jax.models.lora import count_matrices, scaled
 from unipic2_jax.models.remat import check_policy
@@ -28,7 +28,15 @@ from unipic2_jax.parallel.mesh import (
     replicated,
     shard_batch,
 )
-from unipic2_jax.parallel.processes import gather_rows, is_main, leaders, local_rows, rows_to_host, tree_to_host
+from unipic2_jax.parallel.processes import (
+    gather_json,
+    gather_rows,
+    is_main,
+    leaders,
+    local_rows,
+    rows_to_host,
+    tree_to_host,
+)
 from unipic2_jax.parallel.rules import RULES, described, gathered
 from unipic2_jax.pipelines import images as pictures
 from unipic2_jax.pipelines import sampling
@@ -43,6 +51,7 @@ from unipic2_jax.training.ahead import Ahead
 from unipic2_jax.training.config import ConfigError, TrainingPaused, stage_fields
 from unipic2_jax.training.evaluator import (
     check_evaluation,
+    evaluation_sources,
     make_evaluators,
     source_pictures,
     stack_sources,
@@ -199,6 +208,10 @@ class GRPOStage(Stage):
             )
         for name, fields in config.evaluations.items():
             check_evaluation(name, fields)
+
+    @classmethod
+    def prompt_sources(cls, config: ConfigDict) -> list[PromptSource]:
+        return [make_source(config.source, 0), *evaluation_sources(config.evaluations)]
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
         held = {n: tree if n == "lora" else context.precision.hold(tree) for n, tree in bundle.params.items()}
@@ -391,7 +404,7 @@ class GRPOStage(Stage):
     def step(self, state: PolicyState, step: int) -> tuple[PolicyState, dict[str, float]]:
         """Rollouts, rewards, updates."""
         started = time.perf_counter()
-        records = self.source.batch(step, self.config.num_prompts)
+        records = self._agreed(self.source.batch(step, self.config.num_prompts))
         key, sampled, scoring, over = self.context.key(step), [], [], threading.Event()
         for part in range(self.config.sampling_batches):
             own = records[part * self.prompts_at_once :][: self.prompts_at_once]
@@ -425,6 +438,19 @@ class GRPOStage(Stage):
             "model_tflops_per_second": flops / busy / 1e12,
         }
         return state, metrics
+
+    def _agreed(self, records: list[PromptRecord]) -> list[PromptRecord]:
+        """The records; a picture that one process could not read counts as unread for all of them."""
+        own = {str(i): record.error for i, record in enumerate(records) if record.error}
+        errors: dict[str, str] = {}
+        for found in gather_json(own, self.context.mesh):
+            errors = found | errors
+        return [
+            dataclasses.replace(record, image=UNREAD, key=f"{record.prompt}\nunread {i}", error=errors[str(i)])
+            if str(i) in errors
+            else record
+            for i, record in enumerate(records)
+        ]
 
     def _start_scoring(
         self, images: np.ndarray, records: list[PromptRecord], step: int, part: int, over: threading.Event
@@ -500,7 +526,8 @@ class GRPOStage(Stage):
         if len(self.failed) == self.failed.maxlen and share > self.config.error_budget:
             raise TrainingPaused(
                 f"{share:.0%} of the samples of stage '{self.context.name}' could not be scored in the {len(self.failed)} "
-                f"steps up to step {step}; repair the reward ({', '.join(self.scorer.entries)}), then run the same command."
+                f"steps up to step {step}; repair the reward ({', '.join(self.scorer.entries)}) or the pictures to edit, then run the "
+                "same command."
             )
 
     def _flops(self, edits: bool, first: int) -> int:

@@ -22,6 +22,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from unipic2_jax.data.prompts import look_through
 from unipic2_jax.models.attention import check_implementation
 from unipic2_jax.models.precision import PRECISIONS, Precision
 from unipic2_jax.parallel.mesh import make_mesh
@@ -90,6 +91,7 @@ def run(
     check_writable(workdir)
     for sentence in config_lib.check_same_run(config, workdir / "config.json"):
         _tell(sentence)
+    _look_through(config, workdir / "looked_through.txt")
     use_compilation_cache(workdir)
     if mesh is None:
         config = split.resolved(config, _tell)
@@ -104,6 +106,21 @@ def run(
         if own_process:
             end(left.code)
         raise
+
+
+def _look_through(config: ConfigDict, memory: Path) -> None:
+    """Reads the pictures of all prompts once.
+
+    Raises:
+      ConfigError: when one is broken.
+    """
+    for name in config.schedule:
+        stage = config.stages[name]
+        for source in stage_class(stage.kind).prompt_sources(stage):
+            try:
+                look_through(source, memory)
+            except ValueError as error:
+                raise config_lib.ConfigError(f"config.stages.{name}: {error}") from error
 
 
 def check_writable(workdir: Path) -> None:

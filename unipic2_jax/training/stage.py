@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from unipic2_jax.data.prompts import PromptSource
 from unipic2_jax.models.precision import PRECISIONS, Precision
 from unipic2_jax.parallel.rules import shardings
 from unipic2_jax.training.config import ConfigError, nearest, stage_fields
@@ -106,6 +107,12 @@ class Stage:
           ValueError, FileNotFoundError: one sentence about what cannot work.
         """
         del config, mesh
+
+    @classmethod
+    def prompt_sources(cls, config: ConfigDict) -> list[PromptSource]:
+        """The prompts that a stage of this configuration asks for; a run looks through their pictures before it begins."""
+        del config
+        return []
 
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
         self.config, self.bundle, self.context = config, bundle, context

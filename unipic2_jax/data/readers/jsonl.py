@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from unipic2_jax.data.readers.fields import parse_json, parse_line
+from unipic2_jax.data.readers.fields import parse_json, parse_line, read_pictures
 from unipic2_jax.data.readers.files import Paths, find_files
-from unipic2_jax.data.records import Record
+from unipic2_jax.data.records import BadRecord, Record
 
 
 class JSONLRecords:
@@ -22,7 +22,7 @@ class JSONLRecords:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: there is no line in it.
+      ValueError: there is no line in it, or the first has pictures of which is not known what they are for.
     """
 
     def __init__(self, path: Paths):
@@ -32,20 +32,34 @@ class JSONLRecords:
         self._ends = np.cumsum([len(lines) for lines in found])  # which records are of which file
         if not len(self):
             raise ValueError(f"There is no line in {self.files[0]}; write one JSON object per line.")
+        for start in {0, *self._ends[:-1].tolist()} - {len(self)}:
+            _check_pictures(*self._read(start)[:2])
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Record:
-        """Raises BadRecord: 'not-json', 'missing-field', 'missing-image', 'missing-reference', 'not-text', 'empty-prompt'."""
-        index = range(len(self))[index]
+        """Raises BadRecord: see `readers.fields.parse_line`."""
+        line, where, folder = self._read(range(len(self))[index])
+        return parse_line(parse_json(line, where), folder, where)
+
+    def _read(self, index: int) -> tuple[bytes, str, Path]:
+        """A line, what it is called, and the folder of its file."""
         number, offset = self._lines[index].tolist()
         path = self.files[np.searchsorted(self._ends, index, side="right")]
         where = f"line {number} of {path}"
         with path.open("rb") as file:
             file.seek(offset)
-            line = file.readline()
-        return parse_line(parse_json(line, where), path.parent, where)
+            return file.readline(), where, path.parent
+
+
+def _check_pictures(line: bytes, where: str) -> None:
+    """Refuses a manifest whose pictures go by unknown names; a line that says nothing is a bad record later."""
+    try:
+        values = parse_json(line, where)
+    except BadRecord:
+        return
+    read_pictures(values, where)
 
 
 def _lines(path: Path) -> np.ndarray:

@@ -12,7 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unipic2_jax.data.readers.fields import check_edit, parse_text, pick_columns
+from unipic2_jax.data.readers.fields import (
+    TEXT_LISTS,
+    check_columns,
+    check_edit,
+    parse_text,
+    pick_columns,
+    pick_text,
+)
 from unipic2_jax.data.readers.files import Paths, find_files
 from unipic2_jax.data.records import BadRecord, Encoded, Record
 
@@ -33,7 +40,7 @@ class ParquetRecords:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a file is no Parquet, lacks a column, or there is no row in any.
+      ValueError: a file is no Parquet, lacks a column, has one with pictures of unknown use, or there is no row in any.
     """
 
     def __init__(
@@ -45,10 +52,10 @@ class ParquetRecords:
     ):
         self.files = find_files(path, ".parquet")
         schema = _open(self.files[0]).schema_arrow
-        fitting = lambda fits: [field.name for field in schema if fits(field.type)]
-        self.image, self.prompt, self.references = pick_columns(
-            image, prompt, references, fitting(_is_picture), fitting(_is_text), str(self.files[0])
-        )
+        pictures = [field.name for field in schema if _is_picture(field.type)]
+        texts = [field.name for field in schema if _is_text(field.type, field.name in TEXT_LISTS)]
+        where = str(self.files[0])
+        self.image, self.prompt, self.references = pick_columns(image, prompt, references, pictures, texts, where)
         self._columns = [self.image, self.prompt, *self.references]
         self._groups: list[tuple[int, int]] = []  # (file, row group)
         counts = []
@@ -59,6 +66,8 @@ class ParquetRecords:
                 raise ValueError(f"{file} has no column '{missing.pop()}'; name one of {columns}.")
             self._groups += [(number, group) for group in range(found.num_row_groups)]
             counts += [found.metadata.row_group(group).num_rows for group in range(found.num_row_groups)]
+        if references is None:
+            check_columns(pictures, (self.image, *self.references), where)
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._cache: _Cache | None = None
         if not len(self):
@@ -91,7 +100,7 @@ class ParquetRecords:
         references = tuple(picture for name in self.references for picture in _pictures(values[name], file, where))
         if self.references:
             check_edit({self.image, self.prompt}, references, where)
-        return Record(image[0], parse_text(values[self.prompt], where), references, where)
+        return Record(image[0], parse_text(pick_text(self.prompt, values[self.prompt]), where), references, where)
 
     def _table(self, group: int) -> pa.Table:
         """A row group from the cache, or read while the other threads, which mostly want the same one, wait."""
@@ -125,7 +134,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".")
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_text(kind: pa.DataType, lists: bool = False) -> bool:
+    if lists and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return _is_text(kind.value_type)
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 

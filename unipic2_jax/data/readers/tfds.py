@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.core.read_only_builder import builder_from_files
 
-from unipic2_jax.data.readers.fields import check_edit, parse_text, pick_columns
+from unipic2_jax.data.readers.fields import check_columns, check_edit, parse_text, pick_columns
 from unipic2_jax.data.records import BadRecord, Encoded, Record
 
 
@@ -50,14 +50,17 @@ class TFDSRecords:
         builder = _builder(name, data_dir, download)
         features = builder.info.features
         fitting = lambda fits: [key for key in sorted(features) if fits(features[key])]
+        pictures, where = fitting(_is_picture), f"the data set {name}"
         self.image, self.prompt, self.references = pick_columns(
-            image, prompt, references, fitting(_is_picture), fitting(_is_text), f"the data set {name}"
+            image, prompt, references, pictures, fitting(_is_text), where
         )
         columns = [self.image, self.prompt, *self.references]
         if unknown := [column for column in columns if column not in features]:
             raise ValueError(
                 f"The data set {name} has no feature '{unknown[0]}'; name some of {', '.join(sorted(features))}."
             )
+        if references is None:
+            check_columns(pictures, (self.image, *self.references), where)
         # Only what is needed is parsed.
         self._features = tfds.features.FeaturesDict({column: features[column] for column in columns})
         self._decoders = {column: _KeepEncoded() for column in columns if _is_image(features[column])}

@@ -1,27 +1,58 @@
 """WebDataset shards: tar files in which the members of an example have one key.
 
-    key.jpg (.jpeg .png .webp)        the picture to learn; of an edit also key.output.jpg
+    key.jpg (.png .webp ...)          the picture to learn; of an edit also key.output.jpg
     key.input.jpg, key.input_0.png    the pictures that were edited, in the order of their numbers; also key.src.jpg, ...
-    key.txt                           caption or instruction; else a usual name (`readers.fields`) in key.json
+    key.txt, key.caption              caption or instruction; else a usual name in key.json
 
-Other members do not matter.
+The names of pictures and texts are those of `readers.fields`. The key is what stands before the first dot of a name, with its
+folder. Where no member has just that and an extension (scan.001.jpg, scan.001.txt), it is the name without its extension.
+Other members do not matter, except for pictures of unknown use and members of which there are two: those are refused.
 """
 
 from __future__ import annotations
 
-import re
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from unipic2_jax.data.readers.fields import PROMPT, check_edit, find, parse_json, parse_text
+from unipic2_jax.data.images import SUFFIXES
+from unipic2_jax.data.readers.fields import (
+    EDIT_TEXTS,
+    EXAMPLE_TEXTS,
+    check_edit,
+    find_pictures,
+    first,
+    is_known,
+    parse_json,
+    parse_text,
+    pick_text,
+)
 from unipic2_jax.data.readers.files import Paths, find_files
 from unipic2_jax.data.records import BadRecord, Record
 
-# A member's extension is all behind the first dot of its name; these are a picture's, in groups: role, number.
-_PICTURE = re.compile(r"(?:(output|input|src)(?:_(\d+))?\.)?(?:jpg|jpeg|png|webp)")
-_KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
+_PICTURES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
+_TEXTS, _JSON = (".txt", ".caption"), ".json"
+
+
+class _Member(NamedTuple):
+    """A file of a shard.
+
+    Attributes:
+      name: of the file.
+      key: what stands before the first dot of the name, with its folder.
+      middle: what stands between the key and the role.
+      field: the role of a picture that has one (input_0), else its extension (jpg); of other files the extension with a dot.
+      place: offset and size.
+    """
+
+    name: str
+    key: str
+    middle: str
+    field: str
+    place: tuple[int, int]
 
 
 class WebDatasetRecords:
@@ -32,12 +63,13 @@ class WebDatasetRecords:
 
     Raises:
       FileNotFoundError: there is no such shard.
-      ValueError: a shard is cut off, damaged or compressed, or there is no example in any.
+      ValueError: a shard is cut off, damaged or compressed, has two members of one name or pictures of unknown use, or there is
+        no example in any.
     """
 
     def __init__(self, path: Paths):
         self.shards = find_files(path, ".tar")
-        # Arrays, because there may be millions: example -> shard, key and the end of its rows [extension, offset, size].
+        # Arrays, because there may be millions: example -> shard, key and the end of its rows [field, offset, size].
         shards, keys, counts, rows, codes = [], [], [], [], {}
         for shard, file in enumerate(self.shards):
             index = _index(file)
@@ -47,7 +79,7 @@ class WebDatasetRecords:
             places = [(codes.setdefault(e, len(codes)), *place) for m in index.values() for e, place in m.items()]
             rows.append(np.asarray(places, np.int64).reshape(-1, 3))
         self._shard, self._keys, self._rows = np.concatenate(shards), np.concatenate(keys), np.concatenate(rows)
-        self._ends, self._extensions = np.cumsum(np.concatenate(counts)), list(codes)
+        self._ends, self._fields = np.cumsum(np.concatenate(counts)), list(codes)
         if not len(self):
             raise ValueError(
                 f"There is no example in {self.shards[0]}; name shards with members like 'key.jpg', 'key.txt'."
@@ -57,48 +89,87 @@ class WebDatasetRecords:
         return len(self._shard)
 
     def __getitem__(self, index: int) -> Record:
-        """Raises BadRecord: 'missing-image', 'missing-caption', 'missing-reference', 'not-json', 'not-text', 'empty-prompt'."""
+        """Raises BadRecord: 'missing-image', 'missing-caption', 'missing-reference', 'not-json', 'not-text', ...."""
         index = range(len(self))[index]
         shard = self.shards[self._shard[index]]
         where = f"{self._keys[index].decode(errors='replace')} of {shard}"
         rows = self._rows[self._ends[index - 1] if index else 0 : self._ends[index]].tolist()
-        members = {self._extensions[extension]: (offset, size) for extension, offset, size in rows}
-        pictures = {name: match for name in members if (match := _PICTURE.fullmatch(name))}
-        targets = [name for name, match in pictures.items() if match[1] in (None, "output")]
-        sources = [name for name, match in pictures.items() if match[1] in ("input", "src")]
-        if not targets:
+        members = {self._fields[field]: (offset, size) for field, offset, size in rows}
+        image, names = find_pictures([name for name in members if not name.startswith(".")], where)
+        if image is None:
             raise BadRecord("missing-image", f"There is no picture of {where}; add a .jpg, .png or .webp member.")
-        target = max(targets, key=lambda name: pictures[name][1] == "output")
         with shard.open("rb") as file:
 
             def read(name: str) -> bytes:
                 file.seek(members[name][0])
                 return file.read(members[name][1])
 
-            if "txt" in members:
-                name, text = None, read("txt")
+            if (text := first(_TEXTS, members)) is not None:
+                name, prompt = None, read(text)
             else:
-                values = parse_json(read("json"), where) if "json" in members else {}
-                name = find(values, PROMPT)
-                text = values.get(name)
-            prompt = parse_text(text, where)
-            references = tuple(map(read, sorted(sources, key=lambda name: int(pictures[name][2] or 0))))
-            check_edit({name, "output_image" if pictures[target][1] else None}, references, where)
-            return Record(read(target), prompt, references, where)
+                values = parse_json(read(_JSON), where) if _JSON in members else {}
+                held = [name for name, value in values.items() if value is not None]
+                name = first(EDIT_TEXTS if names else EXAMPLE_TEXTS, held)
+                prompt = pick_text(name, values.get(name))
+            prompt = parse_text(prompt, where)
+            references = tuple(map(read, names))
+            check_edit((name, image), references, where)
+            return Record(read(image), prompt, references, where)
 
 
 def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """key -> extension -> (offset, size) of a shard's files."""
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    """key -> field -> (offset, size) of a shard's files."""
+    groups: dict[str, list[_Member]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile() and (match := _KEY.fullmatch(member.name)):
-                    found.setdefault(match[1], {})[match[2].lower()] = (member.offset_data, member.size)
+            for info in tar:
+                if info.isfile() and (member := _member(info.name, (info.offset_data, info.size))):
+                    groups.setdefault(member.key, []).append(member)
             # tarfile takes a damaged header for the end of the file.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except tarfile.TarError as error:
         raise ValueError(f"{path} is no sound uncompressed tar file ({error}); copy or write it again.") from error
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for members in groups.values():
+        for key, member in _keyed(members, path):
+            own = found.setdefault(key, {})
+            if member.field in own:
+                raise ValueError(
+                    f"The member {member.name} of {path} is not the only one for '{member.field}' of '{key}'; give every example "
+                    "a name of its own."
+                )
+            own[member.field] = member.place
     return found
+
+
+def _member(name: str, place: tuple[int, int]) -> _Member | None:
+    """A file by its name; None for hidden ones and those without an extension."""
+    folder, slash, base = name.rpartition("/")
+    start, *middle = base.split(".")
+    if not start or not middle:
+        return None
+    field = middle.pop().lower()
+    if field not in _PICTURES:
+        field = f".{field}"
+    elif middle and is_known(middle[-1].lower()):
+        field = middle.pop().lower()
+    return _Member(name, folder + slash + start, ".".join(middle), field, place)
+
+
+def _keyed(members: list[_Member], path: Path) -> Iterable[tuple[str, _Member]]:
+    """The examples' keys of files whose names begin alike.
+
+    Raises:
+      ValueError: when there are pictures that belong to the key and others that may be examples of their own.
+    """
+    if all(member.middle for member in members):
+        return [(f"{member.key}.{member.middle}", member) for member in members]
+    for member in members:
+        if member.middle and not member.field.startswith("."):
+            raise ValueError(
+                f"The member {member.name} of {path} has the key '{member.key}' of other members and a picture of unknown use "
+                f"('{member.middle}'); write '-' for '.' within names, or call it input or output."
+            )
+    return [(member.key, member) for member in members if not member.middle]

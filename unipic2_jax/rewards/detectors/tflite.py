@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from unipic2_jax.data.coco import class_name
+from unipic2_jax.data.text import decoded, read_text
 from unipic2_jax.rewards.base import check_package
 from unipic2_jax.rewards.detectors.base import Detector, Wanted, check_classes, once
 from unipic2_jax.rewards.detectors.colors import add_colors, load_colors
@@ -28,13 +29,17 @@ def read_labels(model: str, labels: str | None) -> list[str]:
       ValueError: when there is none in it.
     """
     if labels is not None:
-        return [class_name(line.strip()) for line in Path(labels).read_text(encoding="utf-8").splitlines()]
+        return _names(read_text(labels))
     if zipfile.is_zipfile(model):
         with zipfile.ZipFile(model) as packed:
             texts = [name for name in packed.namelist() if name.endswith(".txt")]
             if len(texts) == 1:
-                return [class_name(line.strip()) for line in packed.read(texts[0]).decode().splitlines()]
+                return _names(decoded(packed.read(texts[0])))
     raise ValueError(f"The detector {model} does not hold the names of its classes; give a file of them as 'labels'.")
+
+
+def _names(text: str) -> list[str]:
+    return [class_name(line.strip()) for line in text.removesuffix("\n").split("\n")]
 
 
 load_labels = once(read_labels)
