@@ -46,7 +46,14 @@ def test_scheduler_config_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field", [{"use_dynamic_shifting": True}, {"shift_terminal": 0.1}, {"use_karras_sigmas": True}, {"shift": 0.0}]
+    "field",
+    [
+        {"use_dynamic_shifting": True},
+        {"shift_terminal": 0.1},
+        {"use_karras_sigmas": True},
+        {"shift": 0.0},
+        {"_class_name": "DPMSolverMultistepScheduler"},
+    ],
 )
 def test_scheduler_config_refuses_what_it_cannot_do(field):
     with pytest.raises(ValueError, match=next(iter(field))):

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from unipic2_jax.web.fields import check_fields, hints
-from unipic2_jax.web.strict import read_object
+from unipic2_jax.core.fields import check_fields, hints
+from unipic2_jax.core.strict import read_object
 
 # What diffusers' scheduler can do beyond shift, with the values under which it does not do it.
 _MUST_BE = {
@@ -27,7 +27,7 @@ _MUST_BE = {
     "use_beta_sigmas": False,
     "stochastic_sampling": False,
 }
-FILE_NAME = "scheduler_config.json"
+FILE_NAME, CLASS_NAME = "scheduler_config.json", "FlowMatchEulerDiscreteScheduler"
 
 
 def shift_sigma(sigma: Any, shift: float) -> Any:
@@ -60,6 +60,8 @@ class FlowMatchConfig:
           ValueError: when a field is of another type, or asks for a schedule that is not a plain shifted one.
         """
         check_fields(hints(cls), values)
+        if (kind := values.get("_class_name", CLASS_NAME)) != CLASS_NAME:
+            raise ValueError(f"the scheduler is a {kind!r}, which visits other noise levels; use {CLASS_NAME}.")
         for name, plain in _MUST_BE.items():
             if (values.get(name) or None) != (plain or None):
                 raise ValueError(
@@ -71,7 +73,7 @@ class FlowMatchConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The config as diffusers writes it."""
-        return {"_class_name": "FlowMatchEulerDiscreteScheduler", **dataclasses.asdict(self)}
+        return {"_class_name": CLASS_NAME, **dataclasses.asdict(self)}
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

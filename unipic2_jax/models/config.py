@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from unipic2_jax.web.fields import check_fields, hints
-from unipic2_jax.web.strict import read_object
+from unipic2_jax.core.fields import check_fields, hints
+from unipic2_jax.core.strict import read_object
 
 FILE_NAME = "config.json"
 

@@ -17,6 +17,7 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import linen as nn
 
+from unipic2_jax.core.fields import check_fields, hints
 from unipic2_jax.models.attention import attention
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.lora import LoRADense
@@ -31,7 +32,6 @@ from unipic2_jax.models.qwen_vision import (
 )
 from unipic2_jax.models.remat import rematerialised
 from unipic2_jax.parallel.rules import constrain
-from unipic2_jax.web.fields import check_fields, hints
 
 # Keys and values of the places seen so far: {'key': [L, B, T, KV, D], 'value': the same}.
 Cache = dict[str, jax.Array]

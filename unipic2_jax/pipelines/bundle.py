@@ -17,6 +17,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from unipic2_jax.core.fields import check_fields, hints
+from unipic2_jax.core.strict import read_object
 from unipic2_jax.data.shapes.pool import WORDS
 from unipic2_jax.data.shapes.questions import QUESTION_WORDS
 from unipic2_jax.data.shapes.world import IMAGE_SIZE
@@ -36,8 +38,6 @@ from unipic2_jax.pipelines.metaquery import MetaQueryConditioner
 from unipic2_jax.pipelines.tiny_tokenizers import build_tokenizers
 from unipic2_jax.pipelines.tiny_vlm import build_vlm_processor
 from unipic2_jax.pipelines.vlm import VLMProcessor
-from unipic2_jax.web.fields import check_fields, hints
-from unipic2_jax.web.strict import read_object
 from unipic2_jax.weights import clip, connector, io, mmdit, native, qwen, t5, table, vae
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")

@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from unipic2_jax.core.fields import check_fields, hints
 from unipic2_jax.models import edit_reward
 from unipic2_jax.models.edit_reward import DEFAULT_TARGETS, EditReward, variables
 from unipic2_jax.models.precision import as_precision, check_dtype
@@ -33,7 +34,6 @@ from unipic2_jax.parallel.processes import agreed, local_rows, rows_to_host
 from unipic2_jax.parallel.rules import shardings
 from unipic2_jax.pipelines.bundle import VLM_PATTERNS, find_model
 from unipic2_jax.pipelines.vlm import VLMInput, VLMProcessor
-from unipic2_jax.web.fields import check_fields, hints
 from unipic2_jax.weights import edit_reward as files
 from unipic2_jax.weights import io, native, qwen, registry, table
 from unipic2_jax.weights.lora import PEFT_FILE

@@ -14,13 +14,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from unipic2_jax.core.strict import as_number, excerpt
 from unipic2_jax.data.images import decode
 from unipic2_jax.data.records import BadRecord
 from unipic2_jax.pipelines.chat import ChatModel
 from unipic2_jax.pipelines.text_generation import SamplingConfig
 from unipic2_jax.pipelines.vlm import ROLES
 from unipic2_jax.web.server import JSONServer, Refusal
-from unipic2_jax.web.strict import as_number, excerpt
 
 DEFAULT_TOKENS = 256
 MAX_PIXELS = 2**24  # of one picture

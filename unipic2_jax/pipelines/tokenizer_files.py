@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from unipic2_jax.web.strict import read_object
+from unipic2_jax.core.strict import read_object
 
 CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
 FILES = (CONFIG, TOKENIZER, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model")

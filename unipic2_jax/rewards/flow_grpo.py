@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from unipic2_jax.core.strict import as_number, excerpt
 from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.rewards.base import RewardError, Scores
 from unipic2_jax.rewards.request import Endpoint, encode_picture
-from unipic2_jax.web.strict import as_number, excerpt
 
 GENEVAL_PORT = 18085
 _KINDS = "biuf"  # of NumPy: bool, integers, floats

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from unipic2_jax.core.strict import excerpt
 from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.rewards.base import Calls, Reward, RewardError, Scores
 from unipic2_jax.rewards.judge_cache import AnswerCache, question_key
 from unipic2_jax.rewards.judge_prompts import VERSION, messages, read_marks, read_template, to_scores
 from unipic2_jax.rewards.request import Endpoint, encode_picture, to_base64
-from unipic2_jax.web.strict import excerpt
 
 # Fields of every request; a judge that thinks needs more room, and some want other names.
 REQUEST = {"temperature": 0.0, "max_tokens": 1024}

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unipic2_jax.core.strict import as_number, excerpt, read_json
 from unipic2_jax.data.text import read_text
-from unipic2_jax.web.strict import as_number, excerpt, read_json
 
 # Part of what answers are cached by. The texts below are too; this is for a new meaning of the same texts.
 VERSION = 1

@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from unipic2_jax.core.strict import as_number, excerpt
 from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.rewards import flow_grpo
 from unipic2_jax.rewards.base import Calls, Reward, RewardError, Scores
 from unipic2_jax.rewards.request import Endpoint, encode_picture, to_base64
-from unipic2_jax.web.strict import as_number, excerpt
 
 DIALECTS = ("json", "flow_grpo")
 

@@ -15,9 +15,9 @@ import requests
 import urllib3
 from PIL import Image
 
+from unipic2_jax.core.strict import excerpt, read_json
 from unipic2_jax.rewards.base import RewardError
 from unipic2_jax.web.keys import read_key
-from unipic2_jax.web.strict import excerpt, read_json
 
 CONNECT_SECONDS = 10.0
 SECRET_LENGTH = 8  # characters

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from unipic2_jax.web.strict import excerpt, read_json
+from unipic2_jax.core.strict import excerpt, read_json
 
 MEGABYTE = 2**20
 SLOWEST_CLIENT = 60  # seconds without a byte of a request that was begun

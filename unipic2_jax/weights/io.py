@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from unipic2_jax.web.strict import read_json
+from unipic2_jax.core.strict import read_json
 
 DTYPES = {
     "F64": np.dtype(np.float64),

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from unipic2_jax.core.fields import check_fields
+from unipic2_jax.core.strict import read_object as read_json
 from unipic2_jax.models.clip import CLIPTextConfig, CLIPTextModelWithProjection
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.connector import MetaQuery, MetaQueryConfig
@@ -19,8 +21,6 @@ from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
 from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig, example_inputs
 from unipic2_jax.models.t5 import T5Config, T5Encoder
 from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
-from unipic2_jax.web.fields import check_fields
-from unipic2_jax.web.strict import read_object as read_json
 from unipic2_jax.weights import clip, connector, mmdit, qwen, t5, vae
 from unipic2_jax.weights.table import Rule
 

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unipic2_jax.web.strict import as_number, excerpt
+from unipic2_jax.core.strict import as_number, excerpt
 
 _PLAIN = {
     int: ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from unipic2_jax.web.strict import as_number, excerpt, read_json
+from unipic2_jax.core.strict import as_number, excerpt, read_json
 
 
 @pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": 1, "a": 2}', "[" * 100_000, b"\xff", "", "{'a': 1}"])

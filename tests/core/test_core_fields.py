@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from unipic2_jax import pipelines
+from unipic2_jax.core.fields import check_fields, hints
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.pipelines.edit_reward import Spec
-from unipic2_jax.web.fields import check_fields, hints
 from unipic2_jax.weights import registry
 
 TINY, TINY_METAQUERY = Path(pipelines.TINY), Path(pipelines.TINY_METAQUERY)
