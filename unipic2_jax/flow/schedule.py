@@ -61,7 +61,7 @@ class FlowMatchConfig:
         """
         check_fields(hints(cls), values)
         if (kind := values.get("_class_name", CLASS_NAME)) != CLASS_NAME:
-            raise ValueError(f"the scheduler is a {kind!r}, which visits other noise levels; use {CLASS_NAME}.")
+            raise ValueError(f"_class_name is {kind!r}, a scheduler that visits other noise levels; use {CLASS_NAME}.")
         for name, plain in _MUST_BE.items():
             if (values.get(name) or None) != (plain or None):
                 raise ValueError(
