@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unipic2_jax.data.images import to_pil
+from unipic2_jax.flow.seeds import folded
 from unipic2_jax.models.lora import joined
 from unipic2_jax.parallel.mesh import batch_shards, shard_batch
 from unipic2_jax.pipelines import adapters, sampling
@@ -165,8 +166,8 @@ class Pipeline:
             full size, and an edit follows its first reference: that for its longer edge, edges rounded to 32.
           num_inference_steps: Euler steps.
           guidance_scale: 1 and less switch guidance off.
-          seed: picture k of this call uses `seed + k`; or one seed per picture. A picture depends on its own seed only,
-            not on the batch it is made in.
+          seed: picture k of this call uses `seed + k`; or one seed per picture: whole numbers of any size and sign, modulo 2**32.
+            A picture depends on its own seed only, not on the batch it is made in.
           latents: initial noise [N, C, height / 8, width / 8] as in diffusers, instead of the seed's.
           output_type: 'pil', 'np' or 'latent'; see `PipelineOutput`.
           reference_mode: 'sample' draws reference latents from the VAE's posterior as the published pipeline does;
@@ -442,10 +443,7 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     seeds = [int(seed) + k for k in range(count)] if is_whole(seed) else [int(s) for s in given]
     if len(seeds) != count:
         raise ValueError(f"There are {len(seeds)} seeds for {count} pictures; give one number, or one per picture.")
-    for s in seeds:
-        if not 0 <= s < 2**32:
-            raise ValueError(f"The seed {s} is outside 0..{2**32 - 1}; choose another.")
-    return seeds
+    return [folded(s) for s in seeds]
 
 
 def _references(image: Any, count: int) -> list[tuple[Image.Image, ...]]:
