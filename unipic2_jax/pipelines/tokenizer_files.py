@@ -51,13 +51,14 @@ def for_both_versions(folder: Path) -> None:
     if not (folder / TOKENIZER).is_file():
         return
     held = read_object(folder / TOKENIZER)
-    # Without the indentation, which is half of it.
-    (folder / TOKENIZER).write_text(
-        json.dumps(held, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8"
-    )
+    _write_compact(folder / TOKENIZER, held)
     if held["model"]["type"] == "BPE":
         special = {token["content"]: token["id"] for token in held["added_tokens"]}
-        vocab = {**held["model"]["vocab"], **special}
-        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_compact(folder / "vocab.json", {**held["model"]["vocab"], **special})
         pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in held["model"]["merges"])
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
+
+
+def _write_compact(file: Path, values: dict[str, Any]) -> None:
+    """Without the indentation, which is half of it."""
+    file.write_text(json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
