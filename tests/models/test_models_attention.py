@@ -103,6 +103,26 @@ def test_odd_lengths_under_cudnn(queries, keys, given):
     np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, wanted)), rtol=1e-2, atol=1e-2)
 
 
+def test_keys_that_are_padding_are_seen_by_none():
+    """By every kernel; cuDNN is told how many there are, and copies nothing."""
+    query, key, value, _ = arrays(4, 8, jnp.bfloat16)
+    wanted = attention(query, key[:, :5], value[:, :5], implementation="xla")
+    found = attention(query, key, value, keys=5, implementation="xla")
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(wanted, np.float32))
+
+    def kernel(*given, scale, implementation, query_seq_lengths, key_value_seq_lengths):
+        assert all(a is b for a, b in zip(given, (query, key, value)))
+        assert (query_seq_lengths == 4).all() and (key_value_seq_lengths == 5).all()
+        return wanted
+
+    with mock.patch.object(jax.nn, "dot_product_attention", kernel):
+        assert module._cudnn(query, key, value, None, None, SCALE, 5) is not None
+    with mock.patch.object(module, "_platform", return_value="gpu"):
+        filled = [module.filler(tokens, jnp.bfloat16) for tokens in (1357, 1358)]
+        assert filled == [1, 0] and module.filler(1357, jnp.float32) == 0
+    assert module.filler(1357, jnp.bfloat16) == 0  # a CPU
+
+
 def test_a_kernel_by_name_is_that_or_an_error():
     query, key, value, _ = arrays(4, 6)
     for name, sentence in {"cudnn": "this is a cpu", "splash": "this is a cpu", "flash": "there is auto, xla"}.items():

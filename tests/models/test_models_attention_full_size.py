@@ -39,7 +39,9 @@ def traced(name, arg, devices, *programs):
 )
 def test_full_size_programs_have_kernels(name, arg, lengths):
     calls = traced(name, arg, 8, "encode", "update", "step", "reward")
-    assert {keys for network, _, keys in calls if network == "MMDiT"} >= set(lengths)
+    even = {length + length % 2 for length in lengths}  # the text is longer by a token that nothing sees
+    assert {keys for network, _, keys in calls if network == "MMDiT"} >= even
+    assert not any(n % 2 for network, *counts in calls if network == "MMDiT" for n in counts)
     for call in calls.values():
         if call.network == "VAE":  # its one head is wider than any kernel of cuDNN
             assert call.width == 512 or call.implementation == "cudnn"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unipic2_jax.models import mmdit
 from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig, position_table
 from unipic2_jax.weights import table
 from unipic2_jax.weights.mmdit import rules
@@ -191,6 +192,23 @@ def test_gradients_are_finite_and_blind_to_padding(params):
     outside[0, 0, :4, :6] = 0
     assert not outside.any()
     assert not by_params["pos_embed"]["pos_embed"].any(), "the position table is a constant"
+
+
+@pytest.mark.parametrize("sizes", [None, np.array([[[4, 6]], [[0, 0]]])], ids=["whole", "masked"])
+def test_a_token_that_makes_lengths_even_changes_nothing(params, sizes, monkeypatch):
+    values = inputs(references=1) | ({} if sizes is None else {"reference_sizes": sizes})
+
+    def both(params):
+        return jnp.sum(MMDiT(SMALL, remat="none").apply({"params": params}, **values) ** 2)
+
+    found = {}
+    for count in (0, 1):
+        monkeypatch.setattr(mmdit, "filler", lambda tokens, dtype, kernel, count=count: count)
+        found[count] = jax.device_get(jax.jit(jax.value_and_grad(lambda p: both(p)), compiler_options=QUICK)(params))
+    (value, gradient), (padded, others) = found[0], found[1]
+    assert float(padded) == pytest.approx(float(value), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(others)):
+        assert relative_error(b, a) < 1e-4 or np.abs(a).max() < 1e-6
 
 
 def test_remat_and_unrolling_change_no_gradient(params):

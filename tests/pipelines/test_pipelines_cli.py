@@ -134,6 +134,11 @@ def test_prompt_files(tmp_path):
 def test_targets(tmp_path):
     assert jobs.check_target(tmp_path / "a" / "x.PNG").parent.is_dir()
     assert jobs.check_target(tmp_path / "b").is_dir()
+    assert jobs.check_target(tmp_path / "v1.5").is_dir()
+    for name in ("x.gif", "x.TIFF"):
+        with pytest.raises(ValueError, match=r"ends as a picture that is not written here; use one of \.png"):
+            jobs.check_target(tmp_path / name)
+        assert not (tmp_path / name).exists()
     (tmp_path / "c").touch()
     (tmp_path / "d.png").mkdir()
     with pytest.raises(FileExistsError, match="is a file; give a folder"):

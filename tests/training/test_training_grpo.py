@@ -228,6 +228,10 @@ def test_a_stage_that_cannot_work_is_refused_before_any_work(tmp_path):
     nowhere = {"source": {"kind": "jsonl", "path": "heldout.jsonl"}}
     assert "evaluations.x: The prompt file heldout.jsonl does not exist" in sentence(evaluations={"x": nowhere})
     assert "evaluations.x has -1 prompts" in sentence(evaluations={"x": {**nowhere, "num_prompts": -1}})
+    unguided = {"negative_prompt": "blur", "grpo": {"guidance_scale": 1.0}}
+    assert "negative_prompt changes nothing at grpo.guidance_scale 1" in sentence(**unguided)
+    unguided = {**nowhere, "negative_prompt": "blur", "guidance_scale": 1.0}
+    assert "evaluations.x.negative_prompt changes nothing" in sentence(evaluations={"x": unguided})
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a cat on a mat"}\n')
     unscorable = {"source": {"kind": "jsonl", "path": str(prompts)}, "rewards": {"shapes_t2i": {}}}

@@ -75,6 +75,7 @@ def attention(
     bias: jax.Array | None = None,
     scale: float | None = None,
     implementation: str = "auto",
+    keys: int | None = None,
     network: str = "",
 ) -> jax.Array:
     """Softmax attention with the softmax in float32.
@@ -86,6 +87,7 @@ def attention(
       scale: multiplies the logits; 1 / sqrt(D) by default.
       implementation: 'xla' (every backend), 'cudnn' (GPU, bf16 / fp16), 'splash' (TPU; no bias, masks [B, 1, 1, K]), or
         'auto', which takes the best that can do what is asked and logs once which that is.
+      keys: so many of the keys are there, those behind them are padding that nothing sees (`filler`); None: all. Instead of a mask.
       network: whose attention this is, for the log and for `recorded`.
 
     Returns:
@@ -95,6 +97,8 @@ def attention(
       ValueError: for a kernel by name that cannot do this here; there is no silent fallback.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if keys == key.shape[1]:
+        keys = None
     # Each device has some of the queries and of the heads, and all keys of those.
     query = constrain(query, "batch", "sequence", "heads", None)
     key, value = (constrain(x, "batch", None, "heads", None) for x in (key, value))
@@ -110,13 +114,25 @@ def attention(
         call = Call(network, *query.shape[2:], query.shape[1], key.shape[1], implementation, reason, operands)
         if call not in calls:
             calls.append(call)
+    if keys is not None and implementation != "cudnn":
+        mask = jnp.broadcast_to(jnp.arange(key.shape[1]) < keys, (key.shape[0], 1, 1, key.shape[1]))
     if implementation == "cudnn":
-        out = _cudnn(query, key, value, mask, bias, scale)
+        out = _cudnn(query, key, value, mask, bias, scale, keys)
     elif implementation == "splash":
         out = splash(query, key, value, None if mask is None else mask[:, 0, 0], scale)
     else:
         out = _xla(query, key, value, mask, bias, scale)
     return checkpoint_name(out, "attention")
+
+
+def filler(tokens: int, dtype: jnp.dtype, implementation: str = "auto") -> int:
+    """How many tokens of padding a network appends once so that no attention over all of its tokens copies them into even lengths.
+
+    JAX lets cuDNN have even lengths alone in a gradient; an odd one costs an H200 a half to all of the attention's time again
+    (docs/performance.md).
+    """
+    cudnn = implementation == "cudnn" or (implementation == "auto" and _platform() == "gpu")
+    return tokens % 2 if cudnn and dtype in (jnp.bfloat16, jnp.float16) and not split_over("sequence") else 0
 
 
 def check_implementation(implementation: str) -> None:
@@ -190,6 +206,7 @@ def _cudnn(
     mask: jax.Array | None,
     bias: jax.Array | None,
     scale: float,
+    there: int | None = None,
 ) -> jax.Array:
     """cuDNN's kernel. JAX lets it have even lengths alone in a gradient; the tokens that make them even are never seen.
 
@@ -201,14 +218,14 @@ def _cudnn(
     run = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     longer = lambda x, more: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
     if bias is None and (mask is None or mask.shape[1:3] == (1, 1)):
-        count = jnp.full((batch,), keys, jnp.int32)
+        count = jnp.full((batch,), keys if there is None else there, jnp.int32)
         if mask is not None:
             seen = jnp.broadcast_to(mask[:, 0, 0], (batch, keys))
             order = jnp.argsort(~seen, axis=1, stable=True)[..., None, None]
             key, value = (jnp.take_along_axis(x, order, axis=1) for x in (key, value))
             # A sample that is padding as a whole sees a key of its padding.
             count = jnp.maximum(seen.sum(axis=1, dtype=jnp.int32), 1)
-        if mask is None and not rows and not columns:
+        if mask is None and there is None and not rows and not columns:
             return run(query, key, value)
         lengths = {"query_seq_lengths": jnp.full((batch,), queries, jnp.int32), "key_value_seq_lengths": count}
         return run(longer(query, rows), longer(key, columns), longer(value, columns), **lengths)[:, :queries]

@@ -17,6 +17,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
+from unipic2_jax.models.attention import filler
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.mmdit_layers import Block, Compute, Modulation, TwoLayer, dense, layer_norm, modulate
 from unipic2_jax.models.remat import rematerialised
@@ -227,13 +228,19 @@ class MMDiT(nn.Module):
                 rest = jnp.ones((x.shape[0], x.shape[1] + text.shape[1]), bool)
                 mask = jnp.concatenate([valid, rest], axis=1)[:, None, None]
             x = jnp.concatenate([tokens, x], axis=1)
+        if padding := filler(x.shape[1] + text.shape[1], jnp.dtype(self.dtype), self.attention_implementation):
+            text = jnp.pad(text, ((0, 0), (0, padding), (0, 0)))
+            if mask is not None:
+                mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, padding)))
 
         streams = (x, text)
         heads, qk_norm = config.num_attention_heads, config.qk_norm is not None
         for name, layers in config.groups.items():
             dual = layers.start < len(config.dual_attention_layers)
             if name == "last_block":
-                streams, _ = Block(heads, qk_norm, compute, dual, last=True, skip=skip, name=name)(streams, emb, mask)
+                streams, _ = Block(heads, qk_norm, compute, dual, last=True, skip=skip, padding=padding, name=name)(
+                    streams, emb, mask
+                )
                 continue
             stacked = nn.scan(
                 rematerialised(Block, self.remat),
@@ -244,7 +251,7 @@ class MMDiT(nn.Module):
                 unroll=min(self.scan_unroll, len(layers)),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            streams, _ = stacked(heads, qk_norm, compute, dual, name=name)(streams, emb, mask)
+            streams, _ = stacked(heads, qk_norm, compute, dual, padding=padding, name=name)(streams, emb, mask)
 
         scale, shift = Modulation(2, compute, name="norm_out")(emb)
         channels = config.patch_size**2 * config.out_channels

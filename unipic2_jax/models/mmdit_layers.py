@@ -88,6 +88,7 @@ class Attention(nn.Module):
     compute: Compute
     context_out: bool = True  # False: the text stream ends here, and only its keys and values matter.
     skip: int = 0  # This many leading image tokens need no output.
+    padding: int = 0  # Last text tokens that nothing sees, see `attention.filler`.
 
     @nn.compact
     def __call__(
@@ -110,10 +111,11 @@ class Attention(nn.Module):
                 query = jnp.concatenate([query, added], axis=1)
             key = jnp.concatenate([key, project("add_k_proj", context, "norm_added_k")], axis=1)
             value = jnp.concatenate([value, project("add_v_proj", context, None)], axis=1)
+        keys = key.shape[1] - (0 if context is None else self.padding)
         if mask is not None:
-            mask = mask[..., : key.shape[1]]
+            mask, keys = mask[..., : key.shape[1]], None
         kernel = self.compute.attention_implementation
-        out = attention(query, key, value, mask=mask, implementation=kernel, network="MMDiT")
+        out = attention(query, key, value, mask=mask, implementation=kernel, keys=keys, network="MMDiT")
         out = rearrange(out, "b s n d -> b s (n d)")
         image = dense(width, self.compute, name="to_out")(out[:, :length])
         if context is None or not self.context_out:
@@ -125,7 +127,7 @@ class Block(nn.Module):
     """A joint transformer block, diffusers' `JointTransformerBlock`.
 
     `dual` adds a second attention over image tokens alone. `last` ends the text stream and drops the `skip` leading
-    image tokens: nothing behind the last block looks at references.
+    image tokens: nothing behind the last block looks at references. The last `padding` text tokens are seen by none.
     """
 
     heads: int
@@ -134,6 +136,7 @@ class Block(nn.Module):
     dual: bool = False
     last: bool = False
     skip: int = 0
+    padding: int = 0
 
     @nn.compact
     def __call__(
@@ -154,7 +157,7 @@ class Block(nn.Module):
 
         normed = layer_norm(x)
         attended, context_attended = Attention(
-            self.heads, self.qk_norm, compute, not self.last, self.skip, name="attn"
+            self.heads, self.qk_norm, compute, not self.last, self.skip, self.padding, name="attn"
         )(modulate(normed, scale, shift), modulate(layer_norm(context), context_scale, context_shift), mask)
         x = x[:, self.skip :] + gate[:, None] * attended
         if self.dual:
