@@ -63,6 +63,11 @@ class FinitePromptSource(PromptSource, Protocol):
         """Each task once, with its place for messages. Pictures are not read: `UNREAD` is that of every edit."""
         ...
 
+
+@runtime_checkable
+class PictureSource(PromptSource, Protocol):
+    """A source that edits pictures in files."""
+
     def pictures(self) -> Iterator[tuple[str, Path]]:
         """The place and the file of every picture."""
         ...
@@ -85,7 +90,7 @@ def make_source(config: Mapping[str, Any], seed: int) -> PromptSource:
 
 
 def look_through(source: PromptSource, memory: Path | None = None) -> None:
-    """Decodes each picture that a finite source names, in threads, so that a broken one is known of before a run.
+    """Decodes each picture that a source of files names, in threads, so that a broken one is known of before a run.
 
     Args:
       memory: a file of the run, in which is noted what was looked through. It is not looked through again when the run goes on:
@@ -94,7 +99,7 @@ def look_through(source: PromptSource, memory: Path | None = None) -> None:
     Raises:
       ValueError: naming the first broken picture and its place, and how many there are.
     """
-    if not isinstance(source, FinitePromptSource):
+    if not isinstance(source, PictureSource):
         return
     places: dict[Path, str] = {}
     for place, path in source.pictures():
@@ -178,7 +183,7 @@ class JSONLSource:
             yield self.place(number), PromptRecord(row["prompt"], row["image"] and UNREAD, row["metadata"])
 
     def pictures(self) -> Iterator[tuple[str, Path]]:
-        """See `FinitePromptSource`."""
+        """See `PictureSource`."""
         return ((row["where"], row["image"]) for row in self.rows if row["image"] is not None)
 
     def batch(self, step: int, count: int) -> list[PromptRecord]:
@@ -227,9 +232,9 @@ class TurnsSource:
                     yield place, _of_dataset(name, record)
 
     def pictures(self) -> Iterator[tuple[str, Path]]:
-        """Those of its finite sources."""
+        """Those of all sources that have some."""
         for _, source in self.sources:
-            if isinstance(source, FinitePromptSource):
+            if isinstance(source, PictureSource):
                 yield from source.pictures()
 
     def batch(self, step: int, count: int) -> list[PromptRecord]:
