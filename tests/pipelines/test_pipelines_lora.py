@@ -1,6 +1,5 @@
 """LoRA on a pipeline and on the command line: several at once, at a scale, taken away, merged, exported."""
 
-import json
 import subprocess
 import sys
 
@@ -133,20 +132,21 @@ def run(*line):
     return subprocess.run([sys.executable, "-m", *line], capture_output=True, text=True, check=True)
 
 
-def test_the_commands(files, tmp_path):
+def test_the_commands(pipe, files, tmp_path):
     """A picture with a LoRA is that of the model that it was merged into, and that of the file in kohya's layout."""
-    small = files / "small.safetensors"
+    small, kohya = files / "small.safetensors", tmp_path / "kohya.safetensors"
     picture = ("--prompt=a red circle", "--steps=2", "--height=48", "--width=48", "--guidance=1")
     run("launch.generate", *picture, f"--lora={small}:0.5", f"--out={tmp_path / 'a.png'}")
     run("launch.export", f"--model={TINY}", f"--lora={small}:0.5", f"--out={tmp_path / 'merged'}")
-    run("launch.generate", f"--model={tmp_path / 'merged'}", *picture, f"--out={tmp_path / 'b.png'}")
-    kohya = tmp_path / "kohya.safetensors"
     said = run("convert.lora", f"--src={small}", f"--base={TINY}", "--layout=kohya", f"--dst={kohya}").stdout
     assert "rank 4, scale 1" in said
-    run("launch.generate", *picture, f"--lora={kohya}:0.5", f"--out={tmp_path / 'c.png'}")
-    run("launch.generate", *picture, f"--out={tmp_path / 'plain.png'}")
-    a, b, c, plain = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("a", "b", "c", "plain"))
-    assert np.abs(a - b).max() <= 1 and np.abs(a - c).max() <= 1 and np.abs(a - plain).max() > 5
+    options = {**OPTIONS, "output_type": "pil"}
+    drawn = lambda pipe: np.asarray(pipe(PROMPT, **options).images[0], int)
+    moved, own = np.asarray(Image.open(tmp_path / "a.png"), int), pipelines.Pipeline(pipe.bundle)
+    plain = drawn(own)
+    own.load_lora(kohya, scale=0.5)
+    assert np.abs(moved - drawn(own)).max() <= 1 and np.abs(moved - plain).max() > 5
+    assert np.abs(moved - drawn(pipelines.load(tmp_path / "merged"))).max() <= 1
     # What no LoRA changes is copied bit for bit, in the files' own dtypes.
     name = "diffusion_pytorch_model.safetensors"
     before, after = (io.read_header(f"{folder}/transformer/{name}")[0] for folder in (TINY, tmp_path / "merged"))
@@ -154,4 +154,4 @@ def test_the_commands(files, tmp_path):
     changed = {key for key in before if before[key][...].tobytes() != after[key][...].tobytes()}
     assert changed and all(".attn." in key and key.endswith(".weight") for key in changed)
     assert all(before[key].dtype == after[key].dtype for key in before)
-    assert json.loads((tmp_path / "merged" / "model_index.json").read_text())["transformer"]
+    assert (tmp_path / "merged" / "model_index.json").is_file()
