@@ -26,7 +26,7 @@ class Wanted:
 
 
 def parse(texts: Iterable[str]) -> list[Wanted]:
-    """'FILE_OR_FOLDER_OR_HUB_ID[:scale]', each.
+    """'FILE_OR_FOLDER_OR_HUB_ID[:scale]', each; whether it is there, `locate` says.
 
     Raises:
       ValueError: for a scale that is not finite, or an empty text.
@@ -50,16 +50,25 @@ def component_configs(bundle: Bundle) -> dict[str, ModelConfig]:
     return {name: module.config for name, module in modules.items() if name in lora.PREFIXES}
 
 
-def read(bundle: Bundle, source: str | os.PathLike) -> lora.Adapter:
-    """A LoRA file for a model.
+def locate(source: str | os.PathLike) -> Path:
+    """The LoRA file that a path or a hub id means.
 
     Raises:
-      FileNotFoundError, ValueError: one sentence, see `weights.lora.read_lora`.
+      FileNotFoundError, ValueError: one sentence, when there is none.
     """
     path = Path(source)
     if not path.exists() and not path.suffix and len(path.parts) == 2:
         path = find_model(source, HUB_PATTERNS)
-    return lora.read_lora(path, component_configs(bundle))
+    return lora.find_file(path)
+
+
+def read(bundle: Bundle, source: str | os.PathLike) -> lora.Adapter:
+    """A LoRA file for a model.
+
+    Raises:
+      FileNotFoundError, ValueError: one sentence, see `locate` and `weights.lora.read_lora`.
+    """
+    return lora.read_lora(locate(source), component_configs(bundle))
 
 
 def applied(bundle: Bundle, loras: Sequence[tuple[lora.Adapter, float]]) -> tuple[Bundle, Any]:
