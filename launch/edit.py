@@ -4,8 +4,8 @@
     python -m launch.edit --image=in.png --prompt="remove the square" --prompt="add a red cross" --out=edits
     python -m launch.edit --prompts_file=edits.jsonl --out=edits
 
-A line of the JSONL file is {"image": "in.png", "prompt": "..."}; "input_images" (several references) and "instruction"
-are understood as well, and paths are relative to the file. What `--out` gets: see `launch.generate`; the contact sheet
+A line of the JSONL file is {"image": "in.png", "prompt": "..."}, or any other edit of docs/data.md#which-field-is-what, such as
+one with "input_images" (several references) and "instruction"; paths are relative to the file. What `--out` gets: see `launch.generate`; the contact sheet
 shows each source before its edits.
 """
 

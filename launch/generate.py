@@ -2,6 +2,7 @@
 
     python -m launch.generate --prompt="a red circle left of a blue square" --out=out.png
     python -m launch.generate --prompt="a red circle" --prompt="two green crosses" --num_images=4 --out=pictures
+    python -m launch.generate --prompt="a red circle" --lora=runs/mine/stages/finetune:0.8 --out=out.png
     python -m launch.generate --model=stabilityai/stable-diffusion-3.5-medium --prompts_file=prompts.jsonl --out=pictures
 
 With `--out=x.png` one picture is written as it is and several become one contact sheet. Any other `--out` is a folder:
