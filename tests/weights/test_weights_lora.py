@@ -1,6 +1,7 @@
 """LoRA files: what diffusers and peft make of ours, and we of theirs."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -375,6 +376,16 @@ def test_without_an_alpha_it_is_the_rank_as_diffusers_has_it(model, tmp_path):
     assert_merged(merged_by_us(tmp_path, model), merged_by_peft(transformer), model)
 
 
+def test_a_header_without_components_is_the_transformers(model, tmp_path):
+    _, config, params = model
+    file = lora.save_lora(tmp_path / "a.safetensors", random_lora(params), ALPHA, config)
+    bare = {"lora_adapter_metadata": json.dumps({"r": RANK, "lora_alpha": 1})}
+    bare = rewrite(file, tmp_path / "b.safetensors", lambda t: None, bare)
+    found, whole = (table.flatten(lora.load_lora(one, config)) for one in (bare, file))
+    path = "last_block/attn/to_q/a"
+    np.testing.assert_allclose(found[path] * ALPHA, whole[path], rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_file_comes_back_bit_for_bit(model, tmp_path, dtype):
     folder, config, params = model
@@ -425,6 +436,19 @@ def test_sentences(model, tmp_path):
     complain(lambda t: t.update({name.replace(".1.", ".77."): t[name]}), r"adapts '.*\.77\.attn\.to_q")
     complain(lambda t: t.update({name: np.zeros((RANK, 15), np.float32)}), r"\(3, 15\).*another size")
     complain(lambda t: t.update({name: np.zeros((RANK + 1, 16), np.float32)}), r"\(4, 16\).*another size")
+    complain(lambda t: t.update({name: np.zeros((0, 16), np.float32)}), r"\(0, 16\).*another size")
+    complain(lambda t: t.update({name: np.float32(1)}), "another size")
+    magnitude = name.replace("lora_A.weight", "lora_magnitude_vector")
+    complain(lambda t: t.update({magnitude: np.ones(15, np.float32)}), r"a magnitude of \(15,\)")
+    # Nothing is taken twice, and no part of a DoRA is left out in silence.
+    complain(lambda t: t.update({name.removeprefix("transformer."): t[name]}), "a second time, under another name")
+    fused = "lora_unet_joint_blocks_1_x_block_attn_qkv"
+    both = {f"{fused}.lora_down.weight": np.ones((1, 16), np.float32), f"{fused}.lora_up.weight": np.ones((48, 1))}
+    complain(
+        lambda t: t.update(both), r"two updates of transformer\.transformer_blocks\.1\.attn\.to_[qkv], in two layouts"
+    )
+    dora = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.use_dora": True})}
+    complain(lambda t: None, "is a DoRA and has no magnitude", dora)
     complain(lambda t: t.clear() or t.update(x=np.zeros(3, np.float32)), "'x', which is no part of a LoRA")
     loha = "transformer.transformer_blocks.1.attn.to_q.hada_w1_a"
     complain(lambda t: t.update({loha: t[name]}), "'.*hada_w1_a', which is part of a LoHa, not of a LoRA")

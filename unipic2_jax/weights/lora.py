@@ -146,23 +146,30 @@ def read_lora(source: str | os.PathLike, configs: Mapping[str, ModelConfig]) -> 
     file = find_file(source)
     checkpoint = io.Checkpoint(file, [file])
     fields = _fields(file, checkpoint.metadata)
-    places = {component: _places(component, config) for component, config in configs.items() if component in PREFIXES}
+    shapes = {component: _shapes(config) for component, config in configs.items() if component in PREFIXES}
+    places = {component: _places(component, configs[component], own) for component, own in shapes.items()}
     found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for name in checkpoint:
         stem, kind = _parse(name, file)
         component, key = _layer(stem, places, name, file, configs)
-        found.setdefault((component, key), {})[kind] = np.asarray(checkpoint[name][...])
+        parts = found.setdefault((component, key), {})
+        if kind in parts:
+            raise ValueError(f"{file} holds {name!r} a second time, under another name; keep one of them.")
+        parts[kind] = np.asarray(checkpoint[name][...])
     if not any("down" in parts for parts in found.values()):
         raise ValueError(f"{file} holds no LoRA matrices (*.lora_A.weight, *.lora_down.weight); check the file.")
     made: dict[str, dict[str, Update]] = {}
     for (component, key), parts in found.items():
         if missing := [kind for kind in ("down", "up") if kind not in parts]:
             raise ValueError(f"{file} has no '{missing[0]}' matrix for the layer '{key}'; copy or export it again.")
-        scale = _scale(key, parts, fields.get(component, {}), file)
-        for layer, update in _pieces(places[component][key], parts, scale):
-            made.setdefault(component, {})[layer] = update
-    for component, layers in made.items():
-        _check_shapes(component, layers, configs[component], file)
+        own, peft = places[component][key], fields.get(component, {})
+        if peft.get("use_dora") and "magnitude" not in parts:
+            raise ValueError(f"{file} is a DoRA and has no magnitude for the layer '{key}'; copy or export it again.")
+        _check_shapes(f"{component}.{key}", parts, own, shapes[component], file)
+        for layer, update in _pieces(own, parts, _scale(key, parts, peft, file)):
+            if layer in made.setdefault(component, {}):
+                raise ValueError(f"{file} has two updates of {component}.{layer}, in two layouts; keep one of them.")
+            made[component][layer] = update
     return Adapter(made, str(file))
 
 
@@ -174,7 +181,8 @@ def _fields(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]
             found: dict[str, dict[str, Any]] = {}
             for key, value in values.items():
                 component, _, field = key.partition(".")
-                found.setdefault(component, {})[field] = value
+                known = component in PREFIXES
+                found.setdefault(component if known else "transformer", {})[field if known else key] = value
             return found
         except (ValueError, AttributeError) as error:
             raise ValueError(
@@ -194,10 +202,12 @@ def _parse(name: str, file: Path) -> tuple[str, str]:
     return plain[: end.start()], end.lastgroup
 
 
-def _places(component: str, config: ModelConfig) -> dict[str, list[tuple[str, single_file.Piece]]]:
+def _places(
+    component: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[tuple[str, single_file.Piece]]]:
     """A layer's name as some layout writes it -> the layers of the network that it is, and which part of it each is."""
     found: dict[str, list[tuple[str, single_file.Piece]]] = {}
-    for layer in _shapes(config):
+    for layer in shapes:
         whole = single_file.Piece(layer)
         # Newer transformers have CLIP's encoder without a name of its own.
         names = dict.fromkeys((layer, layer.removesuffix(".0"), layer.removeprefix("text_model.")), whole)
@@ -270,15 +280,27 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name.removesuffix(".weight"): shapes[name] for rule in rules for name, _ in rule.names()}
 
 
-def _check_shapes(component: str, layers: Mapping[str, Update], config: ModelConfig, file: Path) -> None:
-    shapes = _shapes(config)
-    for layer, update in layers.items():
-        wanted, (rank, *inputs), outputs = shapes[layer], update.down.shape, update.up.shape
-        if [outputs[0], *inputs] != list(wanted) or outputs[1] != rank:
-            raise ValueError(
-                f"{file} has matrices of {update.down.shape} and {outputs} for {component}.{layer}, whose weight is {wanted}; it "
-                "belongs to a model of another size."
-            )
+def _check_shapes(
+    name: str,
+    parts: Mapping[str, np.ndarray],
+    places: list[tuple[str, single_file.Piece]],
+    shapes: Mapping[str, tuple[int, ...]],
+    file: Path,
+) -> None:
+    """Raises ValueError when the matrices of a stored layer do not fit the weights that they are of."""
+    layer, piece = places[0]
+    outputs, *inputs = shapes[layer]
+    rows, down, up = outputs * piece.parts, parts["down"].shape, parts["up"].shape
+    rank = down[0] if down else 0
+    fitting = rank and [*down] == [rank, *inputs] and [*up[:2]] == [rows, rank] and set(up[2:]) <= {1}
+    if not fitting:
+        raise ValueError(
+            f"{file} has matrices of {down} and {up} for {name}, which are to make an update of {(rows, *inputs)}; it belongs to a "
+            "model of another size."
+        )
+    lengths = parts["magnitude"].shape if "magnitude" in parts else None
+    if lengths not in (None, (rows,), (rows, 1), (1, inputs[0]), (1, rows, 1, 1), (rows, 1, 1, 1)):
+        raise ValueError(f"{file} has a magnitude of {lengths} for {name}, whose update is {(rows, *inputs)}.")
 
 
 # Into the trees of networks.
