@@ -5,8 +5,8 @@
     python -m launch.edit --prompts_file=edits.jsonl --out=edits
 
 A line of the JSONL file is {"image": "in.png", "prompt": "..."}, or any other edit of docs/data.md#which-field-is-what, such as
-one with "input_images" (several references) and "instruction"; paths are relative to the file. What `--out` gets: see `launch.generate`; the contact sheet
-shows each source before its edits.
+one with "input_images" (several references) and "instruction"; paths are relative to the file. What `--out` gets: see
+`launch.generate`; the contact sheet shows each source before its edits.
 """
 
 from __future__ import annotations

@@ -41,6 +41,10 @@ def main(argv: list[str]) -> None:
 
 
 def _score_answers() -> list[str]:
+    if _LORA.value:
+        raise ValueError(
+            "--suite=shapes-vqa asks the language model, which no LoRA of the transformer changes; leave --lora out."
+        )
     from unipic2_jax.data.questions import make_questions
     from unipic2_jax.evaluation import vqa
     from unipic2_jax.pipelines.chat import ChatModel
@@ -65,11 +69,12 @@ def _score_answers() -> list[str]:
 
 def _score_pictures() -> list[str]:
     from unipic2_jax.evaluation import shapes
-    from unipic2_jax.pipelines.adapters import load_fused
+    from unipic2_jax.pipelines import adapters
     from unipic2_jax.pipelines.bundle import load_bundle
 
     baseline = _read_baseline()
-    bundle, _ = load_fused(load_bundle(_MODEL.value), _LORA.value)
+    loras = adapters.located(_LORA.value)
+    bundle, _ = adapters.load_fused(load_bundle(_MODEL.value), loras)
     missed: list[str] = []
     if _RECONSTRUCT.value:
         found = shapes.readability(bundle)

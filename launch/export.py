@@ -35,11 +35,12 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{_MODEL.value} is an EditReward, which has a LoRA of its own; leave --lora out.")
         EditRewardModel.load(_MODEL.value).save(_OUT.value, _DTYPE.value or "float32")
         return
+    loras = adapters.located(_LORA.value)
     bundle = load_bundle(_MODEL.value)
     if not _LORA.value:
         save_bundle(bundle, _OUT.value, _DTYPE.value or "float32")
         return
-    bundle, changed = adapters.load_fused(bundle, _LORA.value)
+    bundle, changed = adapters.load_fused(bundle, loras)
     save_bundle(bundle, _OUT.value, _DTYPE.value, changed=changed)
     print(f"{_OUT.value}: {', '.join(_LORA.value)} merged into {len(changed)} leaves", file=sys.stderr)
 

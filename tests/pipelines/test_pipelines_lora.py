@@ -128,6 +128,12 @@ def test_sentences(pipe, files, tmp_path):
         adapters.parse([":0.5"])
 
 
+def test_understanding_takes_no_lora(files):
+    command = ("launch.evaluate", "--suite=shapes-vqa", f"--lora={files / 'small.safetensors'}")
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    assert done.returncode == 2 and "which no LoRA of the transformer changes" in done.stderr
+
+
 def run(*line):
     return subprocess.run([sys.executable, "-m", *line], capture_output=True, text=True, check=True)
 

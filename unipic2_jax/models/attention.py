@@ -99,6 +99,8 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if keys == key.shape[1]:
         keys = None
+    if keys is not None and (mask is not None or bias is not None):
+        raise ValueError("attention takes `keys`, or a mask and a bias; put the padding into the mask.")
     # Each device has some of the queries and of the heads, and all keys of those.
     query = constrain(query, "batch", "sequence", "heads", None)
     key, value = (constrain(x, "batch", None, "heads", None) for x in (key, value))
@@ -206,7 +208,7 @@ def _cudnn(
     mask: jax.Array | None,
     bias: jax.Array | None,
     scale: float,
-    there: int | None = None,
+    valid: int | None = None,
 ) -> jax.Array:
     """cuDNN's kernel. JAX lets it have even lengths alone in a gradient; the tokens that make them even are never seen.
 
@@ -218,14 +220,14 @@ def _cudnn(
     run = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     longer = lambda x, more: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
     if bias is None and (mask is None or mask.shape[1:3] == (1, 1)):
-        count = jnp.full((batch,), keys if there is None else there, jnp.int32)
+        count = jnp.full((batch,), keys if valid is None else valid, jnp.int32)
         if mask is not None:
             seen = jnp.broadcast_to(mask[:, 0, 0], (batch, keys))
             order = jnp.argsort(~seen, axis=1, stable=True)[..., None, None]
             key, value = (jnp.take_along_axis(x, order, axis=1) for x in (key, value))
             # A sample that is padding as a whole sees a key of its padding.
             count = jnp.maximum(seen.sum(axis=1, dtype=jnp.int32), 1)
-        if mask is None and there is None and not rows and not columns:
+        if mask is None and valid is None and not rows and not columns:
             return run(query, key, value)
         lengths = {"query_seq_lengths": jnp.full((batch,), queries, jnp.int32), "key_value_seq_lengths": count}
         return run(longer(query, rows), longer(key, columns), longer(value, columns), **lengths)[:, :queries]

@@ -46,9 +46,8 @@ def load(
     Args:
       loras: 'FILE_OR_FOLDER_OR_HUB_ID[:scale]', each; see `Pipeline.load_lora`.
     """
-    wanted = adapters.parse(loras)
-    files = [adapters.locate(lora.source) for lora in wanted]  # before minutes of reading the model
+    wanted = adapters.located(loras)
     pipe = Pipeline(load_bundle(source, dtype, mesh, vlm), mesh)
-    for number, (lora, file) in enumerate(zip(wanted, files)):
-        pipe.load_lora(file, lora.scale, name=f"{number}: {lora.source}")
+    for number, lora in enumerate(wanted):
+        pipe.load_lora(lora.source, lora.scale, name=f"{number}: {lora.source}")
     return pipe

@@ -62,6 +62,11 @@ def locate(source: str | os.PathLike) -> Path:
     return lora.find_file(path)
 
 
+def located(texts: Iterable[str]) -> list[Wanted]:
+    """What `parse` understands, by its files: to be called before minutes of reading a model. Errors are those of both."""
+    return [dataclasses.replace(wanted, source=str(locate(wanted.source))) for wanted in parse(texts)]
+
+
 def read(bundle: Bundle, source: str | os.PathLike) -> lora.Adapter:
     """A LoRA file for a model.
 
@@ -99,9 +104,9 @@ def fused(bundle: Bundle, loras: Sequence[tuple[lora.Adapter, float]]) -> tuple[
     return bundle, changed
 
 
-def load_fused(bundle: Bundle, texts: Iterable[str]) -> tuple[Bundle, set[str]]:
-    """`fused` for what `parse` understands."""
-    return fused(bundle, [(read(bundle, wanted.source), wanted.scale) for wanted in parse(texts)])
+def load_fused(bundle: Bundle, wanted: Iterable[Wanted]) -> tuple[Bundle, set[str]]:
+    """`fused` for what was `located`."""
+    return fused(bundle, [(read(bundle, one.source), one.scale) for one in wanted])
 
 
 def _merged(bundle: Bundle, component: str, found: Any) -> Bundle:

@@ -340,6 +340,7 @@ def _updated(defaults: ConfigDict, values: Mapping[str, Any], where: str) -> Con
                 + nearest(key, defaults.keys())
             )
         default = defaults.get(key)
+        # A stage without a LoRA is one of rank 0: a ConfigDict's group of fields cannot be None.
         if value is None and key == "lora" and isinstance(default, ConfigDict):
             value = {"rank": 0}
         if isinstance(default, ConfigDict):

@@ -27,7 +27,7 @@ from unipic2_jax.flow.timesteps import TimestepSampling
 from unipic2_jax.models.lora import scaled
 from unipic2_jax.models.remat import check_policy
 from unipic2_jax.parallel.mesh import batch_shards, described_rows, described_whole, replicated, shard_batch
-from unipic2_jax.parallel.processes import is_main, local_rows, tree_to_host
+from unipic2_jax.parallel.processes import local_rows, tree_to_host
 from unipic2_jax.parallel.rules import constrain_parameters, described
 from unipic2_jax.pipelines.bundle import for_training
 from unipic2_jax.pipelines.sampling import encode_moments, from_uint8, reference_latents
@@ -37,10 +37,9 @@ from unipic2_jax.training.config import ConfigError, stage_fields
 from unipic2_jax.training.evaluator import check_evaluation, evaluation_sources, make_evaluators
 from unipic2_jax.training.flops import flow_step_flops, forward_flops
 from unipic2_jax.training.flow import draw_corruption, flow_losses, loss_by_noise
-from unipic2_jax.training.low_rank import check_lora, lora_fields, merged, new_lora, scale_of
+from unipic2_jax.training.low_rank import check_lora, export_lora, lora_fields, merged, new_lora, scale_of
 from unipic2_jax.training.optimizer import check_rules, make_optimizer, merge_params, split_params
 from unipic2_jax.training.stage import NO_STEP, Program, Stage, StageContext
-from unipic2_jax.weights.lora import save_lora
 
 ENCODE_BATCH = 256
 LATENTS = ("mode", "sample")
@@ -474,11 +473,8 @@ class FlowStage(Stage):
 
     def export(self, state: FlowState, folder: Path) -> None:
         """The LoRA, if there is one, in the file that diffusers' `load_lora_weights` reads."""
-        if self.scale is None:
-            return
-        lora = tree_to_host(state.ema["lora"])
-        if is_main():
-            save_lora(folder, lora, self.config.lora.alpha, self.bundle.transformer.config)
+        if self.scale is not None:
+            export_lora(folder, state.ema["lora"], self.config.lora.alpha, self.bundle.transformer.config)
 
 
 def make_sources(config: ConfigDict, data: Any, seed: int) -> dict[str, ExampleSource]:

@@ -31,11 +31,9 @@ from unipic2_jax.parallel.mesh import (
 from unipic2_jax.parallel.processes import (
     gather_json,
     gather_rows,
-    is_main,
     leaders,
     local_rows,
     rows_to_host,
-    tree_to_host,
 )
 from unipic2_jax.parallel.rules import RULES, described, gathered
 from unipic2_jax.pipelines import images as pictures
@@ -58,10 +56,9 @@ from unipic2_jax.training.evaluator import (
     to_uint8,
 )
 from unipic2_jax.training.flops import forward_flops, grpo_step_flops
-from unipic2_jax.training.low_rank import check_lora, lora_fields, merged, new_lora, scale_of
+from unipic2_jax.training.low_rank import check_lora, export_lora, lora_fields, merged, new_lora, scale_of
 from unipic2_jax.training.optimizer import make_optimizer, merge_params, split_params
 from unipic2_jax.training.stage import NO_STEP, Program, Stage, StageContext
-from unipic2_jax.weights.lora import save_lora
 
 
 def grpo_fields() -> ConfigDict:
@@ -224,7 +221,7 @@ class GRPOStage(Stage):
         self.transformer = bundle.transformer.clone(remat=config.remat)
         self.scale = scale_of(config.lora) if config.lora.rank else None  # of the LoRA; None: there is none
         # The LoRA under which the KL is measured; None: the bare weights.
-        self.reference = self.place(self._new_trained(self.params["transformer"])) if config.lora.init else None
+        self.reference_lora = self.place(self._new_trained(self.params["transformer"])) if config.lora.init else None
         self.source = make_source(config.source, context.data_seed())
         self.scorer = Scorer(make_entries(config.rewards, context.mesh, context.precision))
         self.samples = config.num_prompts * self.grpo.group_size
@@ -369,7 +366,7 @@ class GRPOStage(Stage):
         if parts > 1:
             trajectory, inputs = self._join.eval_shape([(trajectory, inputs)] * parts)
         advantages = described_rows(np.zeros(1, np.float32), self.samples, self.context.mesh)
-        return self.params["transformer"], state, self.reference, trajectory, advantages, inputs
+        return self.params["transformer"], state, self.reference_lora, trajectory, advantages, inputs
 
     def _sample(
         self, state: PolicyState, records: list[PromptRecord], key: jax.Array, part: int
@@ -423,7 +420,7 @@ class GRPOStage(Stage):
         if metrics["failed"] < self.samples:
             advantages = shard_batch(advantages, self.context.mesh)
             state, update = self.ahead[records[0].image is not None](
-                self.params["transformer"], state, self.reference, trajectory, advantages, inputs
+                self.params["transformer"], state, self.reference_lora, trajectory, advantages, inputs
             )
             metrics |= {name: float(value) for name, value in jax.device_get(update).items()}
             self._tell_difference(metrics["log_prob_difference"], step)
@@ -585,8 +582,5 @@ class GRPOStage(Stage):
 
     def export(self, state: PolicyState, folder: Path) -> None:
         """The LoRA in the file that diffusers' `load_lora_weights` reads."""
-        if self.scale is None:
-            return
-        lora = tree_to_host(self._kept(state))
-        if is_main():
-            save_lora(folder, lora, self.config.lora.alpha, self.transformer.config)
+        if self.scale is not None:
+            export_lora(folder, self._kept(state), self.config.lora.alpha, self.transformer.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +13,10 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.models.lora import LORA_TARGETS, init_lora, merge_lora, pairs, scaled
 from unipic2_jax.models.mmdit import MMDiTConfig
+from unipic2_jax.parallel.processes import is_main, tree_to_host
 from unipic2_jax.training.config import ConfigError
 from unipic2_jax.training.optimizer import merge_params
-from unipic2_jax.weights.lora import find_file, load_lora
+from unipic2_jax.weights.lora import find_file, load_lora, save_lora
 
 
 def lora_fields(rank: int) -> ConfigDict:
@@ -78,6 +80,13 @@ def new_lora(config: ConfigDict, key: jax.Array, params: Any, transformer: MMDiT
         flat[*path, "a"] = flat[*path, "a"].at[..., :rank].set(a / scale_of(config))
         flat[*path, "b"] = flat[*path, "b"].at[..., :rank, :].set(b)
     return traverse_util.unflatten_dict(flat)
+
+
+def export_lora(folder: Path, lora: Any, alpha: float, transformer: MMDiTConfig) -> None:
+    """Writes a stage's LoRA, by one process, into the file that diffusers' `load_lora_weights` reads."""
+    lora = tree_to_host(lora)
+    if is_main():
+        save_lora(folder, lora, alpha, transformer)
 
 
 def merged(params: Any, lora: Any, scale: float, dtype: Any) -> dict[str, Any]:
