@@ -18,11 +18,12 @@ from ml_collections import ConfigDict
 
 from configs import unipic2
 from unipic2_jax.data.buckets import bucket_size
-from unipic2_jax.models.precision import PRECISIONS
+from unipic2_jax.flow.loss import flow_step_flops
+from unipic2_jax.models.bundle import TOKENIZERS, init_params, make_modules
+from unipic2_jax.models.sd3.flops import forward_flops
 from unipic2_jax.models.sizes import SIZES
-from unipic2_jax.pipelines.bundle import TOKENIZERS, init_params, make_modules
-from unipic2_jax.training.flops import flow_step_flops, forward_flops
-from unipic2_jax.training.optimizer import split_params
+from unipic2_jax.optim.optimizer import split_params
+from unipic2_jax.weights.precision import PRECISIONS
 
 PRECISION = PRECISIONS["mixed"]
 CONTEXT = {"sd35_medium": 77 + 256, "unipic2_metaquery": 256}  # tokens

@@ -17,7 +17,7 @@ and a new connector with it, on text-to-image alone. A variant trains both tasks
 from ml_collections import ConfigDict
 
 from configs import pdtr, pretraining
-from unipic2_jax.pipelines import TINY
+from unipic2_jax.core.assets import TINY
 from unipic2_jax.training.config import make_config
 
 STEPS = {"connector": 1000, "variant": 500}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from unipic2_jax.pipelines import TINY_METAQUERY
+from unipic2_jax.core.assets import TINY_METAQUERY
 from unipic2_jax.training.config import make_config
 
 DATA = "runs/edit_reward"

@@ -18,7 +18,7 @@ What it leaves, `stages/finetune/pytorch_lora_weights.safetensors`, goes into `-
 from ml_collections import ConfigDict
 
 from configs import pretraining
-from unipic2_jax.pipelines import TINY
+from unipic2_jax.core.assets import TINY
 from unipic2_jax.training.config import make_config
 
 WORDS = ("tiny", "smoke", "t2i", "full")

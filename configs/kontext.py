@@ -10,7 +10,7 @@ encoders and transformer from nothing on text-to-image alone, at 32 pixels and t
 from ml_collections import ConfigDict
 
 from configs import pretraining
-from unipic2_jax.pipelines import TINY
+from unipic2_jax.core.assets import TINY
 from unipic2_jax.training.config import make_config
 
 

@@ -7,7 +7,7 @@ where it learns edits. At tiny scale it reads the shapes world.
 from typing import Any
 
 from configs.shapes import evaluations
-from unipic2_jax.pipelines import TINY, TINY_METAQUERY
+from unipic2_jax.core.assets import TINY, TINY_METAQUERY
 
 # What a stage trains, as a regex on names of parameters; the language model and the autoencoder never are.
 TRANSFORMER = "^transformer/"

@@ -8,7 +8,7 @@ last, where an object is that a question names, and at half the rate: at 1e-3 th
 
 from ml_collections import ConfigDict
 
-from unipic2_jax.data.shapes.questions import ALL_TAGS, QUESTION_TAGS
+from unipic2_jax.shapes.questions import ALL_TAGS, QUESTION_TAGS
 from unipic2_jax.training.config import make_config
 
 

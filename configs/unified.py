@@ -14,7 +14,7 @@ Starts from an aligned connector and a Kontext transformer; `parts` takes them f
 from ml_collections import ConfigDict
 
 from configs import pretraining
-from unipic2_jax.pipelines import TINY_METAQUERY
+from unipic2_jax.core.assets import TINY_METAQUERY
 from unipic2_jax.training.config import make_config
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch import cli
-from unipic2_jax.weights import convert
+from unipic2_jax.models import convert
 
 SRC = flags.DEFINE_string(
     "src", None, "Model folder in diffusers layout, folder of one network, single-file checkpoint, or LoRA file."

@@ -11,7 +11,7 @@ from __future__ import annotations
 from absl import flags
 
 from launch import cli
-from unipic2_jax.weights import lora
+from unipic2_jax.models.sd3 import lora_file as lora
 
 SRC = flags.DEFINE_string("src", None, "LoRA file, or the folder that holds one.")
 DST = flags.DEFINE_string("dst", None, "File to write (.safetensors), or folder.")
@@ -22,7 +22,7 @@ flags.mark_flags_as_required(["src", "dst", "base"])
 
 def main(argv: list[str]) -> None:
     del argv
-    from unipic2_jax.pipelines.bundle import read_configs
+    from unipic2_jax.models.bundle import read_configs
 
     configs = read_configs(BASE.value)
     adapter = lora.read_lora(SRC.value, configs)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch import cli
-from unipic2_jax.weights import convert, io
+from unipic2_jax.models import convert
+from unipic2_jax.weights import io
 
 SRC = flags.DEFINE_string("src", None, "Folder made by convert.from_torch, or a model folder in diffusers layout.")
 DST = flags.DEFINE_string("dst", None, "New folder (diffusers layout) or .safetensors file (single file, LoRA).")

@@ -51,8 +51,8 @@ def main(argv: list[str]) -> None:
     os.environ.update(NPROC=str(threads), XLA_PYTHON_CLIENT_PREALLOCATE="false")
     import jax
 
-    from unipic2_jax.training import bench
-    from unipic2_jax.training.topology import find_chip
+    from unipic2_jax.perf import bench
+    from unipic2_jax.perf.topology import find_chip
 
     device = jax.devices()[0]
     cpu = device.platform == "cpu"
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     if torch_device:
         import torch
 
-        from unipic2_jax.training.bench_torch import Theirs
+        from unipic2_jax.perf.bench_torch import Theirs
 
         torch.set_num_threads(threads)
         sides.append(Theirs(settings, inputs, torch_device, COMPILE.value))

@@ -35,10 +35,10 @@ flags.mark_flag_as_required("model")
 
 def main(argv: list[str]) -> None:
     del argv
-    from unipic2_jax.data.images import read_image
+    from unipic2_jax.models.qwen.generation import SamplingConfig
+    from unipic2_jax.models.qwen.processor import user_message
+    from unipic2_jax.pictures.decode import read_image
     from unipic2_jax.pipelines.chat import ChatModel
-    from unipic2_jax.pipelines.text_generation import SamplingConfig
-    from unipic2_jax.pipelines.vlm import user_message
 
     if JSON.value and (PROMPT.value is None or len(IMAGE.value) != 1):
         raise ValueError("--json answers one --prompt about one --image; give both.")

@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"There is no section '{unknown[0]}'; choose from {', '.join(SECTIONS)}.")
     # PyTorch needs memory too; before JAX is imported.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from unipic2_jax.training import accelerator
-    from unipic2_jax.training.accelerator_programs import PROGRAMS, Check
+    from unipic2_jax.perf import accelerator
+    from unipic2_jax.perf.accelerator_programs import PROGRAMS, Check
 
     log = lambda line: print(line, file=sys.stderr, flush=True)
     programs = PROGRAMS if "speed" in ONLY.value else ("rollout", "update")

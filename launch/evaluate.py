@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import cli
-from unipic2_jax.pipelines import TINY
+from unipic2_jax.core.assets import TINY
 
 _SUITE = flags.DEFINE_enum("suite", "shapes", ["shapes", "shapes-vqa"], "What to measure.")
 _MODEL = flags.DEFINE_string("model", str(TINY), "Folder of the model in diffusers layout, or a hub id.")
@@ -68,9 +68,9 @@ def _score_answers() -> list[str]:
 
 
 def _score_pictures() -> list[str]:
-    from unipic2_jax.evaluation import shapes
+    from unipic2_jax.models.bundle import load_bundle
     from unipic2_jax.pipelines import adapters
-    from unipic2_jax.pipelines.bundle import load_bundle
+    from unipic2_jax.shapes import benchmark as shapes
 
     baseline = _read_baseline()
     loras = adapters.located(_LORA.value)
@@ -106,9 +106,9 @@ def _read_baseline() -> dict | None:
 
 def _score_tasks(bundle, baseline: dict | None) -> list[str]:
     from configs.shapes import evaluations
-    from unipic2_jax.evaluation import shapes
+    from unipic2_jax.evaluation.evaluator import Evaluator, read_evaluation
     from unipic2_jax.parallel.mesh import make_mesh
-    from unipic2_jax.training.evaluator import Evaluator, read_evaluation
+    from unipic2_jax.shapes import benchmark as shapes
 
     out = Path(_OUT.value) if _OUT.value else None
     if out:

@@ -26,9 +26,9 @@ flags.mark_flags_as_required(["model", "out"])
 def main(argv: list[str]) -> None:
     """Loads and saves."""
     del argv
+    from unipic2_jax.models.bundle import load_bundle, save_bundle
+    from unipic2_jax.models.edit_reward.model import EditRewardModel, is_edit_reward
     from unipic2_jax.pipelines import adapters
-    from unipic2_jax.pipelines.bundle import load_bundle, save_bundle
-    from unipic2_jax.pipelines.edit_reward import EditRewardModel, is_edit_reward
 
     if is_edit_reward(_MODEL.value):
         if _LORA.value:

@@ -24,7 +24,7 @@ flags.mark_flags_as_required(["out", "counts"])
 
 def main(argv: list[str]) -> None:
     del argv
-    from unipic2_jax.data.geneval_prompts import generate, read_digests, write_prompts
+    from unipic2_jax.rewards.geneval.prompts import generate, read_digests, write_prompts
 
     exclude = frozenset().union(*map(read_digests, EXCLUDE.value))
     counts = read_counts(COUNTS.value)

@@ -17,7 +17,7 @@ from absl import app, flags
 
 from launch import cli
 from launch.recipe import CONFIG, parse_flags
-from unipic2_jax.training.config import ConfigError
+from unipic2_jax.core.errors import ConfigError
 
 _TOPOLOGY = flags.DEFINE_list("topology", None, "Chips: v5e:8x8, v5p:4x4x4, v6e:8x8, gpu:8xh200; several with commas.")
 _ALL_SHAPES = flags.DEFINE_bool(
@@ -56,8 +56,8 @@ def main(argv: list[str]) -> None:
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     # At a flag of another platform's compiler it ends the process.
     os.environ.pop("XLA_FLAGS", None)
+    from unipic2_jax.perf import plan, plan_report, split, topology
     from unipic2_jax.training import config as config_lib
-    from unipic2_jax.training import plan, plan_report, split, topology
 
     cache = plan.Cache(plan.default_cache() if _CACHE.value is None else _CACHE.value)
     log = lambda sentence: print(sentence, file=sys.stderr, flush=True)

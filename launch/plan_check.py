@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from launch import cli
-from unipic2_jax.training.config import ConfigError
+from unipic2_jax.core.errors import ConfigError
 
 _RECIPES = flags.DEFINE_list("recipes", None, "Of configs/; all full-size ones by default.")
 _MACHINES = flags.DEFINE_list(
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     cli.quiet()
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.pop("XLA_FLAGS", None)
-    from unipic2_jax.training import plan, plan_check, plan_report
+    from unipic2_jax.perf import plan, plan_check, plan_report
 
     cache = plan.default_cache() if _CACHE.value is None else _CACHE.value
     try:

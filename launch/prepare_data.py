@@ -95,8 +95,8 @@ def read_options(text: str) -> dict[str, Any]:
 
 def load_encoder() -> Any:
     """The encoder that the flags describe."""
+    from unipic2_jax.models.bundle import load_bundle
     from unipic2_jax.parallel.mesh import make_mesh
-    from unipic2_jax.pipelines.bundle import load_bundle
     from unipic2_jax.pipelines.encode_data import ModelEncoder
 
     mesh = make_mesh()

@@ -8,7 +8,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from unipic2_jax.training.config import ConfigError, unknown_override
+from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.training.config import unknown_override
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: a file of configs/, with ':variant' after its name.")
 flags.mark_flag_as_required("config")

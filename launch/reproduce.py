@@ -128,8 +128,8 @@ def train_all(runs: list[tuple[str, Path, int]], jobs: int) -> None:
 def main(argv: list[str]) -> None:
     """Trains, then writes and prints the table."""
     del argv
-    from unipic2_jax.evaluation.tables import BASE, TABLES, markdown, plot
-    from unipic2_jax.training.reproduction import draw_rewards, read_scores
+    from unipic2_jax.reproduction.runs import draw_rewards, read_scores
+    from unipic2_jax.reproduction.tables import BASE, TABLES, markdown, plot
 
     number, folder = int(_TABLE.value), Path(os.path.abspath(_WORKDIR.value))
     table, seeds = TABLES[number], range(_SEEDS.value)
@@ -155,9 +155,9 @@ def main(argv: list[str]) -> None:
 def samples(run: str, models: dict[str, Path | None], folder: Path, name: str) -> None:
     """What all models make of the same held-out prompts, a sheet for each task."""
     from configs.ablations import get_config
+    from unipic2_jax.reproduction.runs import draw_samples
     from unipic2_jax.training.config import validate
-    from unipic2_jax.training.loop import config_mesh
-    from unipic2_jax.training.reproduction import draw_samples
+    from unipic2_jax.training.setup import config_mesh
 
     config = validate(get_config(words(run, folder)))
     folders = {caption: model or config.init for caption, model in models.items()}

@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from launch import cli
-from unipic2_jax.pipelines import TINY
+from unipic2_jax.core.assets import TINY
 
 MODEL = flags.DEFINE_string("model", str(TINY), "Model folder or hub id that makes the edits.")
 LORA = cli.lora_flag()
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     del argv
     from unipic2_jax import pipelines
     from unipic2_jax.data.prompts import look_through, make_source
-    from unipic2_jax.evaluation.score_edits import Budget, ScoredEdits, Variety
+    from unipic2_jax.pipelines.label_edits import Budget, EditLabels, Variety
     from unipic2_jax.rewards.scoring import CALL_FIELDS, Scorer, check_tasks, make_entries
 
     source, judge = _read_json("source", SOURCE.value), _read_json("judge", JUDGE.value)
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
         "judge": judged,
         **made,
     }
-    edits = ScoredEdits(OUT.value, settings)
+    edits = EditLabels(OUT.value, settings)
     look_through(prompts, Path(OUT.value) / "looked_through.txt")
     counts = edits.run(pipelines.load(MODEL.value, loras=LORA.value), prompts, scorer, variety, budget)
     print(", ".join(f"{name} {count}" for name, count in counts.items()))

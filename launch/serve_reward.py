@@ -28,9 +28,9 @@ flags.mark_flag_as_required("reward")
 
 def main(argv: list[str]) -> None:
     del argv
-    from unipic2_jax.rewards.serve import make_server
-    from unipic2_jax.web.keys import read_key
-    from unipic2_jax.web.server import MEGABYTE
+    from unipic2_jax.core.keys import read_key
+    from unipic2_jax.serving.reward import make_server
+    from unipic2_jax.serving.server import MEGABYTE
 
     try:
         options = json.loads(OPTIONS.value)

@@ -26,9 +26,9 @@ flags.mark_flag_as_required("model")
 
 def main(argv: list[str]) -> None:
     del argv
+    from unipic2_jax.core.keys import read_key
     from unipic2_jax.pipelines.chat import ChatModel
-    from unipic2_jax.pipelines.serve_vlm import make_server
-    from unipic2_jax.web.keys import read_key
+    from unipic2_jax.serving.chat import make_server
 
     key = read_key(API_KEY_ENV.value, "server")
     model = ChatModel.load(MODEL.value, DTYPE.value)

@@ -11,7 +11,7 @@ from absl import app, flags
 
 from launch import cli
 from launch.recipe import CONFIG, parse_flags
-from unipic2_jax.training.config import ConfigError
+from unipic2_jax.core.errors import ConfigError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is continued when it holds one.")
 _CPU_DEVICES = flags.DEFINE_integer(
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from unipic2_jax.parallel import processes
+    from unipic2_jax.perf import split
     from unipic2_jax.training import loop
 
     with processes.ending():
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
             sys.exit(refused)
         try:
             with processes.together():
-                loop.run(config, _WORKDIR.value, own_process=True)
+                loop.run(config, _WORKDIR.value, split=split.resolved, own_process=True)
         except (ConfigError, loop.TrainingError, FileNotFoundError) as error:
             sys.exit(str(error))
 

@@ -10,9 +10,9 @@ import pytest
 from unipic2_jax import pipelines
 from unipic2_jax.core.fields import check_fields, hints
 from unipic2_jax.flow.schedule import FlowMatchConfig
+from unipic2_jax.models import registry
 from unipic2_jax.models.config import ModelConfig
-from unipic2_jax.pipelines.edit_reward import Spec
-from unipic2_jax.weights import registry
+from unipic2_jax.models.edit_reward.model import Spec
 
 TINY, TINY_METAQUERY = Path(pipelines.TINY), Path(pipelines.TINY_METAQUERY)
 # In both shipped models, and in the one that judges edits.

@@ -1,13 +1,9 @@
 """Batches of a plan: one bucket each, in proportion, nothing repeated or skipped, wherever and by whomever they are read."""
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from prepared_files import BUCKETS, number_of, write_prepared
 
 from unipic2_jax.data.buckets import ASPECTS, Bucket, bucket_size, crop_to, nearest_aspect

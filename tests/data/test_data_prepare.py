@@ -16,10 +16,10 @@ import pytest
 from memory_records import MULTIPLE, RESOLUTION, SETTINGS, MemoryRecords, file, good, mixed, smooth
 
 from unipic2_jax.data.buckets import Bucket, bucket_size, crop_to
-from unipic2_jax.data.images import decode
 from unipic2_jax.data.prepare import Settings, describe, prepare
 from unipic2_jax.data.prepared import PreparedBucket, PreparedIndex
-from unipic2_jax.data.records import BadRecord, Record
+from unipic2_jax.data.records import Record
+from unipic2_jax.pictures.decode import BadRecord, decode
 
 ROOT = Path(__file__).parents[2]
 
@@ -334,8 +334,8 @@ def test_stored_arrays_are_what_the_model_makes(tmp_path, model):
     import jax
 
     from unipic2_jax import pipelines
+    from unipic2_jax.models.sampling import encode_moments, from_uint8
     from unipic2_jax.pipelines.encode_data import ModelEncoder
-    from unipic2_jax.pipelines.sampling import encode_moments, from_uint8
 
     bundle = pipelines.load_bundle(getattr(pipelines, model))
     encoder = ModelEncoder(bundle, ["conditioning", "latents"], name="tiny", dtype="float32", batch_size=2)

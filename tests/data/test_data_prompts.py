@@ -7,14 +7,7 @@ import pytest
 from PIL import Image
 
 from unipic2_jax.data import prompts
-from unipic2_jax.data.prompts import (
-    UNREAD,
-    FinitePromptSource,
-    JSONLSource,
-    PromptRecord,
-    look_through,
-    make_source,
-)
+from unipic2_jax.data.prompts import UNREAD, FinitePromptSource, JSONLSource, PromptRecord, look_through, make_source
 from unipic2_jax.data.records import make_records
 from unipic2_jax.data.text import read_lines
 from unipic2_jax.pipelines.jobs import Job, read_jobs

@@ -17,10 +17,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from picture_files import encoded, pixels, reason_of, seed_of
 
 from unipic2_jax.data.buckets import Bucket
-from unipic2_jax.data.images import SUFFIXES, decode
 from unipic2_jax.data.prepared import INDEX, PreparedExample, PreparedIndex, Shard, pack
 from unipic2_jax.data.readers import fields
-from unipic2_jax.data.records import BadRecord, Record, make_records
+from unipic2_jax.data.records import Record, make_records
+from unipic2_jax.pictures.decode import SUFFIXES, BadRecord, decode
 
 
 def image_file(path, seed, kind="PNG"):
@@ -542,7 +542,7 @@ def test_the_shapes_world_as_records():
 def test_the_shapes_world_as_tensorflow_dataset_without_tensorflow(task, tmp_path):
     import tensorflow_datasets as tfds
 
-    from unipic2_jax.data.shapes.tfds_builder import ShapesConfig, ShapesWorld
+    from unipic2_jax.shapes.tfds_builder import ShapesConfig, ShapesWorld
 
     assert {config.name for config in ShapesWorld.BUILDER_CONFIGS} == {"t2i", "edit"}
     tfds.disable_progress_bar()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from unipic2_jax.pipelines import TINY_METAQUERY
+from unipic2_jax.core.assets import TINY_METAQUERY
 
 ROOT = Path(__file__).parents[2]
 

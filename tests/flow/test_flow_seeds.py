@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from unipic2_jax.flow.seeds import folded
-from unipic2_jax.pipelines import sampling
+from unipic2_jax.models import sampling
 from unipic2_jax.training import config as config_lib
 
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from unipic2_jax.training import bench
-from unipic2_jax.training.flops import forward_flops
-from unipic2_jax.training.topology import CHIPS, find_chip
+from unipic2_jax.models.sd3.flops import forward_flops
+from unipic2_jax.perf import bench
+from unipic2_jax.perf.topology import CHIPS, find_chip
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("size=tiny", "height=32", "width=48", "batch=2", "text_tokens=5", "num_steps=2", "repeats=1", "threads=1")

@@ -13,9 +13,9 @@ import pytest
 
 from launch import check_accelerator
 from unipic2_jax.models.attention import attention
-from unipic2_jax.training import accelerator
-from unipic2_jax.training import accelerator_attention as kernels
-from unipic2_jax.training.accelerator_programs import PROGRAMS, SIZE, Check
+from unipic2_jax.perf import accelerator
+from unipic2_jax.perf import accelerator_attention as kernels
+from unipic2_jax.perf.accelerator_programs import PROGRAMS, SIZE, Check
 
 ROOT = Path(__file__).parents[2]
 HAS_TORCH = all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "peft"))

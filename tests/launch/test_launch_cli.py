@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from launch import cli
+from unipic2_jax.core.assets import TINY
 from unipic2_jax.models import attention
-from unipic2_jax.pipelines import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from unipic2_jax.data.geneval_prompts import read_digests
 from unipic2_jax.data.prompts import JSONLSource
+from unipic2_jax.rewards.geneval.prompts import read_digests
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from configs.edit_reward import get_config
-from unipic2_jax.data.shapes.sources import ShapesSource
+from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.models.edit_reward.model import EditRewardModel
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.pipelines.edit_reward import EditRewardModel
 from unipic2_jax.rewards.base import make_reward
+from unipic2_jax.shapes.sources import ShapesSource
 from unipic2_jax.training import loop
-from unipic2_jax.training.config import ConfigError
 from unipic2_jax.training.metrics import read_evaluations
 
 ROOT = Path(__file__).resolve().parents[2]

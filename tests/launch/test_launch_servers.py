@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import requests
 
+from unipic2_jax.core.assets import TINY_METAQUERY
 from unipic2_jax.data.prompts import PromptRecord, make_source
-from unipic2_jax.pipelines import TINY_METAQUERY
 from unipic2_jax.rewards.base import RewardError, make_reward
 
 ROOT = Path(__file__).parents[2]

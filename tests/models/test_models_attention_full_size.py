@@ -9,7 +9,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from unipic2_jax.models import attention
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.training import plan
+from unipic2_jax.perf import plan
 from unipic2_jax.training.config import validate
 
 

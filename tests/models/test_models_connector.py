@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from connector_reference import SMALL, reference
 
-from unipic2_jax.models.connector import MetaQuery, MetaQueryConfig
-from unipic2_jax.weights import connector as weights
-from unipic2_jax.weights.registry import NETWORKS
+from unipic2_jax.models.metaquery import names as weights
+from unipic2_jax.models.metaquery.connector import MetaQuery, MetaQueryConfig
+from unipic2_jax.models.registry import NETWORKS
 from unipic2_jax.weights.table import expected_shapes, to_flax, to_torch
 
 NETWORK = NETWORKS["StableDiffusion3Conditioner"]

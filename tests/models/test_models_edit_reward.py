@@ -9,10 +9,11 @@ import pytest
 from edit_reward_models import ALPHA, NETWORK, RANK, SPEC, draw, make_model, pictures
 from qwen_reference import SMALL, processor, reference, tensors
 
-from unipic2_jax.models.edit_reward import EditReward, init_lora, variables
-from unipic2_jax.pipelines.edit_reward import EditRewardModel, Spec, apply, combine, is_edit_reward, pad_to
-from unipic2_jax.weights import edit_reward as files
-from unipic2_jax.weights import io, qwen, table
+from unipic2_jax.models.edit_reward import files
+from unipic2_jax.models.edit_reward.model import EditRewardModel, Spec, apply, combine, is_edit_reward, pad_to
+from unipic2_jax.models.edit_reward.network import EditReward, init_lora, variables
+from unipic2_jax.models.qwen import names as qwen
+from unipic2_jax.weights import io, table
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unipic2_jax.models.lora import LORA_TARGETS, count_matrices, count_parameters, init_lora, merge_lora
-from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
+from unipic2_jax.models.lora import count_matrices, count_parameters, merge_lora
+from unipic2_jax.models.sd3.lora import LORA_TARGETS, init_lora
+from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
+from unipic2_jax.models.sd3.mmdit_names import rules
 from unipic2_jax.weights import table
-from unipic2_jax.weights.mmdit import rules
 
 SMALL = MMDiTConfig(
     sample_size=8,

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unipic2_jax.models import mmdit
-from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig, position_table
+from unipic2_jax.models.sd3 import mmdit
+from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig, position_table
+from unipic2_jax.models.sd3.mmdit_names import rules
 from unipic2_jax.weights import table
-from unipic2_jax.weights.mmdit import rules
 
 SMALL = MMDiTConfig(
     sample_size=8,

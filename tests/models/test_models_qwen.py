@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from qwen_reference import IMAGE, SMALL, VIDEO, VISION, batch, reference, tensors
 
-from unipic2_jax.models.qwen import (
+from unipic2_jax.models.qwen import names as qwen_weights
+from unipic2_jax.models.qwen.decoder import (
     QWEN2_5_VL_3B,
     QWEN2_5_VL_7B,
     Qwen2_5_VL,
@@ -17,9 +18,8 @@ from unipic2_jax.models.qwen import (
     mrope_positions,
     text_positions,
 )
-from unipic2_jax.models.qwen_vision import Qwen2_5_VLVisionConfig, pack_images, window_order
-from unipic2_jax.weights import qwen as qwen_weights
-from unipic2_jax.weights.registry import NETWORKS
+from unipic2_jax.models.qwen.vision import Qwen2_5_VLVisionConfig, pack_images, window_order
+from unipic2_jax.models.registry import NETWORKS
 from unipic2_jax.weights.table import check, expected_shapes, flatten, to_flax, to_torch
 
 NETWORK = NETWORKS["Qwen2_5_VLForConditionalGeneration"]

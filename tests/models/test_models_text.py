@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unipic2_jax.models.clip import CLIP_BIGG, CLIP_L, CLIPTextConfig, CLIPTextModelWithProjection
-from unipic2_jax.models.t5 import T5Config, T5Encoder, relative_position_buckets
-from unipic2_jax.weights import clip as clip_weights
-from unipic2_jax.weights import t5 as t5_weights
+from unipic2_jax.models.sd3 import clip_names as clip_weights
+from unipic2_jax.models.sd3 import t5_names as t5_weights
+from unipic2_jax.models.sd3.clip import CLIP_BIGG, CLIP_L, CLIPTextConfig, CLIPTextModelWithProjection
+from unipic2_jax.models.sd3.t5 import T5Config, T5Encoder, relative_position_buckets
 from unipic2_jax.weights.table import expected_shapes, flatten, to_flax, to_torch
 
 CLIP_SMALL = CLIPTextConfig(

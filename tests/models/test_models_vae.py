@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unipic2_jax.models import vae
-from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
+from unipic2_jax.models.sd3 import vae
+from unipic2_jax.models.sd3.vae import AutoencoderKL, VAEConfig
+from unipic2_jax.models.sd3.vae_names import rules
 from unipic2_jax.weights import table
-from unipic2_jax.weights.vae import rules
 
 SMALL = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32)
 

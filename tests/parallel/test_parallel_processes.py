@@ -14,13 +14,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from process_child import HEARTBEAT
 
 from unipic2_jax.parallel.processes import LOST_PEER, is_lost_peer, several_processes_expected
 from unipic2_jax.training.metrics import read_evaluations, read_rows
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-from process_child import HEARTBEAT
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 4
@@ -32,7 +29,12 @@ def start(workdir, count, *arguments, **environment):
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).with_name("process_child.py")), str(workdir), str(DEVICES // count)]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "support" / "process_child.py"),
+        str(workdir),
+        str(DEVICES // count),
+    ]
     base = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment}
     several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
     return [

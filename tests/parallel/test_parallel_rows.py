@@ -78,7 +78,7 @@ def test_rows_of_mixed_devices(monkeypatch):
 def test_what_processes_with_the_same_rows_do(monkeypatch):
     mesh = mixed(monkeypatch, [0, 3, 1, 2], 1, sequence=2)
     monkeypatch.setattr(processes.jax, "process_count", lambda: 4)
-    assert processes.leaders(mesh) == [0, 1, 1, 0]
+    assert processes.row_owners(mesh) == [0, 1, 1, 0]
     shares = []
     for process in range(4):
         monkeypatch.setattr(processes.jax, "process_index", lambda process=process: process)
@@ -163,7 +163,7 @@ def test_what_processes_bring_lies_where_it_belongs(order, sizes, rows):
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v5p:2x2x2", "v5p:4x4x4", "v5e:8x8", "v6e:8x8"])
 def test_every_host_of_a_slice_has_rows(monkeypatch, name):
-    from unipic2_jax.training.topology import read_topology, tpu_devices
+    from unipic2_jax.perf.topology import read_topology, tpu_devices
 
     for variable, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
         monkeypatch.setitem(os.environ, variable, value)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from unipic2_jax.models.registry import NETWORKS
 from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.parallel.mesh import AXES, make_mesh, mesh_sizes, shard_batch
 from unipic2_jax.parallel.rules import RULES, Rules, constrain, parameter_axes
-from unipic2_jax.weights.registry import NETWORKS
 
 
 def test_an_array_is_split_over_a_mesh_axis_once():

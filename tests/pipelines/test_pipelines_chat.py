@@ -10,10 +10,12 @@ from PIL import Image
 from qwen_reference import SMALL, processor
 from test_pipelines_cli import command
 
-from unipic2_jax.pipelines import TINY
+from unipic2_jax.core.assets import TINY
+from unipic2_jax.models import registry
+from unipic2_jax.models.qwen import names as qwen
+from unipic2_jax.models.qwen.generation import SamplingConfig
 from unipic2_jax.pipelines.chat import ChatModel, parse_boxes
-from unipic2_jax.pipelines.text_generation import SamplingConfig
-from unipic2_jax.weights import io, qwen, registry, table
+from unipic2_jax.weights import io, table
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from pipelines_common import small_bundle
 
-from unipic2_jax.evaluation.grids import contact_sheet
-from unipic2_jax.pipelines import TINY, jobs, save_bundle
+from unipic2_jax.core.assets import TINY
+from unipic2_jax.pictures.sheet import contact_sheet
+from unipic2_jax.pipelines import jobs, save_bundle
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from pipelines_common import small_bundle
 
-from unipic2_jax.data.images import read_image, to_pil
+from unipic2_jax.pictures import resize as pictures
+from unipic2_jax.pictures.decode import read_image, to_pil
 from unipic2_jax.pipelines import Pipeline, save_bundle
-from unipic2_jax.pipelines import images as pictures
 
 PROMPTS = ["make the circle green", "remove the square"]
 NEGATIVE = "a black triangle"

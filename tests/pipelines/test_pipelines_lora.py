@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from unipic2_jax import pipelines
-from unipic2_jax.models.lora import init_lora
-from unipic2_jax.pipelines import TINY, adapters
-from unipic2_jax.weights import io, lora
+from unipic2_jax.core.assets import TINY
+from unipic2_jax.models.sd3 import lora_file as lora
+from unipic2_jax.models.sd3.lora import init_lora
+from unipic2_jax.pipelines import adapters
+from unipic2_jax.weights import io
 
 OPTIONS = {"height": 48, "width": 48, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
 PROMPT = "a red circle"
@@ -40,7 +42,8 @@ def made(pipe, **options):
 
 def with_weights(pipe, *asked):
     """The picture with LoRAs added to the weights by hand: W + up down alpha / rank, as diffusers has it."""
-    from unipic2_jax.weights import mmdit, table
+    from unipic2_jax.models.sd3 import mmdit_names as mmdit
+    from unipic2_jax.weights import table
 
     config = pipe.bundle.transformer.config
     weights = dict(table.to_torch(mmdit.rules(config), pipe.bundle.params["transformer"]))

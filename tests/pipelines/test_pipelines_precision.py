@@ -1,22 +1,19 @@
 """Mixed precision from files to memory and back: bits that stay, and what is rounded on purpose."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from edit_reward_models import make_model, pictures
 from pipelines_common import small_bundle
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from edit_reward_models import make_model, pictures
-
 from unipic2_jax import pipelines
-from unipic2_jax.models.precision import PRECISIONS, as_precision
-from unipic2_jax.pipelines import TINY, sampling
-from unipic2_jax.pipelines.edit_reward import EditRewardModel
-from unipic2_jax.weights import convert, io, mmdit, table
+from unipic2_jax.core.assets import TINY
+from unipic2_jax.models import convert, sampling
+from unipic2_jax.models.edit_reward.model import EditRewardModel
+from unipic2_jax.models.sd3 import mmdit_names as mmdit
+from unipic2_jax.weights import io, table
+from unipic2_jax.weights.precision import PRECISIONS, as_precision
 
 BRAIN, HALF, SINGLE = jnp.dtype("bfloat16"), np.dtype("float16"), np.dtype("float32")
 # What the networks' files hold; one of the transformer's tensors, and one layer of a stack, are float32 all the same.

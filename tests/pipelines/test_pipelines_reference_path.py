@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from unipic2_jax.data.shapes.world import Scene, Thing, render
-from unipic2_jax.pipelines import TINY_METAQUERY, Pipeline, load_bundle
-from unipic2_jax.training import loop
-from unipic2_jax.training.config import ConfigError, make_config
+from unipic2_jax.core.assets import TINY_METAQUERY
+from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.pipelines import Pipeline, load_bundle
+from unipic2_jax.shapes.world import Scene, Thing, render
+from unipic2_jax.training import loop, setup
+from unipic2_jax.training.config import make_config
 
 PICTURES = [render(Scene("white", (Thing(shape="circle", color="red", size="large", cell=cell),))) for cell in (0, 8)]
 EDIT = "make the red circle green"
@@ -68,4 +70,4 @@ def test_settings_that_do_not_exist():
         dataclasses.replace(load_bundle(TINY_METAQUERY).conditioner, reference_path="everywhere")
     config = make_config({"init": str(TINY_METAQUERY), "settings": {"reference_paths": "mllm"}, "schedule": ("x",)})
     with pytest.raises(ConfigError, match="did you mean 'reference_path'"):
-        loop.load_bundle(config, None)
+        setup.load_bundle(config, None)

@@ -10,15 +10,15 @@ from PIL import Image
 
 from configs import pdtr
 from unipic2_jax import pipelines
+from unipic2_jax.core.assets import TINY, TINY_EDIT_REWARD, TINY_METAQUERY
 from unipic2_jax.data.questions import make_questions
-from unipic2_jax.data.shapes.edits import EDIT_TYPES, random_edit
-from unipic2_jax.data.shapes.verify import read_scenes
-from unipic2_jax.data.shapes.world import Scene, Thing, render
 from unipic2_jax.evaluation.vqa import answer_questions, score_answers
-from unipic2_jax.pipelines import TINY, TINY_EDIT_REWARD, TINY_METAQUERY
+from unipic2_jax.models.edit_reward.model import EditRewardModel, combine
+from unipic2_jax.models.qwen.processor import user_message
 from unipic2_jax.pipelines.chat import ChatModel
-from unipic2_jax.pipelines.edit_reward import EditRewardModel, combine
-from unipic2_jax.pipelines.vlm import user_message
+from unipic2_jax.shapes.edits import EDIT_TYPES, random_edit
+from unipic2_jax.shapes.verify import read_scenes
+from unipic2_jax.shapes.world import Scene, Thing, render
 from unipic2_jax.training import loop
 
 SCENE = Scene("white", (Thing(2, "circle", "red"), Thing(6, "square", "blue", "small")))

@@ -79,7 +79,7 @@ def test_batches_outputs_and_callbacks(pipe):
 
 
 def test_other_parameters_and_lora(pipe):
-    from unipic2_jax.models.lora import init_lora
+    from unipic2_jax.models.sd3.lora import init_lora
 
     options = {"num_inference_steps": 10, "output_type": "latent"}
     base = pipe(PROMPTS, **options).images

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from unipic2_jax import pipelines
-from unipic2_jax.pipelines import bundle as bundles
-from unipic2_jax.pipelines.tokenizer_files import FILES, ONLY_IN_5, TEMPLATES, save_tokenizer
+from unipic2_jax.models import bundle as bundles
+from unipic2_jax.models.tokenizer_files import FILES, ONLY_IN_5, TEMPLATES, save_tokenizer
 
 TINY, TINY_METAQUERY, TINY_EDIT_REWARD = map(
     Path, (pipelines.TINY, pipelines.TINY_METAQUERY, pipelines.TINY_EDIT_REWARD)

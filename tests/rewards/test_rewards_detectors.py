@@ -9,18 +9,18 @@ from ml_collections import ConfigDict
 from real_parts import efficientdet, photograph
 
 from configs.pdtr import get_config
-from unipic2_jax.data.coco import CLASSES
 from unipic2_jax.data.prompts import PromptRecord, make_source
-from unipic2_jax.data.shapes.world import Scene, Thing, render
 from unipic2_jax.rewards.base import make_reward
-from unipic2_jax.rewards.detectors import base
-from unipic2_jax.rewards.detectors.base import Wanted, make_detector
-from unipic2_jax.rewards.detectors.colors import add_colors, crop
-from unipic2_jax.rewards.detectors.mask2former import Mask2FormerDetector
-from unipic2_jax.rewards.detectors.shapes import ShapesDetector
-from unipic2_jax.rewards.detectors.tflite import read_labels
-from unipic2_jax.rewards.geneval import COLORS, Detection
+from unipic2_jax.rewards.geneval.classes import CLASSES
+from unipic2_jax.rewards.geneval.detectors import base
+from unipic2_jax.rewards.geneval.detectors.base import Wanted, make_detector
+from unipic2_jax.rewards.geneval.detectors.colors import add_colors, crop
+from unipic2_jax.rewards.geneval.detectors.mask2former import Mask2FormerDetector
+from unipic2_jax.rewards.geneval.detectors.tflite import read_labels
+from unipic2_jax.rewards.geneval.rules import COLORS, Detection
 from unipic2_jax.rewards.scoring import Scorer, make_entries
+from unipic2_jax.shapes.detector import ShapesDetector
+from unipic2_jax.shapes.world import Scene, Thing, render
 
 PHOTOGRAPHS = {"chelsea": "cat", "coffee": "cup", "astronaut": "person", "motorcycle": "motorcycle"}
 

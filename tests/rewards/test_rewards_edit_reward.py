@@ -15,13 +15,13 @@ from edit_reward_models import make_model
 
 from unipic2_jax.data.prompts import UNREAD, PromptRecord
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.pipelines import edit_scoring
+from unipic2_jax.rewards import edit_reward as edit_scoring
 from unipic2_jax.rewards.base import make_reward
 from unipic2_jax.rewards.scoring import Scorer, make_entries
-from unipic2_jax.rewards.shapes import ShapesEditReward
+from unipic2_jax.shapes.rewards import ShapesEditReward
 
 ROOT = Path(__file__).resolve().parents[2]
-PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "rewards")))
+PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support", ROOT / "tests" / "rewards")))
 CHILD = """
 import json, sys, jax
 from test_rewards_edit_reward import edits, scored
@@ -164,7 +164,7 @@ def test_what_cannot_be_is_said(folder, tmp_path):
 
 
 def test_a_noisy_verifier_errs_the_same_way_each_time():
-    from unipic2_jax.data.shapes.sources import ShapesSource
+    from unipic2_jax.shapes.sources import ShapesSource
 
     records = ShapesSource(0, "edit").batch(0, 64)
     images = [record.image for record in records]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from unipic2_jax.data.prompts import make_source
-from unipic2_jax.data.shapes.sources import scene_from_dict
-from unipic2_jax.data.shapes.world import Scene, render
 from unipic2_jax.rewards.base import make_reward
-from unipic2_jax.rewards.geneval import Detection, relative_position, score
+from unipic2_jax.rewards.geneval.rules import Detection, relative_position, score
+from unipic2_jax.shapes.sources import scene_from_dict
+from unipic2_jax.shapes.world import Scene, render
 
 
 def at(name, x, y, color=None, side=10):

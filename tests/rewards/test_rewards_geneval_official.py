@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from geneval_reference import official_rows, random_detections, verdict
 
-from unipic2_jax.data.coco import CLASSES
-from unipic2_jax.data.geneval_prompts import generate
-from unipic2_jax.rewards.geneval import COLORS, RELATIONS, Detection, Rules, counted, score
+from unipic2_jax.rewards.geneval.classes import CLASSES
+from unipic2_jax.rewards.geneval.prompts import generate
+from unipic2_jax.rewards.geneval.rules import COLORS, RELATIONS, Detection, Rules, counted, score
 
 CUP = {"class": "cup", "count": 1}
 

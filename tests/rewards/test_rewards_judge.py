@@ -14,8 +14,8 @@ from scripted_http import reply, scripted
 
 from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.rewards.base import RewardError, make_reward
-from unipic2_jax.rewards.judge import JudgeReward, Pace, Usage
-from unipic2_jax.rewards.judge_prompts import EDIT_ASPECTS, messages, read_marks, to_scores
+from unipic2_jax.rewards.judge.prompts import EDIT_ASPECTS, messages, read_marks, to_scores
+from unipic2_jax.rewards.judge.reward import JudgeReward, Pace, Usage
 from unipic2_jax.rewards.scoring import Scorer, make_entries
 
 KEY = "sk-very-secret-123"
@@ -218,7 +218,7 @@ def test_answers_are_kept_but_prose_is_not(tmp_path):
 def test_processes_share_a_cache(tmp_path):
     """Three processes write a hundred answers each, half of them the same."""
     script = (
-        "import sys; from unipic2_jax.rewards.judge_cache import AnswerCache; c = AnswerCache(sys.argv[1]); p = int(sys.argv[2])\n"
+        "import sys; from unipic2_jax.rewards.judge.cache import AnswerCache; c = AnswerCache(sys.argv[1]); p = int(sys.argv[2])\n"
         "for i in range(50): c.put(f'{p}-{i}', 'x' * 500); c.put(f'all-{i}', str(i)); assert c.get(f'all-{i}') == str(i)"
     )
     root = Path(__file__).parents[2]

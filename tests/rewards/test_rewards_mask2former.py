@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from unipic2_jax.data.coco import CLASSES
 from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.rewards.base import make_reward
-from unipic2_jax.rewards.detectors.base import Wanted, make_detector
-from unipic2_jax.rewards.detectors.colors import TEMPLATES, load_colors
-from unipic2_jax.rewards.detectors.mask2former import detection, instances
-from unipic2_jax.rewards.geneval import COLORS
+from unipic2_jax.rewards.geneval.classes import CLASSES
+from unipic2_jax.rewards.geneval.detectors.base import Wanted, make_detector
+from unipic2_jax.rewards.geneval.detectors.colors import TEMPLATES, load_colors
+from unipic2_jax.rewards.geneval.detectors.mask2former import detection, instances
+from unipic2_jax.rewards.geneval.rules import COLORS
 
 torch = pytest.importorskip("torch", reason="Mask2Former and CLIP run in PyTorch")
 pytest.importorskip("transformers", minversion="5.23", reason="its image processors need torchvision before")

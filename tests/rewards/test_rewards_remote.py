@@ -11,8 +11,8 @@ import pytest
 from scripted_http import cut, hang, reply, scripted
 
 from unipic2_jax.data.prompts import PromptRecord
-from unipic2_jax.rewards import flow_grpo
 from unipic2_jax.rewards.base import RewardError, make_reward
+from unipic2_jax.rewards.remote import flow_grpo_dialect as flow_grpo
 from unipic2_jax.rewards.scoring import Scorer, check_tasks, make_entries
 
 PICTURES = list(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8))

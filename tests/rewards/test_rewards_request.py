@@ -7,9 +7,9 @@ import time
 import pytest
 from scripted_http import cut, hang, hang_up, reply, scripted, stall
 
-from unipic2_jax.rewards import request
 from unipic2_jax.rewards.base import RewardError
-from unipic2_jax.rewards.request import Endpoint, retry_after
+from unipic2_jax.rewards.remote import request
+from unipic2_jax.rewards.remote.request import Endpoint, retry_after
 
 KEY = "sk-very-secret-123"
 FAULTS = {

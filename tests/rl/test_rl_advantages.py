@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from unipic2_jax.flow.sde import SDEConfig
-from unipic2_jax.rl.advantages import combine_rewards, group_advantages
+from unipic2_jax.optim.ema import ema_decay, ema_update
+from unipic2_jax.rewards.combine import combine_rewards
+from unipic2_jax.rl.advantages import group_advantages
 from unipic2_jax.rl.config import GRPOConfig
-from unipic2_jax.rl.ema import ema_decay, ema_update
 
 NAN = float("nan")
 

@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from unipic2_jax.flow.schedule import sigmas as make_sigmas
-from unipic2_jax.models.lora import init_lora
-from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
-from unipic2_jax.pipelines.sampling import velocity_fn
+from unipic2_jax.models.sampling import velocity_fn
+from unipic2_jax.models.sd3.lora import init_lora
+from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 from unipic2_jax.rl.config import GRPOConfig
 from unipic2_jax.rl.rollout import guided_policies
 from unipic2_jax.rl.update import init_state, make_rollout, make_update

@@ -11,22 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import toy_stage  # noqa: F401 (registers the kind 'toy')
 
-from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
-from unipic2_jax.training.config import (
-    ConfigError,
-    make_config,
-    optimizer_fields,
-    to_json,
-    unknown_override,
-    validate,
-)
-from unipic2_jax.training.flops import forward_flops, grpo_step_flops
-from unipic2_jax.training.metrics import Metrics, read_rows, smooth
-from unipic2_jax.training.optimizer import make_optimizer, make_schedule, merge_params, split_params
+from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.models.sd3.flops import forward_flops
+from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
+from unipic2_jax.optim.optimizer import make_optimizer, make_schedule, merge_params, optimizer_fields, split_params
+from unipic2_jax.rl.update import grpo_step_flops
+from unipic2_jax.training.config import make_config, to_json, unknown_override, validate
+from unipic2_jax.training.curves import smooth
+from unipic2_jax.training.metrics import Metrics, read_rows
 from unipic2_jax.training.report import compare_stages, table, write_report
 
 
@@ -102,7 +96,7 @@ MISTAKES = [
 
 def test_command_line_mistakes_get_one_sentence(tmp_path):
     (tmp_path / "recipe.py").write_text(RECIPE)
-    script = COMMANDS.format(folder=str(Path(__file__).parent), cases=[flags for flags, _ in MISTAKES])
+    script = COMMANDS.format(folder=str(Path(__file__).parents[1] / "support"), cases=[flags for flags, _ in MISTAKES])
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(

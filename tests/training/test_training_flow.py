@@ -1,27 +1,24 @@
 """Flow and autoencoder stages on a toy: they learn, they touch only what they should, they are functions of their step."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import toy_grpo
 
+from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.data.examples import EXAMPLES, EndlessExamples, Example, make_examples
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.flow.timesteps import TimestepSampling
 from unipic2_jax.models.lora import count_matrices, merge_lora
+from unipic2_jax.models.sd3.lora_file import load_lora
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.training.autoencoder_stage import AutoencoderStage
-from unipic2_jax.training.config import ConfigError, make_stage
-from unipic2_jax.training.flow_stage import FlowStage
+from unipic2_jax.training.config import make_stage
 from unipic2_jax.training.stage import StageContext
+from unipic2_jax.training.stages.autoencoder import AutoencoderStage
+from unipic2_jax.training.stages.flow import FlowStage
 from unipic2_jax.weights import table
-from unipic2_jax.weights.lora import load_lora
 
 
 class ToyExamples(EndlessExamples):

@@ -2,30 +2,26 @@
 
 import multiprocessing
 import signal
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 import toy_flow
 import toy_grpo
+from ml_collections import ConfigDict
 from prepared_files import picture, write_prepared
 
+from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.data.buckets import Bucket
-from unipic2_jax.data.images import decode
-from unipic2_jax.models.precision import PRECISIONS
+from unipic2_jax.optim.optimizer import check_rules, make_optimizer, optimizer_fields
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.training.config import ConfigError, make_stage, optimizer_fields
-from unipic2_jax.training.flow_stage import FlowStage
+from unipic2_jax.pictures.decode import decode
+from unipic2_jax.training.config import make_stage
 from unipic2_jax.training.metrics import read_rows
-from unipic2_jax.training.optimizer import check_rules, make_optimizer
 from unipic2_jax.training.stage import StageContext
+from unipic2_jax.training.stages.flow import FlowStage
+from unipic2_jax.weights.precision import PRECISIONS
 
 # One shape for each task: every shape costs a compilation.
 SQUARE = {Bucket("1:1"): 40, Bucket("1:1", 1): 16}

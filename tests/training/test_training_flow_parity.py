@@ -1,31 +1,27 @@
 """The flow stage against a training loop in PyTorch over diffusers' networks: losses, gradient norms, every weight."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
 import tiny_diffusers
 import toy_grpo
 
 from unipic2_jax.data.buckets import Bucket
 from unipic2_jax.data.examples import EXAMPLES, EndlessExamples, Example
+from unipic2_jax.flow.loss import draw_corruption
 from unipic2_jax.flow.schedule import FlowMatchConfig
-from unipic2_jax.models.mmdit import MMDiT, MMDiTConfig
-from unipic2_jax.models.vae import AutoencoderKL, VAEConfig
+from unipic2_jax.models.sd3 import mmdit_names as mmdit
+from unipic2_jax.models.sd3 import vae_names as vae
+from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
+from unipic2_jax.models.sd3.vae import AutoencoderKL, VAEConfig
+from unipic2_jax.optim.optimizer import merge_params
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training.config import make_stage
-from unipic2_jax.training.flow import draw_corruption
-from unipic2_jax.training.flow_stage import FlowStage
-from unipic2_jax.training.optimizer import merge_params
 from unipic2_jax.training.stage import StageContext
-from unipic2_jax.weights import mmdit, table, vae
+from unipic2_jax.training.stages.flow import FlowStage
+from unipic2_jax.weights import table
 
 torch = pytest.importorskip("torch", reason="parity tests need PyTorch")
 pytest.importorskip("diffusers", reason="parity tests need diffusers")

@@ -11,22 +11,22 @@ import eight_devices
 import jax
 import numpy as np
 import pytest
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
 import toy_grpo
+from PIL import Image
 from toy_grpo import Brightness
 
-from unipic2_jax.models.lora import init_lora, merge_lora, scaled
+from unipic2_jax.core.errors import ConfigError, TrainingPaused
+from unipic2_jax.evaluation.evaluator import check_evaluation, make_evaluators
+from unipic2_jax.models.lora import merge_lora, scaled
+from unipic2_jax.models.sd3.lora import init_lora
+from unipic2_jax.models.sd3.lora_file import save_lora
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.rewards.base import RewardError
-from unipic2_jax.training import grpo_stage, loop
-from unipic2_jax.training.config import ConfigError, TrainingPaused
-from unipic2_jax.training.evaluator import check_evaluation, make_evaluators
+from unipic2_jax.training import loop
 from unipic2_jax.training.metrics import read_evaluations, read_rows
 from unipic2_jax.training.stage import StageContext
+from unipic2_jax.training.stages import grpo as grpo_stage
 from unipic2_jax.weights import table
-from unipic2_jax.weights.lora import save_lora
 
 LOGGED = [
     "reward",
@@ -248,7 +248,7 @@ def test_an_evaluation_without_held_out_prompts_is_left_out(tmp_path):
     }
     for name, fields in evaluations.items():
         check_evaluation(name, fields)
-    assert make_evaluators(evaluations, toy_grpo.load(), context) == []
+    assert make_evaluators(evaluations, toy_grpo.load(), *context.evaluates) == []
     (sentence,) = said  # what has no prompts on purpose needs no word
     assert sentence.startswith("edit: 'edit' is not evaluated") and "\n" not in sentence
     assert sentence.endswith("--config.stages.edit.evaluations.edit.source.path=FILE.")
@@ -260,7 +260,7 @@ def test_an_evaluation_asks_each_prompt_of_a_file_once(tmp_path):
     fields |= {"source": {"kind": "jsonl", "path": str(tmp_path / "heldout.jsonl")}, "num_prompts": 256, "samples": 2}
     context = StageContext("edit", 0, 0, make_mesh(jax.devices()[:1]), tmp_path, log=print)
     bundle = toy_grpo.load(mesh=context.mesh)
-    (evaluator,) = make_evaluators({"toy": fields}, bundle, context)
+    (evaluator,) = make_evaluators({"toy": fields}, bundle, *context.evaluates)
     found = evaluator.run(bundle.params)
     assert found["scores"]["toy/brightness"].shape == (3, 2)
     assert {record.prompt for record in evaluator.records} == {"abc", "bcd", "cde"}
@@ -302,7 +302,7 @@ print("equal", found[0][1]["reward"])
 
 
 def test_eight_devices_do_what_one_does():
-    script = DEVICES.format(folder=str(Path(__file__).parent))
+    script = DEVICES.format(folder=str(Path(__file__).parents[1] / "support"))
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=eight_devices.ENVIRONMENT,

@@ -1,13 +1,7 @@
 """The LoRA that each stage of reinforcement leaves draws in diffusers what it draws here."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 import toy_grpo  # noqa: F401 (registers the reward 'brightness')
 from pipelines_common import small_bundle
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.training import loop
-from unipic2_jax.training.config import ConfigError, make_config, stage_fields
-from unipic2_jax.training.stage import STAGES, Stage
+from unipic2_jax.training.config import make_config
+from unipic2_jax.training.stage import STAGES, Stage, stage_fields
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from configs import pdtr
 from unipic2_jax.models.precision import PRECISIONS
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.rl import rollout
-from unipic2_jax.training import loop
+from unipic2_jax.training import setup
 from unipic2_jax.training.config import validate
 from unipic2_jax.training.grpo_stage import GRPOStage
 from unipic2_jax.training.stage import StageContext
@@ -34,7 +34,7 @@ stage.grpo.window.size = 0
 config, mesh = validate(config), make_mesh(jax.devices()[:1])
 context = StageContext("edit", 0, 0, mesh, Path(folder), log=str, precision=PRECISIONS["mixed"])
 with jax.set_mesh(mesh):
-    made = GRPOStage(config.stages.edit, loop.load_bundle(config, mesh), context)
+    made = GRPOStage(config.stages.edit, setup.load_bundle(config, mesh), context)
     print(json.dumps(made.step(made.init(), 0)[1]))
 """
 

@@ -2,29 +2,25 @@
 
 import os
 import signal
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 import toy_flow
 import toy_grpo
 from prepared_files import write_prepared
 from toy_grpo import Brightness
 
 from configs import kontext, pdtr
+from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.data.buckets import Bucket
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.pipelines.blank import abstract_bundle
+from unipic2_jax.perf.blank_model import abstract_bundle
 from unipic2_jax.training import loop
 from unipic2_jax.training.checkpoints import Checkpoints
-from unipic2_jax.training.config import ConfigError, make_config, validate
-from unipic2_jax.training.flow_stage import FlowStage
+from unipic2_jax.training.config import make_config, validate
+from unipic2_jax.training.stages.flow import FlowStage
 
 BRAIN, SINGLE = jnp.dtype("bfloat16"), np.dtype("float32")
 

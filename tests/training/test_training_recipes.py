@@ -5,10 +5,11 @@ import importlib
 import jax
 import pytest
 
+from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.models.bundle import load_bundle
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.pipelines.bundle import load_bundle
 from unipic2_jax.training import loop
-from unipic2_jax.training.config import ConfigError, validate
+from unipic2_jax.training.config import validate
 from unipic2_jax.training.metrics import read_rows
 from unipic2_jax.training.stage import stage_class
 

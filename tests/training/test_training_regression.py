@@ -12,13 +12,14 @@ from edit_reward_models import RANK, make_model
 from PIL import Image
 
 from configs.edit_reward import get_config
+from unipic2_jax.core.errors import ConfigError, TrainingError
 from unipic2_jax.data.buckets import Bucket
+from unipic2_jax.data.labelled_edits import LabelledEdits
 from unipic2_jax.data.prepared import INDEX, PreparedExample, PreparedIndex, Shard, pack
-from unipic2_jax.data.scored_edits import ScoredEdits
+from unipic2_jax.models.edit_reward.model import EditRewardModel
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.pipelines.edit_reward import EditRewardModel
-from unipic2_jax.training import loop
-from unipic2_jax.training.config import ConfigError, TrainingError, make_stage, validate
+from unipic2_jax.training import setup
+from unipic2_jax.training.config import make_stage, validate
 from unipic2_jax.training.stage import StageContext, stage_class
 
 TARGETS = ("instruction", "quality")
@@ -165,17 +166,17 @@ def test_what_cannot_be_trained_is_said(tmp_path, edits):
     with pytest.raises(ValueError, match=r"--config\.vlm=DIR"):
         config = get_config("lora")
         config.vlm = None
-        loop.load_bundle(config, mesh)
+        setup.load_bundle(config, mesh)
 
 
 def test_data_is_numbered_over_buckets(edits):
-    data = ScoredEdits(edits["data"], ("score",))
+    data = LabelledEdits(edits["data"], ("score",))
     assert len(data) == 96 and data[95].name == "95" and set(data[95].arrays) == {"instruction", "quality", "score"}
 
 
 def test_folders_of_edits_can_be_joined(edits):
-    both = ScoredEdits(f"{edits['data']},{edits['heldout']}", ("score",))
-    heldout = ScoredEdits(edits["heldout"], ("score",))
+    both = LabelledEdits(f"{edits['data']},{edits['heldout']}", ("score",))
+    heldout = LabelledEdits(edits["heldout"], ("score",))
     assert len(both) == 96 + len(heldout)
     assert both[96].image == heldout[0].image and both[95].name == "95"
 

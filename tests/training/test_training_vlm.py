@@ -10,15 +10,16 @@ import pytest
 from PIL import Image
 from qwen_reference import IMAGE, SMALL, processor, reference, tensors
 
+from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.data.questions import make_questions
 from unipic2_jax.evaluation.vqa import score_answers
-from unipic2_jax.models.qwen import Qwen2_5_VL
+from unipic2_jax.models.qwen import names as qwen
+from unipic2_jax.models.qwen.decoder import Qwen2_5_VL
+from unipic2_jax.models.registry import NETWORKS
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.training.config import ConfigError, make_stage
+from unipic2_jax.training.config import make_stage
 from unipic2_jax.training.stage import StageContext, stage_class
-from unipic2_jax.training.vlm import answer_loss
-from unipic2_jax.weights import qwen
-from unipic2_jax.weights.registry import NETWORKS
+from unipic2_jax.training.stages.vlm_loss import answer_loss
 from unipic2_jax.weights.table import to_flax
 
 NETWORK = NETWORKS[SMALL.CLASS_NAME]

@@ -20,10 +20,10 @@ from absl import flags
 from PIL import Image
 
 from unipic2_jax.data.buckets import ASPECTS, MULTIPLE, Bucket, bucket_size, crop_to, nearest_aspect
-from unipic2_jax.data.images import decode
 from unipic2_jax.data.prepared import PreparedExample
-from unipic2_jax.data.records import BadRecord, RecordSource
+from unipic2_jax.data.records import RecordSource
 from unipic2_jax.data.text import check_unicode
+from unipic2_jax.pictures.decode import BadRecord, decode
 
 # Reasons to leave out sound records; all others are those of bad ones, which are limited in number.
 FILTERS = ("too-small", "aspect", "empty-prompt", "long-prompt", "pair-size", "duplicate")

@@ -13,18 +13,13 @@ from typing import Any, ClassVar, Protocol
 import grain
 import numpy as np
 
+from unipic2_jax.core.registry import Registry
 from unipic2_jax.data.buckets import Bucket
-from unipic2_jax.data.images import decode
-from unipic2_jax.data.kinds import make_kind
 from unipic2_jax.data.prepared import PreparedBucket, PreparedExample, PreparedIndex
+from unipic2_jax.pictures.decode import decode
 
-# Kind -> 'module:class'; a class takes (seed, task, **options) and is an ExampleSource.
-EXAMPLES: dict[str, Any] = {
-    "shapes": "unipic2_jax.data.shapes.sources:ShapesExamples",
-    "prepared": "unipic2_jax.data.examples:PreparedExamples",
-    "mixture": "unipic2_jax.data.examples:MixtureExamples",
-    "blank": "unipic2_jax.data.blank:BlankExamples",
-}
+# Kinds. A class takes (seed, task, **options) and is an ExampleSource.
+EXAMPLES = Registry("data source")
 TASKS = ("t2i", "edit", "image")
 
 
@@ -72,7 +67,7 @@ def make_examples(config: Mapping[str, Any], seed: int, task: str) -> ExampleSou
     """
     if task not in TASKS:
         raise ValueError(f"The task '{task}' does not exist; choose one of {', '.join(TASKS)}.")
-    return make_kind(EXAMPLES, "data source", config, seed=seed, task=task)
+    return EXAMPLES.make(config, seed=seed, task=task)
 
 
 class EndlessExamples:
@@ -92,6 +87,7 @@ class EndlessExamples:
         return grain.MapDataset.range(sys.maxsize).map(self.example)
 
 
+@EXAMPLES.register("prepared")
 class PreparedExamples:
     """A folder that `launch.prepare_data` wrote, in a new order each time it has been gone through.
 
@@ -138,6 +134,7 @@ class PreparedExamples:
         return Example(image, found.prompt, references, arrays)
 
 
+@EXAMPLES.register("mixture")
 class MixtureExamples:
     """Several sources, of which each gives its part of every bucket.
 

@@ -33,7 +33,8 @@ from tqdm import tqdm
 from unipic2_jax.data.buckets import Bucket, bucket_size
 from unipic2_jax.data.examine import DIGEST_BYTES, Dropped, Examine, Kept, Settings, examined_records
 from unipic2_jax.data.prepared import INDEX, PreparedIndex, Shard, pack
-from unipic2_jax.data.records import BadRecord, RecordSource
+from unipic2_jax.data.records import RecordSource
+from unipic2_jax.pictures.decode import BadRecord
 
 JOURNAL, DROPPED = "journal", "dropped.jsonl"
 SUFFIX, UNFINISHED = ".array_record", ".part"

@@ -13,20 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from tqdm import tqdm
 
-from unipic2_jax.data.images import decode
-from unipic2_jax.data.kinds import make_kind
+from unipic2_jax.core.registry import Registry
 from unipic2_jax.data.readers.fields import parse_json, parse_task
-from unipic2_jax.data.records import BadRecord
 from unipic2_jax.data.text import read_text
+from unipic2_jax.pictures.decode import BadRecord, decode
 
-# Kind -> 'module:class'; a class takes (seed, **options) and is a PromptSource.
-SOURCES: dict[str, Any] = {
-    "shapes": "unipic2_jax.data.shapes.sources:ShapesSource",
-    "jsonl": "unipic2_jax.data.prompts:JSONLSource",
-    "geneval": "unipic2_jax.data.geneval_prompts:OfficialSource",
-    "turns": "unipic2_jax.data.prompts:TurnsSource",
-    "blank": "unipic2_jax.data.blank:BlankSource",
-}
+# Kinds. A class takes (seed, **options) and is a PromptSource.
+SOURCES = Registry("prompt source")
 
 # Stands for a picture that is not needed yet.
 UNREAD = np.zeros((1, 1, 3), np.uint8)
@@ -86,7 +79,7 @@ def make_source(config: Mapping[str, Any], seed: int) -> PromptSource:
     Raises:
       ValueError: for an unknown kind or option.
     """
-    return make_kind(SOURCES, "prompt source", config, seed=seed)
+    return SOURCES.make(config, seed=seed)
 
 
 def look_through(source: PromptSource, memory: Path | None = None) -> None:
@@ -129,6 +122,7 @@ def _problem(path: Path, place: str) -> str | None:
     return None
 
 
+@SOURCES.register("jsonl")
 class JSONLSource:
     """Tasks from a file with one JSON object per line: GenEval metadata, or a manifest of edits.
 
@@ -210,6 +204,7 @@ class JSONLSource:
         return PromptRecord(row["prompt"], image, row["metadata"])
 
 
+@SOURCES.register("turns")
 class TurnsSource:
     """Several sources that take turns, a step each, so that one stage can train edits and text-to-image.
 

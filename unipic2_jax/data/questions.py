@@ -8,12 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from unipic2_jax.data.kinds import make_kind
+from unipic2_jax.core.registry import Registry
 
-# Kind -> 'module:class'; a class takes (seed, **options) and is a QuestionSource.
-QUESTIONS: dict[str, Any] = {
-    "shapes": "unipic2_jax.data.shapes.sources:ShapesQuestions",
-}
+# Kinds. A class takes (seed, **options) and is a QuestionSource.
+QUESTIONS = Registry("source of questions")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,4 +36,4 @@ def make_questions(config: Mapping[str, Any], seed: int) -> QuestionSource:
     Raises:
       ValueError: for an unknown kind or option.
     """
-    return make_kind(QUESTIONS, "source of questions", config, seed=seed)
+    return QUESTIONS.make(config, seed=seed)

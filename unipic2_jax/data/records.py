@@ -7,37 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
+from unipic2_jax.core.registry import Registry
+from unipic2_jax.pictures.decode import Encoded
 
-from unipic2_jax.data.kinds import make_kind
-
-# Kind -> 'module:class'; a class takes (**options) and is a RecordSource.
-RECORDS: dict[str, Any] = {
-    "jsonl": "unipic2_jax.data.readers.jsonl:JSONLRecords",
-    "folder": "unipic2_jax.data.readers.folder:FolderRecords",
-    "webdataset": "unipic2_jax.data.readers.webdataset:WebDatasetRecords",
-    "parquet": "unipic2_jax.data.readers.parquet:ParquetRecords",
-    "tfds": "unipic2_jax.data.readers.tfds:TFDSRecords",
-    "prepared": "unipic2_jax.data.readers.prepared:PreparedRecords",
-    "shapes": "unipic2_jax.data.readers.shapes:ShapesRecords",
-}
-
-# A picture that is not decoded yet: a file, a file's bytes, or pixels uint8 [H, W, 3].
-Encoded = Path | bytes | np.ndarray
-
-
-class BadRecord(ValueError):
-    """A record that cannot be used; `reason` is a short slug to count by ('not-json'), the message one sentence."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self):  # both arguments survive the way back from a worker process
-        return BadRecord, (self.reason, str(self))
+# Kinds. A class takes (**options) and is a RecordSource.
+RECORDS = Registry("kind of records")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,4 +50,4 @@ def make_records(config: Mapping[str, Any]) -> RecordSource:
       FileNotFoundError: what it names does not exist.
       ValueError: for an unknown kind or option, or a source without records.
     """
-    return make_kind(RECORDS, "kind of records", config)
+    return RECORDS.make(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from unipic2_jax.data.records import BadRecord
+from unipic2_jax.pictures.decode import BadRecord
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -10,8 +10,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from unipic2_jax.data.questions import Question
+from unipic2_jax.models.qwen.processor import user_message
 from unipic2_jax.pipelines.chat import ChatModel
-from unipic2_jax.pipelines.vlm import user_message
 
 # Held-out questions are numbered by this seed, which training never uses.
 HELD_OUT_SEED = 2**31 + 1

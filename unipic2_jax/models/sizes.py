@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from unipic2_jax.models.clip import CLIP_BIGG, CLIP_L, CLIPTextConfig
 from unipic2_jax.models.config import ModelConfig
-from unipic2_jax.models.connector import ConnectorConfig, MetaQueryConfig
-from unipic2_jax.models.mmdit import MMDiTConfig
-from unipic2_jax.models.qwen import QWEN2_5_VL_3B, QWEN2_5_VL_7B, Qwen2_5_VLConfig
-from unipic2_jax.models.qwen_vision import Qwen2_5_VLVisionConfig
-from unipic2_jax.models.t5 import T5Config
-from unipic2_jax.models.vae import VAEConfig
+from unipic2_jax.models.metaquery.connector import ConnectorConfig, MetaQueryConfig
+from unipic2_jax.models.qwen.decoder import QWEN2_5_VL_3B, QWEN2_5_VL_7B, Qwen2_5_VLConfig
+from unipic2_jax.models.qwen.vision import Qwen2_5_VLVisionConfig
+from unipic2_jax.models.sd3.clip import CLIP_BIGG, CLIP_L, CLIPTextConfig
+from unipic2_jax.models.sd3.mmdit import MMDiTConfig
+from unipic2_jax.models.sd3.t5 import T5Config
+from unipic2_jax.models.sd3.vae import VAEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ TINY = ModelSizes(
 )
 
 # UniPic2-Tiny with a language model of its own instead of the text encoders. Vocabulary and special tokens are those of
-# pipelines/tiny_vlm.py for the words of the shapes world.
+# shapes/vlm_processor.py for the words of the shapes world.
 TINY_METAQUERY = ModelSizes(
     transformer=TINY.transformer,
     vae=TINY.vae,

@@ -215,7 +215,7 @@ def local_rows(mesh: Mesh, batch: int, process: int | None = None) -> np.ndarray
     """The numbers [n] of the rows of a batch that this process's devices hold, ascending; in a run of one process, all.
 
     They have gaps where a host's devices are no neighbours along the axes of a batch, as on a torus. Processes between which
-    'tensor' or 'sequence' is split hold the same rows: see `leaders`.
+    'tensor' or 'sequence' is split hold the same rows: see `row_owners`.
 
     Args:
       process: instead of this one.
@@ -230,7 +230,7 @@ def local_rows(mesh: Mesh, batch: int, process: int | None = None) -> np.ndarray
     return np.arange(batch).reshape(batch_shards(mesh), -1)[list(parts)].ravel()
 
 
-def leaders(mesh: Mesh) -> list[int]:
+def row_owners(mesh: Mesh) -> list[int]:
     """For each process the first of those that hold the same rows of a batch. They do the same, and the first one is heard."""
     if jax.process_count() == 1:
         return [0]
@@ -244,14 +244,14 @@ def gather_rows(values: np.ndarray, mesh: Mesh, batch: int) -> np.ndarray:
         return values
     everyone = multihost_utils.process_allgather(values)
     whole = np.empty((batch, *values.shape[1:]), values.dtype)
-    for process in set(leaders(mesh)):
+    for process in set(row_owners(mesh)):
         whole[local_rows(mesh, batch, process)] = everyone[process]
     return whole
 
 
 def own_share(count: int, mesh: Mesh) -> slice:
-    """Which of `count` things this process does when they are shared as evenly as possible; `leaders` do those of others."""
-    leading = leaders(mesh)
+    """Which of `count` things this process does when they are shared as evenly as possible; `row_owners` do those of others."""
+    leading = row_owners(mesh)
     different = sorted(set(leading))
     bounds = np.arange(len(different) + 1) * count // len(different)
     own = different.index(leading[jax.process_index()])
@@ -263,10 +263,10 @@ def gather_json(value: Any, mesh: Mesh) -> list[Any]:
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    padded = np.zeros(agreed(len(text)), np.uint8)
+    padded = np.zeros(max_over_processes(len(text)), np.uint8)
     padded[: len(text)] = text
     lengths, texts = multihost_utils.process_allgather((np.asarray(len(text)), padded))
-    return [json.loads(texts[process][: lengths[process]].tobytes()) for process in sorted(set(leaders(mesh)))]
+    return [json.loads(texts[process][: lengths[process]].tobytes()) for process in sorted(set(row_owners(mesh)))]
 
 
 def to_host(x: jax.Array) -> np.ndarray:
@@ -292,7 +292,7 @@ def _is_here(x: jax.Array) -> bool:
     return x.is_fully_addressable or x.is_fully_replicated
 
 
-def agreed(value: int) -> int:
+def max_over_processes(value: int) -> int:
     """The largest of all processes' values, so that all of them do the same."""
     if jax.process_count() == 1:
         return value

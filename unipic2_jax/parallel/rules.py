@@ -66,7 +66,7 @@ PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
     (r"/to(_add)?_out/b$", (None, "embed")),
     (r"/attn/\w+/a$", ("embed", None)),
     (r"/attn/\w+/b$", (None, "heads")),
-    # LoRA of a language model's decoder, see models/edit_reward.py.
+    # LoRA of a language model's decoder, see models/edit_reward/network.py.
     (r"/([qkv]_proj|gate_proj|up_proj)/a$", ("embed", None)),
     (r"/([qkv]_proj|gate_proj|up_proj)/b$", (None, "heads")),
     (r"/(o_proj|down_proj)/a$", ("heads", None)),

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
+from unipic2_jax.core.assets import TINY, TINY_EDIT_REWARD, TINY_METAQUERY
+from unipic2_jax.models.bundle import Bundle, init_bundle, load_bundle, save_bundle
 from unipic2_jax.pipelines import adapters
-from unipic2_jax.pipelines.bundle import Bundle, init_bundle, load_bundle, save_bundle
 from unipic2_jax.pipelines.pipeline import Pipeline, PipelineOutput
-
-# The pretrained tiny models that ship with the project: with text encoders, with a language model that sees, and the EditReward
-# that stands on that language model.
-TINY, TINY_METAQUERY, TINY_EDIT_REWARD = (
-    str(Path(__file__).resolve().parents[1] / "assets" / name)
-    for name in ("tiny", "tiny_metaquery", "tiny_edit_reward")
-)
 
 __all__ = [
     "TINY",

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from unipic2_jax.models.bundle import Bundle, find_model
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.lora import joined
-from unipic2_jax.pipelines.bundle import Bundle, find_model
-from unipic2_jax.weights import lora
+from unipic2_jax.models.sd3 import lora_file as lora
 
 HUB_PATTERNS = ("*.safetensors", lora.PEFT_CONFIG)
 

@@ -11,13 +11,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from unipic2_jax.data.images import to_pil
-from unipic2_jax.models.precision import check_dtype
-from unipic2_jax.models.qwen import Qwen2_5_VL, Qwen2_5_VLConfig
-from unipic2_jax.pipelines.bundle import VLM_PATTERNS, find_model
-from unipic2_jax.pipelines.text_generation import GREEDY, SamplingConfig, generate
-from unipic2_jax.pipelines.vlm import Message, VLMProcessor
-from unipic2_jax.weights import native, qwen, registry
+from unipic2_jax.models import registry
+from unipic2_jax.models.bundle import VLM_PATTERNS, find_model
+from unipic2_jax.models.qwen import names as qwen
+from unipic2_jax.models.qwen.decoder import Qwen2_5_VL, Qwen2_5_VLConfig
+from unipic2_jax.models.qwen.generation import GREEDY, SamplingConfig, generate
+from unipic2_jax.models.qwen.processor import Message, VLMProcessor
+from unipic2_jax.pictures.decode import to_pil
+from unipic2_jax.weights import native
+from unipic2_jax.weights.precision import check_dtype
 
 
 @dataclasses.dataclass(frozen=True)

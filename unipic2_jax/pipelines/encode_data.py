@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from unipic2_jax.models.bundle import Bundle
+from unipic2_jax.models.sampling import encode_moments, from_uint8
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh, shard_batch
-from unipic2_jax.pipelines.bundle import Bundle
-from unipic2_jax.pipelines.sampling import encode_moments, from_uint8
 
 STORES = ("latents", "conditioning")
 DTYPES = ("float16", "float32")

@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from unipic2_jax.data.images import read_image
 from unipic2_jax.data.readers.fields import parse_json, parse_task
 from unipic2_jax.data.text import check_unicode, read_lines
-from unipic2_jax.evaluation.grids import contact_sheet
+from unipic2_jax.pictures.decode import read_image
+from unipic2_jax.pictures.sheet import contact_sheet
 from unipic2_jax.pipelines.pipeline import Pipeline
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

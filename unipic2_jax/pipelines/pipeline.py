@@ -17,15 +17,16 @@ from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
-from unipic2_jax.data.images import to_pil
 from unipic2_jax.flow.seeds import folded
+from unipic2_jax.models import sampling
+from unipic2_jax.models.bundle import Bundle
+from unipic2_jax.models.conditioner import check_prompts
 from unipic2_jax.models.lora import joined
+from unipic2_jax.models.sd3.lora_file import Adapter
 from unipic2_jax.parallel.mesh import batch_shards, shard_batch
-from unipic2_jax.pipelines import adapters, sampling
-from unipic2_jax.pipelines import images as pictures
-from unipic2_jax.pipelines.bundle import Bundle
-from unipic2_jax.pipelines.conditioner import check_prompts
-from unipic2_jax.weights.lora import Adapter
+from unipic2_jax.pictures import resize as pictures
+from unipic2_jax.pictures.decode import to_pil
+from unipic2_jax.pipelines import adapters
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 REFERENCE_MODES = ("sample", "mode")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -12,18 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from unipic2_jax.core.registry import Registry
 from unipic2_jax.data.prompts import PromptRecord
 
-# Kind -> 'module:class'; a class takes the options of its reward.
-REWARDS: dict[str, Any] = {
-    "shapes_t2i": "unipic2_jax.rewards.shapes:ShapesT2IReward",
-    "shapes_edit": "unipic2_jax.rewards.shapes:ShapesEditReward",
-    "judge": "unipic2_jax.rewards.judge:JudgeReward",
-    "remote": "unipic2_jax.rewards.remote:RemoteReward",
-    "geneval": "unipic2_jax.rewards.geneval_reward:GenEvalReward",
-    "ocr": "unipic2_jax.rewards.ocr:OCRReward",
-    "editreward": "unipic2_jax.pipelines.edit_scoring:EditRewardReward",
-}
+# Kinds. A class takes the options of its reward.
+REWARDS = Registry("reward")
 
 
 class RewardError(RuntimeError):
@@ -156,31 +148,11 @@ def check_package(package: str, requirements: str, what: str) -> None:
         )
 
 
-def reward_class(kind: str) -> Any:
-    """The class of this kind of reward.
-
-    Raises:
-      ValueError: for a kind that is not in `REWARDS`.
-    """
-    if kind not in REWARDS:
-        raise ValueError(f"The reward '{kind}' does not exist; choose one of {', '.join(sorted(REWARDS))}.")
-    maker = REWARDS[kind]
-    if isinstance(maker, str):
-        module, attribute = maker.split(":")
-        maker = getattr(importlib.import_module(module), attribute)
-    return maker
-
-
 def make_reward(kind: str, mesh: jax.sharding.Mesh | None = None, **options: Any) -> Reward:
     """The reward of this kind; `mesh` is for those that compute on it.
 
     Raises:
       ValueError: for a kind that is not in `REWARDS`, or options that it does not take.
     """
-    maker = reward_class(kind)
-    if maker.on_mesh:
-        options["mesh"] = mesh
-    try:
-        return maker(**options)
-    except TypeError as error:
-        raise ValueError(f"The reward '{kind}' does not take these options ({error}); correct them.") from error
+    given = {"mesh": mesh} if REWARDS.find(kind).on_mesh else {}
+    return REWARDS.make({"kind": kind, **options}, **given)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from unipic2_jax.data.prompts import PromptRecord
-from unipic2_jax.rewards.base import Reward, Scores, check_package
+from unipic2_jax.rewards.base import REWARDS, Reward, Scores, check_package
 
 # The first part of a prompt between straight or curly double quotation marks.
 QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
@@ -53,6 +53,7 @@ def similarity(read: str, wanted: str) -> float:
     return 1 - min(Levenshtein.distance(read, wanted), len(wanted)) / len(wanted)
 
 
+@REWARDS.register("ocr")
 @dataclasses.dataclass(frozen=True)
 class OCRReward(Reward):
     """Reads each picture. The detail `correct` is 1 where the whole text stands in it.

@@ -15,9 +15,9 @@ import numpy as np
 import tenacity
 
 from unipic2_jax.data.prompts import FinitePromptSource, PromptRecord, PromptSource
-from unipic2_jax.models.precision import PRECISIONS, Precision
-from unipic2_jax.rewards.base import Calls, Reward, RewardError, Scores, make_reward, reward_class
-from unipic2_jax.rl.advantages import NORMALIZATIONS
+from unipic2_jax.rewards.base import REWARDS, Calls, Reward, RewardError, Scores, make_reward
+from unipic2_jax.rewards.combine import NORMALIZATIONS
+from unipic2_jax.weights.precision import PRECISIONS, Precision
 
 LONGEST_PAUSE = 60.0  # between two tries; a server that asks for more gets what it asks for, within `Calls.patience`
 CALL_FIELDS = tuple(field.name for field in dataclasses.fields(Calls))
@@ -77,9 +77,9 @@ def make_entries(
         try:
             kind = options.pop("kind", name)
             # What computes on the mesh is called once for all, in the main thread: there is nothing to decide about its calls.
-            taken = () if reward_class(kind).on_mesh else CALL_FIELDS
+            taken = () if REWARDS.find(kind).on_mesh else CALL_FIELDS
             calls = {field: options.pop(field) for field in taken if field in options}
-            if reward_class(kind).on_mesh:
+            if REWARDS.find(kind).on_mesh:
                 options.setdefault("precision", precision)
             reward = make_reward(kind, mesh, **options)
             if isinstance(own.get("datasets"), str):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from unipic2_jax.flow.sde import log_prob, sde_step_mean_std
+from unipic2_jax.optim.ema import ema_update
 from unipic2_jax.parallel.rules import constrain, constrain_parameters
 from unipic2_jax.rl.config import GRPOConfig
-from unipic2_jax.rl.ema import ema_update
 from unipic2_jax.rl.objective import grpo_loss
 from unipic2_jax.rl.rollout import PolicyFn, Trajectory, draw_window, jit_exactly, once_per_group, rollout
 
@@ -337,3 +337,22 @@ def make_update(
         return state, _combine(metrics)
 
     return jit_exactly(run, **jit_options)
+
+
+def grpo_step_flops(
+    forward: int, sampled: int, trained: int, reference: bool, old: int = 0, trains_weights: bool = False
+) -> int:
+    """One GRPO iteration: sampling, the policy's forward and backward pass, the forward passes of the reference and of the old policy.
+
+    The backward pass of a LoRA policy is one more forward's worth: gradients go through the frozen matrices and not
+    into them. Recomputed activations do not count, as usual for model FLOPs; neither do the VAE and text encoders.
+
+    Args:
+      forward: of one sample and branch, from `forward_flops`.
+      sampled, trained: evaluations (samples x steps x branches of guidance) of the sampler and of the trainer.
+      reference: whether a reference policy is evaluated.
+      old: evaluations of the old policy by the trainer, whose log-probabilities the algorithm needs: those of all optimizer steps
+        of a rollout but the first, or none where the sampler's are used.
+      trains_weights: whether the transformer's own weights are trained instead of a LoRA: their gradients are one forward's worth more.
+    """
+    return forward * (sampled + trained * (2 + reference + trains_weights) + old)

@@ -18,9 +18,9 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from orbax.checkpoint import v1
 
-from unipic2_jax.parallel.processes import agreed, is_lost_peer, is_main
+from unipic2_jax.core.errors import ConfigError, TrainingError
+from unipic2_jax.parallel.processes import is_lost_peer, is_main, max_over_processes
 from unipic2_jax.parallel.rules import shardings
-from unipic2_jax.training.config import ConfigError, TrainingError
 
 VERIFY_BYTES = 1 << 28  # read back at a time
 
@@ -134,12 +134,12 @@ class Checkpoints:
         steps = self.steps()
         if steps and steps[-1] not in self.verified:
             reading = self.readings.pop(steps[-1], None)
-            if not patient and agreed(is_main() and not (reading and reading.done())):
+            if not patient and max_over_processes(is_main() and not (reading and reading.done())):
                 return
             wrong = None
             if is_main():
                 wrong = reading.result() if reading else self._damaged(steps[-1])
-            if agreed(wrong is not None):
+            if max_over_processes(wrong is not None):
                 self.log(
                     f"Checkpoint {self.path(steps[-1])} was written and reads back damaged ({wrong}); it is removed."
                 )
@@ -326,7 +326,7 @@ def _everywhere(read: Callable[[], Any]) -> Any:
         found = read()
     except Exception as error:
         failure = error
-    if agreed(failure is not None):
+    if max_over_processes(failure is not None):
         raise failure or ValueError("another process could not read it")
     return found
 

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from unipic2_jax.core.errors import ConfigError, nearest
+from unipic2_jax.core.files import write_text
 from unipic2_jax.flow.seeds import folded
-from unipic2_jax.models.precision import PRECISIONS
 from unipic2_jax.parallel.mesh import AXES, PRESETS
-
-
-class ConfigError(ValueError):
-    """Something in the configuration that its author has to change; the message is one sentence."""
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message is one sentence with the remedy."""
-
-
-class TrainingPaused(TrainingError):
-    """What a step needs is not to be had now; it has not touched the state, which the loop saves before it leaves."""
-
+from unipic2_jax.weights.precision import PRECISIONS
 
 # A preset that stands for the fastest one that fits, see training.split.
 AUTO = "auto"
@@ -75,42 +62,6 @@ def base_config() -> ConfigDict:
                 "slices": 1,
                 "gather": "update",
             },
-        }
-    )
-
-
-def stage_fields() -> ConfigDict:
-    """The fields that stages of every kind have; a kind adds its own to these."""
-    return ConfigDict(
-        {
-            "kind": "",
-            # One of config.models, or None for the run's own. It takes over, by name, all that stages before it have trained.
-            "model": config_dict.placeholder(str),
-            "steps": 1000,
-            "save_every": 100,
-            "eval_every": 0,  # 0: only before and after the stage
-            "log_every": 1,
-            "optimizer": optimizer_fields(),
-        }
-    )
-
-
-def optimizer_fields() -> ConfigDict:
-    """AdamW with the paper's betas, epsilon and weight decay."""
-    return ConfigDict(
-        {
-            "name": "adamw",  # adamw | adam
-            "lr": 1e-4,
-            "schedule": "constant",  # constant | cosine | trapezoid, after a linear warm-up
-            "warmup": 0,  # steps
-            "end_lr": 0.0,  # what cosine and trapezoid end at
-            "decay": 0.2,  # last part of a trapezoid, in which the rate falls
-            "betas": (0.9, 0.95),
-            "eps": 1e-8,
-            "weight_decay": 0.05,
-            "clip_norm": 1.0,  # 0: no clipping
-            "trainable": ".*",  # a regex on 'path/to/leaf'; what it does not match stays frozen
-            "lr_scales": (),  # ((regex, factor), ...): of the learning rate; the first that matches a trained leaf counts
         }
     )
 
@@ -211,13 +162,6 @@ def model_config(config: ConfigDict, name: str | None) -> ConfigDict:
     return changed
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: '; did you mean 'x'?', or the list of what there is."""
-    known = sorted(known)
-    match = difflib.get_close_matches(name, known, 1, 0.6)
-    return f"; did you mean '{match[0]}'?" if match else f"; it has {', '.join(known) or 'nothing'}."
-
-
 def unknown_override(config: ConfigDict, path: str) -> str | None:
     """The sentence about `--config.{path}` when the configuration has no such field, else None."""
     node: Any = config
@@ -301,13 +245,6 @@ def _has_begun(workdir: Path, index: int) -> bool:
 def write_config(config: ConfigDict, path: Path) -> None:
     """Writes the resolved configuration as JSON, whole or not at all."""
     write_text(path, to_json(config))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is either the old one or the new one, whenever the process dies."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def to_json(config: ConfigDict) -> str:

@@ -7,39 +7,41 @@ import dataclasses
 import functools
 import math
 import os
-import re
-import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from flax import traverse_util
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from unipic2_jax.core.errors import TrainingError, TrainingPaused
 from unipic2_jax.data.prompts import look_through
 from unipic2_jax.models.attention import check_implementation
-from unipic2_jax.models.precision import PRECISIONS, Precision
-from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.parallel.processes import agreed, end, is_lost_peer, is_main, tree_to_host, wait_for_all
+from unipic2_jax.parallel.processes import end, is_lost_peer, is_main, max_over_processes, tree_to_host, wait_for_all
 from unipic2_jax.training import config as config_lib
-from unipic2_jax.training import split
 from unipic2_jax.training.checkpoints import Checkpoints
-from unipic2_jax.training.config import TrainingError, TrainingPaused
-from unipic2_jax.training.metrics import Metrics, draw_curves, read_evaluations
+from unipic2_jax.training.curves import draw_curves
+from unipic2_jax.training.metrics import Metrics, read_evaluations
 from unipic2_jax.training.report import write_report
+from unipic2_jax.training.setup import (
+    check_writable,
+    config_mesh,
+    load_bundle,
+    save_bundle,
+    shared,
+    tell,
+    use_compilation_cache,
+    with_copies,
+)
+from unipic2_jax.training.signals import Signals
 from unipic2_jax.training.stage import Stage, StageContext, stage_class
+from unipic2_jax.weights.precision import PRECISIONS
 
-EDIT_REWARD = "edit_reward"  # what config.model says when no picture is drawn but edits are scored
 CURVES_EVERY = 60.0  # seconds; drawing takes about one
-# Seconds after a signal in which the main thread can leave by itself, and in which a signal that comes twice is one.
-GRACE = 5.0
-POLL = 0.2
 
 
 def run(
@@ -49,6 +51,7 @@ def run(
     mesh: jax.sharding.Mesh | None = None,
     load: Callable[[ConfigDict, jax.sharding.Mesh], Any] | None = None,
     save: Callable[[Any, Path, Collection[str]], None] | None = None,
+    split: Callable[[ConfigDict, Callable[[str], None]], ConfigDict] | None = None,
     own_process: bool = False,
 ) -> Path:
     """Runs the stages of `config.schedule` in `workdir`, continuing what is there, and exports the final model.
@@ -63,6 +66,7 @@ def run(
       mesh: devices; all of them in the shape of `config.parallel` by default.
       load, save: how a bundle is made from the configuration, and written, with the paths of the leaves that are not as they
         were read; diffusers layout by default.
+      split: what puts a split in place of `parallel.preset='auto'` where there are several accelerators: `perf.split.resolved`.
       own_process: the process is for this run alone, so that a signal may end it where Python cannot be interrupted, and
         without waiting for what still compiles.
 
@@ -76,7 +80,7 @@ def run(
     """
     config = config_lib.validate(config)
     # Every split shares a batch over all devices, so that stages are checked before one is chosen, which takes a while.
-    found = mesh or config_mesh(split.copies(config))
+    found = mesh or config_mesh(with_copies(config))
     with jax.set_mesh(found):
         try:
             check_implementation(config.attention)
@@ -90,11 +94,11 @@ def run(
     workdir = Path(workdir)
     check_writable(workdir)
     for sentence in config_lib.check_same_run(config, workdir / "config.json"):
-        _tell(sentence)
+        tell(sentence)
     _look_through(config, workdir / "looked_through.txt")
     use_compilation_cache(workdir)
     if mesh is None:
-        config = split.resolved(config, _tell)
+        config = shared(config, split)
         mesh = config_mesh(config)
     # A language model that came from a folder of its own stays there.
     with_vlm = config_lib.model_config(config, config.stages[config.schedule[-1]].model).vlm is None
@@ -121,176 +125,6 @@ def _look_through(config: ConfigDict, memory: Path) -> None:
                 look_through(source, memory)
             except ValueError as error:
                 raise config_lib.ConfigError(f"config.stages.{name}: {error}") from error
-
-
-def check_writable(workdir: Path) -> None:
-    """Makes the folder of a run, before anything is computed.
-
-    Raises:
-      ConfigError: when nothing can be written there, or it is the address of a bucket.
-    """
-    if re.match(r"\w{2,}:/", str(workdir)):  # Path makes one slash of two
-        raise config_lib.ConfigError(
-            f"The workdir {workdir} is an address and not a folder; mount it, and give the path as --workdir."
-        )
-    probe = workdir / f".writable{os.getpid()}"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise config_lib.ConfigError(
-            f"The workdir {workdir} cannot be written ({error.strerror}); repair it or choose another --workdir."
-        ) from error
-
-
-def _tell(sentence: str) -> None:
-    """Before there is a progress bar; of several processes one speaks."""
-    if is_main():
-        print(sentence, file=sys.stderr, flush=True)
-
-
-def config_mesh(config: ConfigDict) -> jax.sharding.Mesh:
-    """All devices, in the shape that `config.parallel` asks for."""
-    try:
-        return make_mesh(None, *config_lib.mesh_fields(config.parallel))
-    except ValueError as error:
-        raise config_lib.ConfigError(f"config.parallel: {error}") from error
-
-
-def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
-    """The model a run starts from: the folder `config.init`, or random weights of the size `config.model`."""
-    from unipic2_jax.pipelines import bundle
-
-    precision = PRECISIONS[config.precision]
-    if config.model == EDIT_REWARD:
-        from unipic2_jax.pipelines.edit_reward import EditRewardModel
-
-        return EditRewardModel.start(config.init, config.vlm, config.settings.to_dict(), mesh, precision)
-    if config.init is not None:
-        found = bundle.load_bundle(config.init, precision, mesh, config.vlm)
-    else:
-        options = {"parts": config.parts.to_dict(), "zero_projectors": config.zero_projectors}
-        found = bundle.init_bundle(config.model, config.seed, mesh=mesh, dtype=precision, **options)
-    settings, known = config.settings.to_dict(), found.conditioner.SETTINGS
-    if unknown := [name for name in settings if name not in known]:
-        raise config_lib.ConfigError(
-            f"config.settings.{unknown[0]} is no setting of this model's conditioner"
-            + config_lib.nearest(unknown[0], known)
-        )
-    return found.replace(
-        transformer=found.transformer.clone(attention_implementation=config.attention),
-        conditioner=dataclasses.replace(found.conditioner, **settings),
-    )
-
-
-def save_bundle(
-    bundle: Any,
-    folder: Path,
-    changed: Collection[str],
-    *,
-    with_vlm: bool = True,
-    precision: Precision = PRECISIONS["float32"],
-) -> None:
-    """Writes a bundle in diffusers layout, or an EditReward in its own: in float32, or in the dtypes of the files that it came
-    from, with a copy of what is not `changed`, as the policy wants it.
-    """
-    from unipic2_jax.pipelines import bundle as bundle_lib
-
-    if not isinstance(bundle, bundle_lib.Bundle):
-        bundle.save(folder, changed=changed if precision.as_files else None)
-    elif precision.as_files:
-        bundle_lib.save_bundle(bundle, folder, None, with_vlm, changed)
-    else:
-        bundle_lib.save_bundle(bundle, folder, with_vlm=with_vlm)
-
-
-def use_compilation_cache(workdir: str | os.PathLike) -> None:
-    """Keeps compiled programs in $JAX_COMPILATION_CACHE_DIR, else beside the runs, so that a second start is quick."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute().parent / ".cache" / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-class _Signals:
-    """Notes SIGTERM and SIGINT so that the loop can save first; a second SIGINT interrupts at once.
-
-    Python runs handlers in the main thread between two bytecodes: a signal would wait for the end of a compilation. In a process
-    of the run's own a thread sees it when it comes, and ends the process where that loses nothing: when all steps are saved and
-    the main thread has not left by itself for `GRACE` seconds, as it would between two steps. The same signal again after these
-    ends it at once.
-
-    Attributes:
-      received: the signal that the loop should leave after, or 0.
-      unsaved: whether there are steps that no checkpoint has; the loop says so.
-      saving: whether a checkpoint is being written in the background.
-    """
-
-    def __init__(self, saving: Callable[[], bool], own_process: bool):
-        self.received, self.unsaved, self.saving, self.own_process = 0, False, saving, own_process
-
-    def __enter__(self):
-        self.old, self.over = {}, threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self.old[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread, where Python allows no handlers
-                return self
-        if not self.own_process:
-            return self
-        self.seen, written = socket.socketpair()
-        written.setblocking(False)
-        self.written, self.old_written = written, signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
-        self.watcher = threading.Thread(target=self._watch, daemon=True)
-        self.watcher.start()
-        return self
-
-    def _note(self, number, frame):
-        del frame
-        if self.received == signal.SIGINT == number and not self.own_process:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def _watch(self) -> None:
-        """Waits for the first signal, then for a moment at which to leave."""
-        self.seen.settimeout(POLL)
-        number, at = 0, 0.0
-        while not self.over.is_set():
-            try:
-                came = self.seen.recv(64)
-            except TimeoutError:
-                came = b""
-            came = [byte for byte in came if byte in self.old]
-            now = time.monotonic()
-            # While Orbax runs its event loop in the main thread signals are told to that: the handler has noted this one.
-            if first := not number and (came[0] if came else self.received):
-                number, at = first, now
-            elif number and now - at > GRACE:
-                if came:
-                    _leave(
-                        number, "Ended at once by a second signal; the same command continues from the last checkpoint."
-                    )
-                # One process of several would leave the others waiting.
-                if jax.process_count() == 1 and not self.unsaved and not self.saving():
-                    _leave(number, "Ended by a signal, with all steps saved; the same command continues.")
-
-    def __exit__(self, *error):
-        if self.over.is_set():
-            return
-        self.over.set()
-        if self.own_process and len(self.old) == 2:
-            self.watcher.join()
-            signal.set_wakeup_fd(self.old_written)
-            self.seen.close()
-            self.written.close()
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
-def _leave(number: int, sentence: str) -> NoReturn:
-    """Ends the process where it is, as `kill -9` would, and says so."""
-    print(f"\n{sentence}", file=sys.stderr, flush=True)
-    os._exit(128 + number)
 
 
 class _Run:
@@ -342,7 +176,7 @@ class _Run:
             config_lib.write_config(self.config, self.workdir / "config.json")
         self.metrics = Metrics(self.workdir, self.offsets[first] + step, writes=is_main())
         try:
-            with _Signals(self.checkpoints.saving, self.own_process) as self.signals:
+            with Signals(self.checkpoints.saving, self.own_process) as self.signals:
                 bundle = None
                 for index in range(first, len(self.names)):
                     stage = stage or self.stage_at(index)
@@ -365,7 +199,7 @@ class _Run:
         finally:
             self.metrics.close()
         self.checkpoints.close()
-        if not agreed(is_main() and export.exists()):
+        if not max_over_processes(is_main() and export.exists()):
             changed = self.changed(bundle).keys()
             whole = dataclasses.replace(bundle, params=self.whole(bundle.params))
             if is_main():
@@ -434,7 +268,7 @@ class _Run:
         bar = tqdm(total=config.steps, initial=step, desc=stage.context.name, disable=hidden, dynamic_ncols=True)
         with bar:
             while True:
-                if agreed(self.signals.received):
+                if max_over_processes(self.signals.received):
                     self.stop(place(), state)
                 if step % config.save_every == 0 or step == config.steps:
                     self.save(place(), state)
@@ -470,10 +304,10 @@ class _Run:
     def evaluate(self, stage: Stage, state: Any, place: dict[str, Any]) -> None:
         """Evaluates unless this evaluation is recorded already."""
         record = self.metrics.record_path(place["stage_index"], place["stage"], place["step"])
-        if agreed(is_main() and record.exists()):
+        if max_over_processes(is_main() and record.exists()):
             return
         result = self.known_already(stage, place) if is_main() else None
-        if not agreed(result is not None):
+        if not max_over_processes(result is not None):
             result = stage.evaluate(state, place["step"])
         if not is_main():
             return
@@ -520,7 +354,7 @@ class _Run:
         self.save(place, state, last=True)
         self.checkpoints.wait()
         self.say(f"Stopped by a signal after step {place['step']} of '{place['stage']}'; the same command continues.")
-        raise SystemExit(128 + agreed(self.signals.received))
+        raise SystemExit(128 + max_over_processes(self.signals.received))
 
     def changed(self, bundle: Any) -> dict[str, Any]:
         """Leaves by path that are not those of the model as it was before any training."""

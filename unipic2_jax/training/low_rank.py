@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from unipic2_jax.models.lora import LORA_TARGETS, init_lora, merge_lora, pairs, scaled
-from unipic2_jax.models.mmdit import MMDiTConfig
+from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.models.lora import merge_lora, pairs, scaled
+from unipic2_jax.models.sd3.lora import LORA_TARGETS, init_lora
+from unipic2_jax.models.sd3.lora_file import find_file, load_lora, save_lora
+from unipic2_jax.models.sd3.mmdit import MMDiTConfig
+from unipic2_jax.optim.optimizer import merge_params
 from unipic2_jax.parallel.processes import is_main, tree_to_host
-from unipic2_jax.training.config import ConfigError
-from unipic2_jax.training.optimizer import merge_params
-from unipic2_jax.weights.lora import find_file, load_lora, save_lora
 
 
 def lora_fields(rank: int) -> ConfigDict:

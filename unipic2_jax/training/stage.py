@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
+from unipic2_jax.core.errors import ConfigError, nearest
+from unipic2_jax.core.registry import Registry
 from unipic2_jax.data.prompts import PromptSource
-from unipic2_jax.models.precision import PRECISIONS, Precision
+from unipic2_jax.optim.optimizer import optimizer_fields
 from unipic2_jax.parallel.rules import shardings
-from unipic2_jax.training.config import ConfigError, nearest, stage_fields
+from unipic2_jax.weights.precision import PRECISIONS, Precision
 
-# Kind -> class, or 'module:class' which is imported when a run first asks for it.
-STAGES: dict[str, Any] = {
-    "autoencoder": "unipic2_jax.training.autoencoder_stage:AutoencoderStage",
-    "flow": "unipic2_jax.training.flow_stage:FlowStage",
-    "grpo": "unipic2_jax.training.grpo_stage:GRPOStage",
-    "regression": "unipic2_jax.training.regression_stage:RegressionStage",
-    "vlm": "unipic2_jax.training.vlm_stage:VLMStage",
-}
+# Kinds. A class is a Stage.
+STAGES = Registry("kind of stage")
 
 
 # What is drawn at a stage's start has the key of this step, which no run reaches; a longer run starts with the same.
@@ -49,6 +44,11 @@ class StageContext:
     log: Callable[[str], None] = print  # a sentence for the person who watches
     precision: Precision = PRECISIONS["float32"]
     gather: str = "update"  # config.parallel.gather
+
+    @property
+    def evaluates(self) -> tuple[jax.sharding.Mesh, Precision, str, Callable[[str], None]]:
+        """What `evaluation.evaluator.make_evaluators` wants to know of the run."""
+        return self.mesh, self.precision, self.name, self.log
 
     def key(self, step: int) -> jax.Array:
         """The one source of device randomness: the same (seed, stage, step) always gives the same key."""
@@ -168,8 +168,20 @@ def stage_class(kind: str) -> type[Stage]:
     """
     if kind not in STAGES:
         raise ConfigError(f"'{kind}' is not a kind of stage" + nearest(kind, STAGES))
-    entry = STAGES[kind]
-    if isinstance(entry, str):
-        module, name = entry.split(":")
-        entry = getattr(importlib.import_module(module), name)
-    return entry
+    return STAGES[kind]
+
+
+def stage_fields() -> ConfigDict:
+    """The fields that stages of every kind have; a kind adds its own to these."""
+    return ConfigDict(
+        {
+            "kind": "",
+            # One of config.models, or None for the run's own. It takes over, by name, all that stages before it have trained.
+            "model": config_dict.placeholder(str),
+            "steps": 1000,
+            "save_every": 100,
+            "eval_every": 0,  # 0: only before and after the stage
+            "log_every": 1,
+            "optimizer": optimizer_fields(),
+        }
+    )

@@ -1,6 +1,6 @@
 """One table per network, read in both directions: which PyTorch tensor is which Flax leaf, and how it is turned.
 
-A network's table is a tuple of `Rule`s (`weights/mmdit.py` and its neighbours). `to_flax` and `to_torch` are the only
+A network's table is a tuple of `Rule`s (`models/sd3/mmdit_names.py` and its neighbours). `to_flax` and `to_torch` are the only
 two readers. Both stream: a tensor is read, turned and placed before the next one is touched.
 """
 
@@ -15,7 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from unipic2_jax.models.precision import Precision
+from unipic2_jax.weights.precision import Precision
 
 # A transform is a permutation of axes, torch -> Flax, so that it is exactly invertible, costs no arithmetic, and a
 # slice of the Flax leaf is a slice of the stored tensor. `None` leaves the tensor alone, whatever its rank.

@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unipic2_jax.data.images import SUFFIXES
-from unipic2_jax.data.records import BadRecord, Encoded, Record
+from unipic2_jax.data.records import Record
 from unipic2_jax.data.text import check_unicode, decoded
+from unipic2_jax.pictures.decode import SUFFIXES, BadRecord, Encoded
 
 # Of each role, the first name that is there counts. What an edit came to:
 RESULTS = ("output_image", "edited_image", "target_image", "edited_img", "target_img", "output", "edited", "target")

@@ -7,16 +7,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from unipic2_jax.data.images import SUFFIXES
 from unipic2_jax.data.readers.fields import parse_text
 from unipic2_jax.data.readers.files import visible_files
 from unipic2_jax.data.readers.jsonl import JSONLRecords
-from unipic2_jax.data.records import BadRecord, Record
+from unipic2_jax.data.records import RECORDS, Record
+from unipic2_jax.pictures.decode import SUFFIXES, BadRecord
 
 MANIFEST = "metadata.jsonl"
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first that is there counts
 
 
+@RECORDS.register("folder")
 class FolderRecords:
     """Every picture below a folder, sorted by path, with the text in the .txt or .caption file of the same stem beside
     it.

@@ -8,9 +8,11 @@ import numpy as np
 
 from unipic2_jax.data.readers.fields import parse_json, parse_line, read_pictures
 from unipic2_jax.data.readers.files import Paths, find_files
-from unipic2_jax.data.records import BadRecord, Record
+from unipic2_jax.data.records import RECORDS, Record
+from unipic2_jax.pictures.decode import BadRecord
 
 
+@RECORDS.register("jsonl")
 class JSONLRecords:
     """Lines like {"image": "a.jpg", "caption": "..."} or {"input_images": [...], "instruction": "...", "output_image": ...}.
 

@@ -12,21 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unipic2_jax.data.readers.fields import (
-    TEXT_LISTS,
-    check_columns,
-    check_edit,
-    parse_text,
-    pick_columns,
-    pick_text,
-)
+from unipic2_jax.data.readers.fields import TEXT_LISTS, check_columns, check_edit, parse_text, pick_columns, pick_text
 from unipic2_jax.data.readers.files import Paths, find_files
-from unipic2_jax.data.records import BadRecord, Encoded, Record
+from unipic2_jax.data.records import RECORDS, Record
+from unipic2_jax.pictures.decode import BadRecord, Encoded
 
 # Threads that read in order meet at a border of two row groups.
 CACHED_GROUPS = 2
 
 
+@RECORDS.register("parquet")
 class ParquetRecords:
     """Rows of Parquet files. Pictures are bytes, Hugging Face's {bytes, path}, or (in columns that are named) paths
     relative to the file; several references are a list. A row whose reference is null has none.

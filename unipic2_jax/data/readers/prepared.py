@@ -8,9 +8,11 @@ from pathlib import Path
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from unipic2_jax.data.prepared import PreparedIndex, unpack
-from unipic2_jax.data.records import BadRecord, Record
+from unipic2_jax.data.records import RECORDS, Record
+from unipic2_jax.pictures.decode import BadRecord
 
 
+@RECORDS.register("prepared")
 class PreparedRecords:
     """What `launch.prepare_data` wrote to a folder: its pictures and prompts, but no latents and the like.
 

@@ -12,9 +12,11 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.core.read_only_builder import builder_from_files
 
 from unipic2_jax.data.readers.fields import check_columns, check_edit, parse_text, pick_columns
-from unipic2_jax.data.records import BadRecord, Encoded, Record
+from unipic2_jax.data.records import RECORDS, Record
+from unipic2_jax.pictures.decode import BadRecord, Encoded
 
 
+@RECORDS.register("tfds")
 class TFDSRecords:
     """A split of a data set that lies in `data_dir` in the format array_record, which is read without TensorFlow.
 

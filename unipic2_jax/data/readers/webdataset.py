@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unipic2_jax.data.images import SUFFIXES
 from unipic2_jax.data.readers.fields import (
     EDIT_TEXTS,
     EXAMPLE_TEXTS,
@@ -31,7 +30,8 @@ from unipic2_jax.data.readers.fields import (
     pick_text,
 )
 from unipic2_jax.data.readers.files import Paths, find_files
-from unipic2_jax.data.records import BadRecord, Record
+from unipic2_jax.data.records import RECORDS, Record
+from unipic2_jax.pictures.decode import SUFFIXES, BadRecord
 
 _PICTURES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 _TEXTS, _JSON = (".txt", ".caption"), ".json"
@@ -55,6 +55,7 @@ class _Member(NamedTuple):
     place: tuple[int, int]
 
 
+@RECORDS.register("webdataset")
 class WebDatasetRecords:
     """The examples of .tar shards. The headers of all members are read once, when the source is made.
 

@@ -1,0 +1,25 @@
+"""Errors that a person can act on, and the end of a sentence about an unknown name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """Something in the configuration that its author has to change; the message is one sentence."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message is one sentence with the remedy."""
+
+
+class TrainingPaused(TrainingError):
+    """What a step needs is not to be had now; it has not touched the state, which the loop saves before it leaves."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: '; did you mean 'x'?', or the list of what there is."""
+    known = sorted(known)
+    match = difflib.get_close_matches(name, known, 1, 0.6)
+    return f"; did you mean '{match[0]}'?" if match else f"; it has {', '.join(known) or 'nothing'}."

@@ -1,0 +1,98 @@
+"""Names in configurations, and what they stand for: `@REWARDS.register("ocr")` above a class is all that it takes.
+
+A module of the library that registers something is found by itself, and so is a package that is installed with an entry point of
+the group `unipic2_jax`. Nothing else has to name it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+PACKAGE = Path(__file__).parents[1]
+# How a module says that it registers something.
+_REGISTERS = re.compile(r"^@?[A-Z_]+\.register\(", re.MULTILINE)
+_discovered = False
+
+
+def discover() -> None:
+    """Imports every module of the library that registers something, and the installed packages that name themselves its plug-ins."""
+    global _discovered
+    if _discovered:
+        return
+    _discovered = True  # first: what is imported here may look something up itself
+    for file in sorted(PACKAGE.rglob("*.py")):
+        if _REGISTERS.search(file.read_text(encoding="utf-8")):
+            importlib.import_module(".".join((PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts)))
+    for plugin in entry_points(group=PACKAGE.name):
+        plugin.load()
+
+
+class Registry(MutableMapping[str, Any]):
+    """Name -> what was registered under it, most often a class.
+
+    Attributes:
+      what: it holds, for messages: 'prompt source'.
+    """
+
+    def __init__(self, what: str):
+        self.what, self._entries = what, {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """A decorator that registers what it decorates."""
+
+        def keep(entry: T) -> T:
+            self._entries[name] = entry
+            return entry
+
+        return keep
+
+    def find(self, name: Any) -> Any:
+        """What stands under a name.
+
+        Raises:
+          ValueError: when there is nothing.
+        """
+        if name not in self:
+            raise ValueError(f"The {self.what} {name!r} does not exist; choose one of {', '.join(sorted(self))}.")
+        return self[name]
+
+    def make(self, config: Mapping[str, Any], **given: Any) -> Any:
+        """The object that `config` describes: its `kind`, and options of that kind, which overrule those `given`.
+
+        Raises:
+          ValueError: for an unknown kind or option.
+        """
+        options = dict(config)
+        kind = options.pop("kind", None)
+        maker = self.find(kind)
+        try:
+            return maker(**{**given, **options})
+        except TypeError as error:
+            raise ValueError(
+                f"The {self.what} '{kind}' does not take these options ({error}); correct them."
+            ) from error
+
+    def __getitem__(self, name: str) -> Any:
+        discover()
+        return self._entries[name]
+
+    def __setitem__(self, name: str, entry: Any) -> None:
+        self._entries[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        discover()
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        discover()
+        return len(self._entries)

@@ -1,1 +1,0 @@
-"""The shapes world: pictures whose truth can be checked exactly (docs/shapes.md)."""

@@ -1,0 +1,511 @@
+"""A whole model: its networks, tokenizers, schedule and parameters, and its folder in diffusers layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from unipic2_jax.core.fields import check_fields, hints
+from unipic2_jax.core.strict import read_object
+from unipic2_jax.flow.schedule import FlowMatchConfig
+from unipic2_jax.flow.seeds import folded
+from unipic2_jax.models.conditioner import Conditioner
+from unipic2_jax.models.metaquery import names as connector
+from unipic2_jax.models.metaquery.conditioner import MetaQueryConditioner
+from unipic2_jax.models.metaquery.connector import MetaQuery, MetaQueryConfig
+from unipic2_jax.models.qwen import names as qwen
+from unipic2_jax.models.qwen.decoder import Qwen2_5_VL, Qwen2_5_VLConfig
+from unipic2_jax.models.qwen.processor import VLMProcessor
+from unipic2_jax.models.sd3 import clip_names as clip
+from unipic2_jax.models.sd3 import mmdit_names as mmdit
+from unipic2_jax.models.sd3 import t5_names as t5
+from unipic2_jax.models.sd3 import vae_names as vae
+from unipic2_jax.models.sd3.clip import CLIPTextConfig, CLIPTextModelWithProjection
+from unipic2_jax.models.sd3.conditioner import TextConditioner, load_tokenizers
+from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
+from unipic2_jax.models.sd3.t5 import T5Config, T5Encoder
+from unipic2_jax.models.sd3.vae import AutoencoderKL, VAEConfig
+from unipic2_jax.models.sizes import SIZES, ModelSizes
+from unipic2_jax.parallel.rules import shardings
+from unipic2_jax.shapes.pool import WORDS
+from unipic2_jax.shapes.questions import QUESTION_WORDS
+from unipic2_jax.shapes.tokenizers import build_tokenizers
+from unipic2_jax.shapes.vlm_processor import build_vlm_processor
+from unipic2_jax.shapes.world import IMAGE_SIZE
+from unipic2_jax.weights import io, native, table
+from unipic2_jax.weights.precision import Precision, as_precision, check_dtype
+
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+# Folder -> (config class, name table). The folders are those of diffusers and of the published MetaQuery checkpoints.
+COMPONENTS = {
+    "transformer": (MMDiTConfig, mmdit.rules),
+    "vae": (VAEConfig, vae.rules),
+    "text_encoder": (CLIPTextConfig, clip.rules),
+    "text_encoder_2": (CLIPTextConfig, clip.rules),
+    "text_encoder_3": (T5Config, t5.rules),
+    "conditioner": (MetaQueryConfig, connector.rules),
+    "vlm": (Qwen2_5_VLConfig, qwen.rules),
+}
+TEXT_LAYOUT = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+METAQUERY_LAYOUT = ("transformer", "vae", "conditioner", "vlm")
+# Those that transformers wrote rather than diffusers: another stem, another kind of config.json.
+TRANSFORMERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vlm")
+# What diffusers does not know about a model; it leaves files of other names alone.
+EXTRAS_FILE = "unipic2.json"
+# The published scripts make pictures of this edge, and resize an edit's longer edge to it.
+DEFAULT_PIXELS = 512
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+# Weights come as safetensors only: nothing that is downloaded is ever executed.
+HUB_PATTERNS = [f"{name}/*.{kind}" for name in (*COMPONENTS, *TOKENIZERS) for kind in ("json", "txt", "safetensors")]
+HUB_PATTERNS += ["scheduler/*.json", "model_index.json", "vlm/*.jinja", EXTRAS_FILE]
+VLM_PATTERNS = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bundle:
+    """Modules, parameters and schedule of one model.
+
+    Attributes:
+      params: {'transformer': ..., 'vae': ..., 'conditioner': {'text_encoder': ..., ...}}, the conditioner's by folder.
+      files: where the networks were read from, by folder name; those that are not in it are new.
+
+    Raises:
+      ValueError: when the networks do not fit each other.
+    """
+
+    transformer: MMDiT
+    vae: AutoencoderKL
+    conditioner: Conditioner
+    scheduler: FlowMatchConfig
+    params: dict[str, Any]
+    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        config = self.transformer.config
+        for what, ours, theirs in (
+            ("joint_attention_dim", config.joint_attention_dim, self.conditioner.joint_attention_dim),
+            ("pooled_projection_dim", config.pooled_projection_dim, self.conditioner.pooled_dim),
+            ("in_channels", config.in_channels, self.vae.config.latent_channels),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"The transformer's {what} is {ours} but the conditioner or the VAE gives {theirs}; "
+                    "these folders are from different models."
+                )
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other fields."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def vae_scale(self) -> int:
+        """Image pixels along the edge of a latent pixel."""
+        return self.vae.config.downsampling
+
+    @property
+    def patch_pixels(self) -> int:
+        """Image pixels along the edge of a token; every edge of a picture is a multiple of it."""
+        return self.vae_scale * self.transformer.config.patch_size
+
+    @property
+    def default_size(self) -> int:
+        """Edge in pixels of a picture made without height and width, for an edit its longer edge.
+
+        512, as in the published scripts, or the transformer's `sample_size` where that is smaller. diffusers takes
+        `sample_size`, which is 1024 pixels for SD3.5-Medium; a Kontext model has the same configuration.
+        """
+        return min(DEFAULT_PIXELS, self.transformer.config.sample_size * self.vae_scale)
+
+    @property
+    def largest_size(self) -> int:
+        """The longest edge in pixels that the position table covers."""
+        return self.transformer.config.pos_embed_max_size * self.patch_pixels
+
+
+def for_training(bundle: Bundle, remat: str = "full") -> Bundle:
+    """The same networks for taking gradients: they keep what the policy `remat` says for the backward pass."""
+
+    def with_changes(module: Any) -> Any:
+        return module.clone(remat=remat) if isinstance(module, nn.Module) and hasattr(module, "remat") else module
+
+    def fields(holder: Any) -> Any:
+        if not dataclasses.is_dataclass(holder):
+            return holder
+        found = {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder) if field.init}
+        return dataclasses.replace(holder, **{name: with_changes(value) for name, value in found.items()})
+
+    return dataclasses.replace(fields(bundle), conditioner=fields(bundle.conditioner))
+
+
+def make_conditioner(
+    configs: Mapping[str, Any],
+    tokenizers: Any,
+    width: int,
+    settings: Mapping[str, Any],
+    dtype: Any,
+) -> Conditioner:
+    """The conditioner that these configs, by folder name, are of: MetaQuery's, or text encoders (T5 may be absent).
+
+    Args:
+      tokenizers: for text encoders transformers' tokenizers by folder name, for MetaQuery a `VLMProcessor`.
+      width: joint_attention_dim.
+      settings: the conditioner's own fields, as `unipic2.json` holds them.
+      dtype: a `Precision`, or a dtype for everything.
+    """
+    kinds = _kinds(dtype)
+    if "conditioner" in configs:
+        vlm = Qwen2_5_VL(configs["vlm"], **kinds)
+        return MetaQueryConditioner(vlm, MetaQuery(configs["conditioner"], **kinds), tokenizers, **settings)
+    third = configs.get("text_encoder_3")
+    return TextConditioner(
+        CLIPTextModelWithProjection(configs["text_encoder"], **kinds),
+        CLIPTextModelWithProjection(configs["text_encoder_2"], **kinds),
+        None if third is None else T5Encoder(third, **kinds),
+        *(tokenizers[name] for name in TOKENIZERS[:2]),
+        None if third is None else tokenizers["tokenizer_3"],
+        joint_attention_dim=width,
+        **settings,
+    )
+
+
+def init_params(transformer: MMDiT, vae: AutoencoderKL, conditioner: Conditioner, key: jax.Array) -> dict[str, Any]:
+    """Random parameters of all networks: the tree of `Bundle.params`."""
+    config = transformer.config
+    keys = jax.random.split(key, 3)
+    latents = jnp.zeros((1, config.patch_size, config.patch_size, config.in_channels))
+    context = jnp.zeros((1, 1, config.joint_attention_dim))
+    pooled = jnp.zeros((1, config.pooled_projection_dim))
+    image = jnp.zeros((1, vae.config.downsampling, vae.config.downsampling, vae.config.in_channels))
+    return {
+        "transformer": transformer.init(keys[0], latents, jnp.zeros(1), context, pooled)["params"],
+        "vae": vae.init(keys[1], image)["params"],
+        "conditioner": conditioner.init(keys[2]),
+    }
+
+
+def init_bundle(
+    sizes: ModelSizes | str,
+    seed: int | jax.Array = 0,
+    *,
+    tokenizers: Mapping[str, Any] | str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    parts: Mapping[str, str | os.PathLike] | None = None,
+    zero_projectors: bool = True,
+) -> Bundle:
+    """A model with random weights, or one put together: networks of other models, and random weights for the rest.
+
+    Args:
+      sizes: `models.sizes.SIZES[...]`, or the name of one.
+      seed: a number or a PRNG key.
+      tokenizers: as `make_conditioner` takes them, or a folder that holds them (`tokenizer/` ..., `vlm/`). None builds
+        those of the shapes world, which fit the tiny models only.
+      mesh: parameters are on it as `parallel.rules` says; None: the default device.
+      dtype: of parameters and arithmetic, float32 by default; or a `Precision`, and all networks are held as frozen ones.
+      parts: networks that are read, by folder name: 'transformer', 'vae', 'vlm' (with its tokenizer) ... -> the folder of
+        that network, whose config.json overrules `sizes`.
+      zero_projectors: see `models.connector.MetaQuery`.
+
+    Raises:
+      FileNotFoundError: a part is missing.
+      ValueError: when the size is unknown, or tokenizers or parts do not fit.
+    """
+    if isinstance(sizes, str):
+        if sizes not in SIZES:
+            raise ValueError(f"The model size {sizes!r} is unknown; choose one of {', '.join(SIZES)}.")
+        sizes = SIZES[sizes]
+    if nowhere := [name for name, folder in (parts or {}).items() if not os.fspath(folder)]:
+        raise ValueError(
+            f"The part '{nowhere[0]}' of the model has no folder; name one, as in --config.parts.{nowhere[0]}=DIR."
+        )
+    folders = {name: Path(folder) for name, folder in (parts or {}).items()}
+    if unknown := [name for name in folders if name not in sizes.networks]:
+        raise ValueError(f"A model of this size has no part {unknown[0]!r}; it has {', '.join(sizes.networks)}.")
+    if missing := [folder for folder in folders.values() if not (folder / "config.json").is_file()]:
+        raise FileNotFoundError(f"The part {missing[0]} has no config.json; name the folder of one network.")
+    configs = {**sizes.networks, **{name: _read_config(name, folder) for name, folder in folders.items()}}
+    if tokenizers is None and "vlm" in folders:
+        tokenizers = VLMProcessor.load(folders["vlm"], configs["vlm"])
+    if isinstance(tokenizers, (str, os.PathLike)):
+        tokenizers = _load_tokenizers(Path(tokenizers), sizes.networks)
+    elif tokenizers is None and sizes.vlm is not None:
+        tokenizers = build_vlm_processor((*WORDS, *QUESTION_WORDS), sizes.vlm, IMAGE_SIZE**2)
+    elif tokenizers is None:
+        with tempfile.TemporaryDirectory() as folder:
+            build_tokenizers(WORDS, sizes.text_encoder.max_position_embeddings, folder)
+            tokenizers = load_tokenizers(folder)
+    precision = as_precision(dtype)
+    modules = make_modules(configs, tokenizers, sizes.settings, precision)
+    if not zero_projectors:
+        *others, conditioner = modules
+        if not isinstance(conditioner, MetaQueryConditioner):
+            raise ValueError("A model with text encoders has no projectors; leave zero_projectors as it is.")
+        connector = conditioner.connector.clone(zero_projectors=False)
+        modules = (*others, dataclasses.replace(conditioner, connector=connector))
+    key = jax.random.key(folded(seed)) if isinstance(seed, (int, np.integer)) else seed
+
+    def fresh(key):
+        made = _by_folder(precision.hold(init_params(*modules, key)))
+        return {name: tree for name, tree in made.items() if name not in folders}
+
+    loaded = _load_folders(folders, configs, modules, mesh, precision)
+    placed = None if mesh is None else shardings(mesh, jax.eval_shape(fresh, key))
+    # It runs once, so compiling fast matters and running fast does not.
+    made = jax.jit(fresh, out_shardings=placed, compiler_options=FAST_COMPILE)(key)
+    return Bundle(*modules, FlowMatchConfig(shift=sizes.shift), _by_group({**made, **loaded}), folders)
+
+
+def load_bundle(
+    source: str | os.PathLike,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    vlm: str | os.PathLike | None = None,
+) -> Bundle:
+    """Reads a model folder in diffusers layout, with safetensors or with what `convert.from_torch` writes.
+
+    A folder with `conditioner/` is a MetaQuery model, any other one has text encoders.
+
+    Args:
+      source: the folder, or the id of a model on the Hugging Face hub ('owner/name'), of which only safetensors, JSON
+        and text files are fetched.
+      dtype: of parameters and arithmetic: float32 (default), bfloat16 or float16, whatever the files hold; or a `Precision`,
+        and all networks are held as frozen ones.
+      mesh: parameters are on it as `parallel.rules` says; None: the default device.
+      vlm: where a MetaQuery model's language model is, folder or hub id; None: `vlm/` in the model folder.
+
+    Raises:
+      FileNotFoundError: the folder or a part of it is missing.
+      ValueError: a file is damaged, or a tensor is missing, extra or of another shape. Both come before any weight is
+        read.
+    """
+    folder = find_model(source)
+    precision = as_precision(dtype)
+    folders = _component_folders(folder, vlm)
+    configs = read_configs(folders)
+    scheduler = FlowMatchConfig.load(folder / "scheduler")
+    settings = read_object(folder / EXTRAS_FILE) if (folder / EXTRAS_FILE).is_file() else {}
+    _check_settings(
+        MetaQueryConditioner if "conditioner" in configs else TextConditioner, settings, folder / EXTRAS_FILE
+    )
+    modules = make_modules(configs, _load_tokenizers(folder, configs, folders), settings, precision)
+    loaded = _load_folders(folders, configs, modules, mesh, precision)
+    return Bundle(*modules, scheduler, _by_group(loaded), folders)
+
+
+def _check_settings(conditioner: type, settings: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError in one sentence for a setting that this class has not, or of another type."""
+    if unknown := [name for name in settings if name not in conditioner.SETTINGS]:
+        raise ValueError(f"{file} has the field {unknown[0]!r}; a model of this kind knows {conditioner.SETTINGS}.")
+    try:
+        check_fields(hints(conditioner, conditioner.SETTINGS), settings)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def read_configs(
+    source: str | os.PathLike | Mapping[str, Path], vlm: str | os.PathLike | None = None
+) -> dict[str, Any]:
+    """The networks' sizes from their config.json, by folder name; arguments as `load_bundle`, or the folders themselves."""
+    folders = source if isinstance(source, Mapping) else _component_folders(find_model(source), vlm)
+    return {name: _read_config(name, at) for name, at in folders.items()}
+
+
+def _read_config(name: str, folder: Path) -> Any:
+    return COMPONENTS[name][0].read(folder)
+
+
+def _load_folders(
+    folders: Mapping[str, Path], configs: Mapping[str, Any], modules: Any, mesh: Mesh | None, precision: Precision
+) -> dict[str, Any]:
+    """Parameters of these networks, by folder name."""
+    abstract = _by_folder(jax.eval_shape(lambda key: init_params(*modules, key), jax.random.key(0)))
+    # All headers are checked before the first tensor is read: a full model takes minutes.
+    parts = {name: (at, COMPONENTS[name][1](configs[name]), abstract[name]) for name, at in folders.items()}
+    for part in parts.values():
+        native.check_component(*part)
+    placed = dict.fromkeys(abstract) if mesh is None else shardings(mesh, abstract)
+    return {name: native.load_component(*part, placed[name], precision) for name, part in parts.items()}
+
+
+def save_bundle(
+    bundle: Bundle,
+    folder: str | os.PathLike,
+    dtype: Any = "float32",
+    with_vlm: bool = True,
+    changed: Collection[str] | None = None,
+) -> Path:
+    """Writes a folder that `load_bundle` and diffusers' `StableDiffusion3Pipeline.from_pretrained` read.
+
+    Args:
+      dtype: of the files: float32, float16 or bfloat16; None keeps each parameter's own.
+      with_vlm: write a MetaQuery model's language model, too, which no training changes.
+      changed: with `dtype` None: which leaves ('transformer/path/to/leaf') are not what was read. All others are copied from
+        `bundle.files` bit for bit, and these get the dtypes that their files have; a new network has no files and keeps its own.
+
+    Raises:
+      FileNotFoundError: when what has to be copied is not there any more.
+      ValueError: when a parameter does not fit `dtype` (too large for float16, or not finite).
+    """
+    folder = Path(folder)
+    dtype = None if dtype is None else check_dtype(dtype)
+    params = _by_folder(bundle.params)
+    modules = {"transformer": bundle.transformer, "vae": bundle.vae, **bundle.conditioner.modules}
+    for name, module in modules.items():
+        if name == "vlm" and not with_vlm:
+            continue
+        config = module.config
+        rules = COMPONENTS[name][1](config)
+        if dtype is None and changed is not None and name in bundle.files:
+            group = f"{name}/" if name in bundle.params else f"conditioner/{name}/"
+            own = {path.removeprefix(group) for path in changed if path.startswith(group)}
+            tensors = native.with_changes(bundle.files[name], rules, params[name], own)
+        else:
+            tensors = table.to_torch(rules, params[name], dtype)
+        tensors = _finite(tensors, name)
+        by_transformers = name in TRANSFORMERS
+        stem = io.TRANSFORMERS_STEM if by_transformers else io.DIFFUSERS_STEM
+        with np.errstate(over="ignore"):  # reported by _finite, as an error
+            io.write_folder(folder / name, stem, tensors)
+        values = {"_class_name": config.CLASS_NAME, **config.to_dict()}
+        if by_transformers:
+            kind = {"architectures": [config.CLASS_NAME], "model_type": config.MODEL_TYPE}
+            values = {**kind, **config.to_dict(), **({} if dtype is None else {"dtype": str(dtype)})}
+        _write_json(folder / name / "config.json", values)
+    bundle.scheduler.save(folder / "scheduler")
+    conditioner = bundle.conditioner
+    _write_json(folder / EXTRAS_FILE, {name: getattr(conditioner, name) for name in conditioner.SETTINGS})
+    if with_vlm or "vlm" not in modules:
+        conditioner.save_tokenizers(folder)
+    if "vlm" not in modules:  # no class of diffusers holds the other layout as a whole
+        _write_json(folder / "model_index.json", _model_index(modules))
+    return folder
+
+
+def find_model(source: str | os.PathLike, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
+    """The local folder of a model: `source` itself, or the snapshot of a hub id, of which `patterns` are fetched.
+
+    Raises:
+      FileNotFoundError: when there is neither.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.suffix in io.PICKLES and path.exists():
+        raise ValueError(io.no_pickles(path))
+    if path.exists():
+        raise FileNotFoundError(f"{source} is a file, not a model folder; a single checkpoint file must be converted.")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", os.fspath(source)):
+        raise FileNotFoundError(f"There is no model folder {source}; check the path.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(os.fspath(source), allow_patterns=list(patterns), ignore_patterns=["*.fp16*"]))
+    # Whatever went wrong between here and the hub (connection, licence, name) is told in the hub's own words.
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileNotFoundError(
+            f"There is no model folder {source}, and the hub gave no model of that name ({reason[0]}); "
+            "check the name, or download it and pass the folder."
+        ) from error
+
+
+def _kinds(dtype: Any) -> dict[str, Any]:
+    """Options of a network. What is drawn is drawn as what is trained, and held as frozen afterwards."""
+    precision = as_precision(dtype)
+    return {"dtype": precision.compute, "param_dtype": precision.trained}
+
+
+def make_modules(configs: Mapping[str, Any], tokenizers: Any, settings: Mapping[str, Any], dtype: Any):
+    """(transformer, vae, conditioner) for configs by folder name; the rest is `make_conditioner`'s."""
+    options = _kinds(dtype)
+    width = configs["transformer"].joint_attention_dim
+    conditioner = make_conditioner(configs, tokenizers, width, settings, dtype)
+    return MMDiT(configs["transformer"], **options), AutoencoderKL(configs["vae"], **options), conditioner
+
+
+def _load_tokenizers(folder: Path, configs: Mapping[str, Any], folders: Mapping[str, Path] | None = None) -> Any:
+    if "vlm" in configs:
+        return VLMProcessor.load(folders["vlm"] if folders else folder / "vlm", configs["vlm"])
+    for name in TOKENIZERS:
+        if name.replace("tokenizer", "text_encoder") in configs and not (folder / name).is_dir():
+            raise FileNotFoundError(f"The model folder {folder} lacks {name}/; copy it from the original checkpoint.")
+    return load_tokenizers(folder)
+
+
+def _by_group(folders: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_by_folder`."""
+    whole = {name: folders[name] for name in ("transformer", "vae")}
+    return {**whole, "conditioner": {name: tree for name, tree in folders.items() if name not in whole}}
+
+
+def _by_folder(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {"transformer": params["transformer"], "vae": params["vae"], **params["conditioner"]}
+
+
+def _component_folders(folder: Path, vlm: str | os.PathLike | None) -> dict[str, Path]:
+    """Where the networks of a model are; T5 may be left out only where model_index.json says so."""
+    index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    layout = METAQUERY_LAYOUT if (folder / "conditioner").is_dir() else TEXT_LAYOUT
+    names = [name for name in layout if name != "text_encoder_3" or index.get(name, True) not in (None, [None] * 2)]
+    folders = {name: folder / name for name in names}
+    if vlm is not None:
+        if "vlm" not in folders:
+            raise ValueError(f"The model folder {folder} has text encoders and takes no language model; leave vlm out.")
+        folders["vlm"] = find_model(vlm, VLM_PATTERNS)
+    for name, at in folders.items():
+        if not (at / "config.json").is_file():
+            what = f"{name}/config.json" if at.is_dir() else f"the folder {name}/"
+            more = "; put Qwen2.5-VL there, or name its folder with vlm" if name == "vlm" else ""
+            raise FileNotFoundError(
+                f"The model folder {folder} lacks {what}; a model of this kind holds {', '.join(names)}, "
+                f"scheduler and the tokenizers{more}."
+            )
+    return folders
+
+
+def _model_index(modules: Iterable[str]) -> dict[str, Any]:
+    """diffusers' model_index.json: where each component's class lives."""
+    with_t5 = "text_encoder_3" in modules
+    nothing = [None, None]
+    return {
+        "_class_name": "StableDiffusion3Pipeline",
+        "_diffusers_version": "0.35.0",
+        "feature_extractor": nothing,
+        "image_encoder": nothing,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"] if with_t5 else nothing,
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": ["transformers", "T5TokenizerFast"] if with_t5 else nothing,
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _finite(tensors: Iterable[tuple[str, np.ndarray]], component: str) -> Iterator[tuple[str, np.ndarray]]:
+    for name, array in tensors:
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise ValueError(
+                f"The {component}'s {name} is not finite as {array.dtype}; save it as float32 or bfloat16, and if that "
+                "fails too, the training has diverged."
+            )
+        yield name, array
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

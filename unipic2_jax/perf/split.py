@@ -1,0 +1,231 @@
+"""How devices can share a recipe's work: every split priced by the arithmetic of `training.plan`, the fastest that fits first."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.parallel.mesh import AXES
+from unipic2_jax.perf.plan import Plan, counted
+from unipic2_jax.perf.plan_report import bound
+from unipic2_jax.perf.topology import GB, NODE, Topology, of_devices
+from unipic2_jax.training.config import GATHERS
+
+PARTS = 32  # of a parameter on TPUs, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One way to share the work, and what it takes of the fullest chip.
+
+    Attributes:
+      parallel: `config.parallel` for it.
+      parts: fields of stages that say in how many parts a batch is computed, by their dotted names.
+      seconds: of a step on the average over the whole schedule, a lower bound; by stage.
+      peak, memory: bytes; resident: of them what stays between programs.
+      bound: of the slowest program, what bounds it.
+      reinforces: whether there are frozen weights that are gathered.
+      plan: all of its costs.
+    """
+
+    parallel: ConfigDict
+    parts: dict[str, int]
+    stages: dict[str, float]
+    seconds: float
+    peak: float
+    resident: float
+    memory: float
+    bound: str
+    reinforces: bool
+    plan: Plan
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program has the memory."""
+        return self.peak <= self.memory
+
+    def __str__(self) -> str:
+        return _words(self.parallel, self.reinforces)
+
+    def figures(self) -> str:
+        """Its time and memory."""
+        room = f"{self.peak / GB:.0f} of {self.memory / GB:.0f} GB"
+        return f"{self.seconds:.2f} s a step, {room}" if self.fits else f"does not fit, {room}"
+
+
+def splits(config: ConfigDict, topology: Topology) -> list[ConfigDict]:
+    """Every `config.parallel` that shares a batch over all chips: copies of the parameters ('data') of so many parts each
+    ('fsdp'). Of GPUs in several nodes a copy is inside of a node, or split over all."""
+    count = topology.count
+    sizes = [n for n in range(1, count + 1) if count % n == 0]
+    # libtpu makes all-reduces of the gathers of more parts (docs/scaling.md).
+    sizes = [n for n in sizes if n <= PARTS] if topology.is_tpu else [n for n in sizes if n <= NODE or n == count]
+    found = []
+    for fsdp, gather in itertools.product(sizes, GATHERS if _reinforces(config) else GATHERS[:1]):
+        if fsdp == 1 and gather != GATHERS[0]:
+            continue
+        with (parallel := config.parallel.copy_and_resolve_references()).unlocked():
+            parallel.update(
+                {"preset": "fsdp", "data": count // fsdp, "fsdp": fsdp, "tensor": 1, "sequence": 1, "gather": gather}
+            )
+        found.append(parallel)
+    return found
+
+
+def priced(
+    config: ConfigDict,
+    topology: Topology,
+    log: Callable[[str], None] = lambda sentence: None,
+    parts: Mapping[str, int] | None = None,
+) -> list[Split]:
+    """All `splits` of a recipe, those that fit before those that do not, the fastest first.
+
+    Args:
+      parts: what the recipe's fields of `Split.parts` were set to, to be told.
+
+    Raises:
+      ConfigError: when the recipe's batches do not come out even.
+    """
+    possible = splits(config, topology)
+    found = []
+    for parallel, made in zip(possible, counted(config, topology, possible, log=log)):
+        rows = {name: costs for name, costs in made.costs.items() if costs}
+        stages = {name: sum(cost.calls * cost.seconds(topology) for cost in costs) for name, costs in rows.items()}
+        steps = {name: config.stages[name].steps for name in rows}
+        every = [cost for costs in rows.values() for cost in costs]
+        seconds = sum(stages[name] * steps[name] for name in rows) / sum(steps.values())
+        found.append(
+            Split(
+                parallel,
+                dict(parts or {}),
+                stages,
+                seconds,
+                max(cost.peak for cost in every),
+                max(cost.parameters + cost.optimizer for cost in every),
+                topology.memory,
+                bound(max(every, key=lambda cost: cost.calls * cost.seconds(topology)), topology),
+                _reinforces(config),
+                made,
+            )
+        )
+    return _ordered(found)
+
+
+def searched(config: ConfigDict, topology: Topology, log: Callable[[str], None] = lambda sentence: None) -> list[Split]:
+    """`priced` for the parts too that a batch can be computed in: GRPO's micro_batch, a flow stage's accumulation."""
+    found = []
+    for factor in (1, 2, 4, 8):
+        parts = _parts(config, topology.count, factor)
+        if parts is None:
+            continue
+        with (changed := config.copy_and_resolve_references()).unlocked():
+            changed.update_from_flattened_dict(parts)
+        try:
+            found += priced(changed, topology, log, parts)
+        except ConfigError as error:
+            log(f"{', '.join(f'{name}={value}' for name, value in parts.items())}: {error}")
+    return _ordered(found)
+
+
+def described(config: ConfigDict) -> str:
+    """The split of a configuration in a few words."""
+    return _words(config.parallel, _reinforces(config))
+
+
+def _words(parallel: ConfigDict, reinforces: bool) -> str:
+    axes = ", ".join(f"{axis} {parallel[axis]}" for axis in AXES if parallel[axis] > 1)
+    how = "layer by layer" if parallel.gather == "layer" else "once an update"
+    split = parallel.fsdp > 1 or ("fsdp" in parallel.preset and not parallel.fsdp)
+    shape = axes if parallel.fsdp else ", ".join(filter(None, (f"preset {parallel.preset}", axes)))
+    return (shape or "one device") + (f", frozen weights gathered {how}" if split and reinforces else "")
+
+
+def _reinforces(config: ConfigDict) -> bool:
+    return any(config.stages[name].kind == "grpo" for name in config.schedule)
+
+
+def _ordered(found: Sequence[Split]) -> list[Split]:
+    """Of splits that are equally fast, to a percent, those whose copies are inside of a node come first, then those with the most
+    room; of those that do not fit the smallest."""
+    best = min((split.seconds for split in found if split.fits), default=0.0)
+
+    def place(split: Split) -> tuple[float, ...]:
+        if not split.fits:
+            return 2, split.peak
+        if split.seconds <= 1.01 * best:
+            return 0, split.parallel.fsdp > NODE, split.peak
+        return 1, split.seconds
+
+    return sorted(found, key=place)
+
+
+def _parts(config: ConfigDict, devices: int, samples: int) -> dict[str, int] | None:
+    """Fields with which a device computes so many samples of every stage at once; None where that does not come out even."""
+    found = {}
+    for name in config.schedule:
+        stage = config.stages[name]
+        if stage.kind == "grpo":
+            update = stage.num_prompts * stage.grpo.group_size // stage.grpo.updates_per_rollout
+            if update % (samples * devices):
+                return None
+            found[f"stages.{name}.grpo.micro_batch"] = samples * devices
+        elif stage.kind == "flow":
+            if stage.batch_size % (samples * devices):
+                return None
+            found[f"stages.{name}.accumulation"] = stage.batch_size // (samples * devices)
+    return found
+
+
+def resolved(config: ConfigDict, log: Callable[[str], None]) -> ConfigDict:
+    """The configuration with a split in place of `parallel.preset='auto'`, for the devices that JAX has; says which and why.
+
+    Raises:
+      ConfigError: when none fits, or there is no data sheet of the devices.
+    """
+    return chosen(config, priced(config, of_devices(jax.devices())), log)
+
+
+def chosen(config: ConfigDict, found: Sequence[Split], log: Callable[[str], None]) -> ConfigDict:
+    """The configuration with the first of `priced` or `searched`.
+
+    Raises:
+      ConfigError: when it does not fit.
+    """
+    first, *others = found
+    if not first.fits:
+        raise ConfigError(
+            f"No split of this recipe fits {first.memory / GB:.0f} GB a chip, the smallest needs {first.peak / GB:.0f}; compute "
+            "in more parts (grpo.micro_batch, accumulation), or take more or larger chips."
+        )
+    alternatives = "; ".join(f"{split} ({split.figures()})" for split in others[:3])
+    log(
+        f"parallel.preset=auto: {first} ({first.figures()}, by arithmetic), rather than {alternatives or 'nothing else'}."
+    )
+    return _with(config, first.parallel.to_dict())
+
+
+def _with(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
+    with (changed := config.copy_and_resolve_references()).unlocked():
+        changed.parallel.update(values)
+    return changed.lock()
+
+
+def table(found: Sequence[Split], topology: Topology) -> Iterator[str]:
+    """A Markdown row for each."""
+    yield "| split | parts | fits | peak, of memory | resident | seconds a step | bound by |"
+    yield "|---|---|---|---:|---:|---:|---|"
+    for split in found:
+        parts = ", ".join(f"{name.split('.', 1)[1]} {value}" for name, value in split.parts.items())
+        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in split.stages.items())
+        cells = [
+            *(str(split), parts or "-", "yes" if split.fits else "**no**"),
+            f"{split.peak / GB:.1f}, {split.peak / topology.memory:.0%}",
+            *(f"{split.resident / GB:.1f}", stages, split.bound),
+        ]
+        yield f"| {' | '.join(cells)} |"
