@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 from configs import unipic2
 from unipic2_jax.data.buckets import bucket_size
 from unipic2_jax.flow.loss import flow_step_flops
-from unipic2_jax.models.bundle import TOKENIZERS, init_params, make_modules
+from unipic2_jax.models.bundle import init_params, make_modules
+from unipic2_jax.models.registry import SIZES
+from unipic2_jax.models.sd3.family import TOKENIZERS
 from unipic2_jax.models.sd3.flops import forward_flops
-from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.optim.optimizer import split_params
 from unipic2_jax.weights.precision import PRECISIONS
 
@@ -45,7 +46,7 @@ def count(tree: Any) -> tuple[int, int]:
 
 def step_flops(model: str, stage: ConfigDict, resolution: int) -> float:
     """The transformer's FLOPs of a step, the mean of the tasks, square pictures."""
-    config = SIZES[model].transformer
+    config = SIZES[model].networks["transformer"]
     height, width = bucket_size("1:1", resolution)
     tokens = height * width // (8 * config.patch_size) ** 2
     trained = bool(re.search(stage.optimizer.trainable, "transformer/x"))

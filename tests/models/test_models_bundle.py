@@ -214,7 +214,7 @@ def test_what_does_not_fit_a_file_is_not_written(bundle, tmp_path):
 def test_unknown_sizes_and_dtypes(saved):
     with pytest.raises(
         ValueError,
-        match="size 'huge' is unknown; choose one of sd35_medium, unipic2_metaquery, unipic2_metaquery_3b, tiny, tiny_metaquery",
+        match="size 'huge' is unknown; choose one of sd35_medium, tiny, tiny_metaquery, unipic2_metaquery, unipic2_metaquery_3b",
     ):
         pipelines.init_bundle("huge")
     with pytest.raises(ValueError, match="dtype 'int8' is not supported"):
@@ -222,7 +222,7 @@ def test_unknown_sizes_and_dtypes(saved):
     with pytest.raises(ValueError, match=re.escape("use the tokenizer that belongs to the encoder")):
         import dataclasses
 
-        small = dataclasses.replace(SIZES.text_encoder, vocab_size=100)
+        small = dataclasses.replace(SIZES.networks["text_encoder"], vocab_size=100)
         bundles.make_modules({**SIZES.networks, "text_encoder": small}, text_tokenizers(), SIZES.settings, "float32")
 
 

@@ -154,15 +154,21 @@ def test_context_and_pooled_equal_the_published_steps(edit):
         assert np.abs(changed[0] - got[0]).max() > 1e-3
 
 
+TRANSFORMER = TEXT_SIZES.networks["transformer"]
 SIZES = dataclasses.replace(
     TEXT_SIZES,
-    **{name: None for name in TEXT_SIZES.networks if name.startswith("text_encoder")},
-    conditioner=dataclasses.replace(
-        CONNECTOR,
-        joint_attention_dim=TEXT_SIZES.transformer.joint_attention_dim,
-        pooled_projection_dim=TEXT_SIZES.transformer.pooled_projection_dim,
-    ),
-    vlm=CONFIG,
+    family="metaquery",
+    networks={
+        "transformer": TRANSFORMER,
+        "vae": TEXT_SIZES.networks["vae"],
+        "conditioner": dataclasses.replace(
+            CONNECTOR,
+            joint_attention_dim=TRANSFORMER.joint_attention_dim,
+            pooled_projection_dim=TRANSFORMER.pooled_projection_dim,
+        ),
+        "vlm": CONFIG,
+    },
+    tokenizers=None,
     settings={"vision_scale": 1.0, "max_sequence_length": 90, "edit_negative": "bad"},
 )
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from unipic2_jax.models.registry import NETWORKS
-from unipic2_jax.models.sizes import SIZES
+from unipic2_jax.models.registry import NETWORKS, SIZES
 from unipic2_jax.parallel.mesh import AXES, make_mesh, mesh_sizes, shard_batch
 from unipic2_jax.parallel.rules import RULES, Rules, constrain, parameter_axes
 

@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from unipic2_jax.models.registry import SIZES
 from unipic2_jax.models.sd3.flops import forward_flops
 from unipic2_jax.models.sd3.mmdit import MMDiT
-from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.models.splash import splash
 from unipic2_jax.perf.counting import count_flops
 
@@ -53,7 +53,7 @@ def test_what_every_device_computes_and_kernels_of_blocks():
 
 @pytest.mark.parametrize("size, text", [("tiny", 22), ("sd35_medium", 333)])
 def test_the_transformer_costs_what_its_sizes_say(size, text):
-    config = SIZES[size].transformer
+    config = SIZES[size].networks["transformer"]
     edge = 6 if size == "tiny" else 64
     struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     latents = struct(2, edge, edge, config.in_channels)

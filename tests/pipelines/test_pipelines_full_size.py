@@ -20,7 +20,7 @@ ABSTRACT = """
     import jax, jax.numpy as jnp, numpy as np
     from unipic2_jax.models.precision import as_precision
     from unipic2_jax.models.qwen_vision import VisionInput
-    from unipic2_jax.models.sizes import SIZES
+    from unipic2_jax.models.registry import SIZES
     from unipic2_jax.parallel.mesh import batch_sharding, make_mesh
     from unipic2_jax.parallel.rules import shardings
     from unipic2_jax.pipelines.bundle import init_params, make_modules
@@ -38,7 +38,7 @@ ABSTRACT = """
     print(whole, sum(held(leaf) for leaf in jax.tree.leaves(params)))
 
     # Eight edits of 512 x 512: 448 x 448 for the tower are 16 x 16 merged tokens in 4 x 4 windows.
-    batch, length, tower = 8, 320, sizes.vlm.vision_config
+    batch, length, tower = 8, 320, sizes.networks["vlm"].vision_config
     of = lambda shape, dtype: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=batch_sharding(mesh))
     slots = (16, tower.window_slots)
     vision = VisionInput(

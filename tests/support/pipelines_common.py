@@ -2,51 +2,56 @@
 
 import dataclasses
 import functools
-import tempfile
 
 import jax
 import numpy as np
 
 from unipic2_jax.models import bundle as bundles
-from unipic2_jax.models.sd3.conditioner import load_tokenizers
+from unipic2_jax.models.family import ModelSizes
 from unipic2_jax.models.sd3.mmdit import MMDiTConfig
 from unipic2_jax.models.sd3.t5 import T5Config
 from unipic2_jax.models.sd3.vae import VAEConfig
-from unipic2_jax.models.sizes import TINY, ModelSizes
-from unipic2_jax.shapes.pool import WORDS
-from unipic2_jax.shapes.tokenizers import build_tokenizers
+from unipic2_jax.shapes.sizes import TINY
+from unipic2_jax.shapes.sizes import text_tokenizers as shapes_tokenizers
 
-CLIP = dataclasses.replace(TINY.text_encoder, hidden_size=16, intermediate_size=32, projection_dim=16)
+CLIP = dataclasses.replace(TINY.networks["text_encoder"], hidden_size=16, intermediate_size=32, projection_dim=16)
 SIZES = ModelSizes(
-    transformer=MMDiTConfig(
-        sample_size=6,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=32,
-        pos_embed_max_size=8,
-        dual_attention_layers=(0,),
-    ),
-    # Three levels: an f4 VAE, so that a patch is 8 pixels.
-    vae=VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4, sample_size=24),
-    text_encoder=CLIP,
-    text_encoder_2=dataclasses.replace(CLIP, hidden_act="gelu"),
-    text_encoder_3=T5Config(
-        vocab_size=TINY.text_encoder_3.vocab_size, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4
-    ),
+    "sd3",
+    {
+        "transformer": MMDiTConfig(
+            sample_size=6,
+            num_layers=3,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+        ),
+        # Three levels: an f4 VAE, so that a patch is 8 pixels.
+        "vae": VAEConfig(block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=4, sample_size=24),
+        "text_encoder": CLIP,
+        "text_encoder_2": dataclasses.replace(CLIP, hidden_act="gelu"),
+        "text_encoder_3": T5Config(
+            vocab_size=TINY.networks["text_encoder_3"].vocab_size,
+            d_model=32,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=4,
+        ),
+    },
     shift=3.0,
     settings={"max_sequence_length": 12},
+    tokenizers=shapes_tokenizers,
 )
 
 
 @functools.cache
 def text_tokenizers():
     """Those of the shapes world."""
-    with tempfile.TemporaryDirectory() as folder:
-        build_tokenizers(WORDS, CLIP.max_position_embeddings, folder)
-        return load_tokenizers(folder)
+    return shapes_tokenizers(SIZES.networks)
 
 
 def small_bundle(sizes=SIZES, seed=0, tokenizers=None):

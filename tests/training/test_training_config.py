@@ -111,7 +111,7 @@ def test_command_line_mistakes_get_one_sentence(tmp_path):
 
 def test_frozen_leaves_cost_nothing_and_the_table_is_never_trained():
     params = {"block": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "pos_embed": {"pos_embed": jnp.ones(4)}}
-    trained, frozen = split_params(params, ".*")
+    trained, frozen = split_params(params, ".*", "pos_embed$")
     assert set(trained) == {"block"} and set(frozen) == {"pos_embed"}
     trained, frozen = split_params(params, "kernel$")
     assert jax.tree.structure(trained) == jax.tree.structure({"block": {"kernel": 0}})
@@ -119,7 +119,7 @@ def test_frozen_leaves_cost_nothing_and_the_table_is_never_trained():
     state = make_optimizer(optimizer_fields(), 10).init(trained)
     assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * 4  # Adam's two moments
     with pytest.raises(ConfigError, match="matches no parameter"):
-        split_params(params, "pos_embed")
+        split_params(params, "pos_embed", "pos_embed$")
 
 
 def test_adamw_is_pytorchs():

@@ -6,13 +6,11 @@ import dataclasses
 import json
 import os
 import re
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -22,55 +20,31 @@ from unipic2_jax.core.strict import read_object
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.flow.seeds import folded
 from unipic2_jax.models.conditioner import Conditioner
-from unipic2_jax.models.metaquery import names as connector
-from unipic2_jax.models.metaquery.conditioner import MetaQueryConditioner
-from unipic2_jax.models.metaquery.connector import MetaQuery, MetaQueryConfig
-from unipic2_jax.models.qwen import names as qwen
-from unipic2_jax.models.qwen.decoder import Qwen2_5_VL, Qwen2_5_VLConfig
-from unipic2_jax.models.qwen.processor import VLMProcessor
-from unipic2_jax.models.sd3 import clip_names as clip
-from unipic2_jax.models.sd3 import mmdit_names as mmdit
-from unipic2_jax.models.sd3 import t5_names as t5
-from unipic2_jax.models.sd3 import vae_names as vae
-from unipic2_jax.models.sd3.clip import CLIPTextConfig, CLIPTextModelWithProjection
-from unipic2_jax.models.sd3.conditioner import TextConditioner, load_tokenizers
-from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
-from unipic2_jax.models.sd3.t5 import T5Config, T5Encoder
-from unipic2_jax.models.sd3.vae import AutoencoderKL, VAEConfig
-from unipic2_jax.models.sizes import SIZES, ModelSizes
+from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.models.family import Backbone, Family, ModelSizes
+from unipic2_jax.models.registry import (
+    FAMILIES,
+    NETWORKS,
+    backbone_of,
+    class_name,
+    family_of,
+    family_of_folder,
+    find_sizes,
+    network_of,
+)
+from unipic2_jax.models.sd3.vae import AutoencoderKL
 from unipic2_jax.parallel.rules import shardings
-from unipic2_jax.shapes.pool import WORDS
-from unipic2_jax.shapes.questions import QUESTION_WORDS
-from unipic2_jax.shapes.tokenizers import build_tokenizers
-from unipic2_jax.shapes.vlm_processor import build_vlm_processor
-from unipic2_jax.shapes.world import IMAGE_SIZE
 from unipic2_jax.weights import io, native, table
 from unipic2_jax.weights.precision import Precision, as_precision, check_dtype
 
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-# Folder -> (config class, name table). The folders are those of diffusers and of the published MetaQuery checkpoints.
-COMPONENTS = {
-    "transformer": (MMDiTConfig, mmdit.rules),
-    "vae": (VAEConfig, vae.rules),
-    "text_encoder": (CLIPTextConfig, clip.rules),
-    "text_encoder_2": (CLIPTextConfig, clip.rules),
-    "text_encoder_3": (T5Config, t5.rules),
-    "conditioner": (MetaQueryConfig, connector.rules),
-    "vlm": (Qwen2_5_VLConfig, qwen.rules),
-}
-TEXT_LAYOUT = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-METAQUERY_LAYOUT = ("transformer", "vae", "conditioner", "vlm")
-# Those that transformers wrote rather than diffusers: another stem, another kind of config.json.
-TRANSFORMERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "vlm")
 # What diffusers does not know about a model; it leaves files of other names alone.
 EXTRAS_FILE = "unipic2.json"
 # The published scripts make pictures of this edge, and resize an edit's longer edge to it.
 DEFAULT_PIXELS = 512
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 # Weights come as safetensors only: nothing that is downloaded is ever executed.
-HUB_PATTERNS = [f"{name}/*.{kind}" for name in (*COMPONENTS, *TOKENIZERS) for kind in ("json", "txt", "safetensors")]
-HUB_PATTERNS += ["scheduler/*.json", "model_index.json", "vlm/*.jinja", EXTRAS_FILE]
-VLM_PATTERNS = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
+FILES = ("json", "txt", "jinja", "safetensors")
+VLM_PATTERNS = [f"*.{kind}" for kind in FILES]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +59,7 @@ class Bundle:
       ValueError: when the networks do not fit each other.
     """
 
-    transformer: MMDiT
+    transformer: nn.Module
     vae: AutoencoderKL
     conditioner: Conditioner
     scheduler: FlowMatchConfig
@@ -108,6 +82,21 @@ class Bundle:
     def replace(self, **changes: Any) -> Self:
         """A copy with other fields."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by folder."""
+        return {"transformer": self.transformer, "vae": self.vae, **self.conditioner.modules}
+
+    @property
+    def family(self) -> Family:
+        """The family that it is of."""
+        return family_of({name: module.config for name, module in self.modules.items()})
+
+    @property
+    def backbone(self) -> Backbone:
+        """What there is to know about its transformer."""
+        return backbone_of(self.transformer.config)
 
     @property
     def vae_scale(self) -> int:
@@ -149,48 +138,12 @@ def for_training(bundle: Bundle, remat: str = "full") -> Bundle:
     return dataclasses.replace(fields(bundle), conditioner=fields(bundle.conditioner))
 
 
-def make_conditioner(
-    configs: Mapping[str, Any],
-    tokenizers: Any,
-    width: int,
-    settings: Mapping[str, Any],
-    dtype: Any,
-) -> Conditioner:
-    """The conditioner that these configs, by folder name, are of: MetaQuery's, or text encoders (T5 may be absent).
-
-    Args:
-      tokenizers: for text encoders transformers' tokenizers by folder name, for MetaQuery a `VLMProcessor`.
-      width: joint_attention_dim.
-      settings: the conditioner's own fields, as `unipic2.json` holds them.
-      dtype: a `Precision`, or a dtype for everything.
-    """
-    kinds = _kinds(dtype)
-    if "conditioner" in configs:
-        vlm = Qwen2_5_VL(configs["vlm"], **kinds)
-        return MetaQueryConditioner(vlm, MetaQuery(configs["conditioner"], **kinds), tokenizers, **settings)
-    third = configs.get("text_encoder_3")
-    return TextConditioner(
-        CLIPTextModelWithProjection(configs["text_encoder"], **kinds),
-        CLIPTextModelWithProjection(configs["text_encoder_2"], **kinds),
-        None if third is None else T5Encoder(third, **kinds),
-        *(tokenizers[name] for name in TOKENIZERS[:2]),
-        None if third is None else tokenizers["tokenizer_3"],
-        joint_attention_dim=width,
-        **settings,
-    )
-
-
-def init_params(transformer: MMDiT, vae: AutoencoderKL, conditioner: Conditioner, key: jax.Array) -> dict[str, Any]:
+def init_params(transformer: nn.Module, vae: AutoencoderKL, conditioner: Conditioner, key: jax.Array) -> dict[str, Any]:
     """Random parameters of all networks: the tree of `Bundle.params`."""
-    config = transformer.config
     keys = jax.random.split(key, 3)
-    latents = jnp.zeros((1, config.patch_size, config.patch_size, config.in_channels))
-    context = jnp.zeros((1, 1, config.joint_attention_dim))
-    pooled = jnp.zeros((1, config.pooled_projection_dim))
-    image = jnp.zeros((1, vae.config.downsampling, vae.config.downsampling, vae.config.in_channels))
     return {
-        "transformer": transformer.init(keys[0], latents, jnp.zeros(1), context, pooled)["params"],
-        "vae": vae.init(keys[1], image)["params"],
+        "transformer": network_of(transformer.config).init(transformer, keys[0]),
+        "vae": network_of(vae.config).init(vae, keys[1]),
         "conditioner": conditioner.init(keys[2]),
     }
 
@@ -208,10 +161,10 @@ def init_bundle(
     """A model with random weights, or one put together: networks of other models, and random weights for the rest.
 
     Args:
-      sizes: `models.sizes.SIZES[...]`, or the name of one.
+      sizes: the networks' sizes, or the name of some (`models.registry.SIZES`).
       seed: a number or a PRNG key.
-      tokenizers: as `make_conditioner` takes them, or a folder that holds them (`tokenizer/` ..., `vlm/`). None builds
-        those of the shapes world, which fit the tiny models only.
+      tokenizers: as the family's conditioner takes them, or a folder that holds them (`tokenizer/` ..., `vlm/`). None takes those
+        that belong to the sizes, or the language model's own where that is one of the parts.
       mesh: parameters are on it as `parallel.rules` says; None: the default device.
       dtype: of parameters and arithmetic, float32 by default; or a `Precision`, and all networks are held as frozen ones.
       parts: networks that are read, by folder name: 'transformer', 'vae', 'vlm' (with its tokenizer) ... -> the folder of
@@ -222,10 +175,8 @@ def init_bundle(
       FileNotFoundError: a part is missing.
       ValueError: when the size is unknown, or tokenizers or parts do not fit.
     """
-    if isinstance(sizes, str):
-        if sizes not in SIZES:
-            raise ValueError(f"The model size {sizes!r} is unknown; choose one of {', '.join(SIZES)}.")
-        sizes = SIZES[sizes]
+    sizes = find_sizes(sizes) if isinstance(sizes, str) else sizes
+    family = FAMILIES[sizes.family]
     if nowhere := [name for name, folder in (parts or {}).items() if not os.fspath(folder)]:
         raise ValueError(
             f"The part '{nowhere[0]}' of the model has no folder; name one, as in --config.parts.{nowhere[0]}=DIR."
@@ -235,24 +186,25 @@ def init_bundle(
         raise ValueError(f"A model of this size has no part {unknown[0]!r}; it has {', '.join(sizes.networks)}.")
     if missing := [folder for folder in folders.values() if not (folder / "config.json").is_file()]:
         raise FileNotFoundError(f"The part {missing[0]} has no config.json; name the folder of one network.")
-    configs = {**sizes.networks, **{name: _read_config(name, folder) for name, folder in folders.items()}}
-    if tokenizers is None and "vlm" in folders:
-        tokenizers = VLMProcessor.load(folders["vlm"], configs["vlm"])
+    configs = {**sizes.networks, **read_configs(folders)}
     if isinstance(tokenizers, (str, os.PathLike)):
-        tokenizers = _load_tokenizers(Path(tokenizers), sizes.networks)
-    elif tokenizers is None and sizes.vlm is not None:
-        tokenizers = build_vlm_processor((*WORDS, *QUESTION_WORDS), sizes.vlm, IMAGE_SIZE**2)
+        tokenizers = family.load_tokenizers(Path(tokenizers), sizes.networks, {})
+    elif tokenizers is None and family.reader in folders:
+        tokenizers = family.load_tokenizers(None, configs, folders)
+    elif tokenizers is None and sizes.tokenizers is None:
+        raise ValueError(
+            "A new model of this size has no tokenizers of its own; start from a model folder (init), "
+            + (f"or name the folder of its '{family.reader}' among the parts." if family.reader else "which has some.")
+        )
     elif tokenizers is None:
-        with tempfile.TemporaryDirectory() as folder:
-            build_tokenizers(WORDS, sizes.text_encoder.max_position_embeddings, folder)
-            tokenizers = load_tokenizers(folder)
+        tokenizers = sizes.tokenizers(sizes.networks)
     precision = as_precision(dtype)
     modules = make_modules(configs, tokenizers, sizes.settings, precision)
     if not zero_projectors:
         *others, conditioner = modules
-        if not isinstance(conditioner, MetaQueryConditioner):
+        if (connector := getattr(conditioner, "connector", None)) is None:
             raise ValueError("A model with text encoders has no projectors; leave zero_projectors as it is.")
-        connector = conditioner.connector.clone(zero_projectors=False)
+        connector = connector.clone(zero_projectors=False)
         modules = (*others, dataclasses.replace(conditioner, connector=connector))
     key = jax.random.key(folded(seed)) if isinstance(seed, (int, np.integer)) else seed
 
@@ -275,7 +227,7 @@ def load_bundle(
 ) -> Bundle:
     """Reads a model folder in diffusers layout, with safetensors or with what `convert.from_torch` writes.
 
-    A folder with `conditioner/` is a MetaQuery model, any other one has text encoders.
+    Of which family it is, is what `models.registry.family_of_folder` says.
 
     Args:
       source: the folder, or the id of a model on the Hugging Face hub ('owner/name'), of which only safetensors, JSON
@@ -292,14 +244,13 @@ def load_bundle(
     """
     folder = find_model(source)
     precision = as_precision(dtype)
-    folders = _component_folders(folder, vlm)
+    family = family_of_folder(folder)
+    folders = _component_folders(folder, family, vlm)
     configs = read_configs(folders)
     scheduler = FlowMatchConfig.load(folder / "scheduler")
     settings = read_object(folder / EXTRAS_FILE) if (folder / EXTRAS_FILE).is_file() else {}
-    _check_settings(
-        MetaQueryConditioner if "conditioner" in configs else TextConditioner, settings, folder / EXTRAS_FILE
-    )
-    modules = make_modules(configs, _load_tokenizers(folder, configs, folders), settings, precision)
+    _check_settings(family.conditioner, settings, folder / EXTRAS_FILE)
+    modules = make_modules(configs, family.load_tokenizers(folder, configs, folders), settings, precision)
     loaded = _load_folders(folders, configs, modules, mesh, precision)
     return Bundle(*modules, scheduler, _by_group(loaded), folders)
 
@@ -318,12 +269,18 @@ def read_configs(
     source: str | os.PathLike | Mapping[str, Path], vlm: str | os.PathLike | None = None
 ) -> dict[str, Any]:
     """The networks' sizes from their config.json, by folder name; arguments as `load_bundle`, or the folders themselves."""
-    folders = source if isinstance(source, Mapping) else _component_folders(find_model(source), vlm)
-    return {name: _read_config(name, at) for name, at in folders.items()}
+    if not isinstance(source, Mapping):
+        folder = find_model(source)
+        source = _component_folders(folder, family_of_folder(folder), vlm)
+    return {name: _read_config(name, folder) for name, folder in source.items()}
 
 
-def _read_config(name: str, folder: Path) -> Any:
-    return COMPONENTS[name][0].read(folder)
+def _read_config(name: str, folder: Path) -> ModelConfig:
+    """Of the class that config.json states, or where it states none, of the only one that there is for such a folder."""
+    if (stated := class_name(folder)) in NETWORKS:
+        return NETWORKS[stated].config.read(folder)
+    (known, *_) = (family.networks[name] for family in FAMILIES.values() if name in family.networks)
+    return NETWORKS[known].config.read(folder)
 
 
 def _load_folders(
@@ -332,7 +289,7 @@ def _load_folders(
     """Parameters of these networks, by folder name."""
     abstract = _by_folder(jax.eval_shape(lambda key: init_params(*modules, key), jax.random.key(0)))
     # All headers are checked before the first tensor is read: a full model takes minutes.
-    parts = {name: (at, COMPONENTS[name][1](configs[name]), abstract[name]) for name, at in folders.items()}
+    parts = {name: (at, network_of(configs[name]).rules(configs[name]), abstract[name]) for name, at in folders.items()}
     for part in parts.values():
         native.check_component(*part)
     placed = dict.fromkeys(abstract) if mesh is None else shardings(mesh, abstract)
@@ -361,12 +318,12 @@ def save_bundle(
     folder = Path(folder)
     dtype = None if dtype is None else check_dtype(dtype)
     params = _by_folder(bundle.params)
-    modules = {"transformer": bundle.transformer, "vae": bundle.vae, **bundle.conditioner.modules}
+    modules, family = bundle.modules, bundle.family
     for name, module in modules.items():
-        if name == "vlm" and not with_vlm:
+        if name == family.reader and not with_vlm:
             continue
-        config = module.config
-        rules = COMPONENTS[name][1](config)
+        config, network = module.config, network_of(module.config)
+        rules = network.rules(config)
         if dtype is None and changed is not None and name in bundle.files:
             group = f"{name}/" if name in bundle.params else f"conditioner/{name}/"
             own = {path.removeprefix(group) for path in changed if path.startswith(group)}
@@ -374,27 +331,23 @@ def save_bundle(
         else:
             tensors = table.to_torch(rules, params[name], dtype)
         tensors = _finite(tensors, name)
-        by_transformers = name in TRANSFORMERS
-        stem = io.TRANSFORMERS_STEM if by_transformers else io.DIFFUSERS_STEM
         with np.errstate(over="ignore"):  # reported by _finite, as an error
-            io.write_folder(folder / name, stem, tensors)
-        values = {"_class_name": config.CLASS_NAME, **config.to_dict()}
-        if by_transformers:
-            kind = {"architectures": [config.CLASS_NAME], "model_type": config.MODEL_TYPE}
-            values = {**kind, **config.to_dict(), **({} if dtype is None else {"dtype": str(dtype)})}
+            io.write_folder(folder / name, network.stem, tensors)
+        values = network.config_values(config, "" if dtype is None else str(dtype))
         _write_json(folder / name / "config.json", values)
     bundle.scheduler.save(folder / "scheduler")
     conditioner = bundle.conditioner
     _write_json(folder / EXTRAS_FILE, {name: getattr(conditioner, name) for name in conditioner.SETTINGS})
-    if with_vlm or "vlm" not in modules:
+    if with_vlm or not family.reader:
         conditioner.save_tokenizers(folder)
-    if "vlm" not in modules:  # no class of diffusers holds the other layout as a whole
-        _write_json(folder / "model_index.json", _model_index(modules))
+    if family.model_index is not None:
+        _write_json(folder / "model_index.json", family.model_index(modules))
     return folder
 
 
-def find_model(source: str | os.PathLike, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
-    """The local folder of a model: `source` itself, or the snapshot of a hub id, of which `patterns` are fetched.
+def find_model(source: str | os.PathLike, patterns: Sequence[str] | None = None) -> Path:
+    """The local folder of a model: `source` itself, or the snapshot of a hub id, of which `patterns` are fetched;
+    None: those of a model of any family.
 
     Raises:
       FileNotFoundError: when there is neither.
@@ -411,7 +364,11 @@ def find_model(source: str | os.PathLike, patterns: Sequence[str] = HUB_PATTERNS
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(os.fspath(source), allow_patterns=list(patterns), ignore_patterns=["*.fp16*"]))
+        return Path(
+            snapshot_download(
+                os.fspath(source), allow_patterns=list(patterns or _hub_patterns()), ignore_patterns=["*.fp16*"]
+            )
+        )
     # Whatever went wrong between here and the hub (connection, licence, name) is told in the hub's own words.
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -421,6 +378,17 @@ def find_model(source: str | os.PathLike, patterns: Sequence[str] = HUB_PATTERNS
         ) from error
 
 
+def _hub_patterns() -> list[str]:
+    families = FAMILIES.values()
+    folders = dict.fromkeys(name for family in families for name in (*family.networks, *family.tokenizer_folders))
+    return [
+        *(f"{name}/*.{kind}" for name in folders for kind in FILES),
+        "scheduler/*.json",
+        "model_index.json",
+        EXTRAS_FILE,
+    ]
+
+
 def _kinds(dtype: Any) -> dict[str, Any]:
     """Options of a network. What is drawn is drawn as what is trained, and held as frozen afterwards."""
     precision = as_precision(dtype)
@@ -428,20 +396,17 @@ def _kinds(dtype: Any) -> dict[str, Any]:
 
 
 def make_modules(configs: Mapping[str, Any], tokenizers: Any, settings: Mapping[str, Any], dtype: Any):
-    """(transformer, vae, conditioner) for configs by folder name; the rest is `make_conditioner`'s."""
+    """(transformer, vae, conditioner) of the networks with these configs, by folder name.
+
+    Args:
+      tokenizers: as the family's `load_tokenizers` gives them.
+      settings: the conditioner's own fields, as `unipic2.json` holds them.
+      dtype: a `Precision`, or a dtype for everything.
+    """
     options = _kinds(dtype)
-    width = configs["transformer"].joint_attention_dim
-    conditioner = make_conditioner(configs, tokenizers, width, settings, dtype)
-    return MMDiT(configs["transformer"], **options), AutoencoderKL(configs["vae"], **options), conditioner
-
-
-def _load_tokenizers(folder: Path, configs: Mapping[str, Any], folders: Mapping[str, Path] | None = None) -> Any:
-    if "vlm" in configs:
-        return VLMProcessor.load(folders["vlm"] if folders else folder / "vlm", configs["vlm"])
-    for name in TOKENIZERS:
-        if name.replace("tokenizer", "text_encoder") in configs and not (folder / name).is_dir():
-            raise FileNotFoundError(f"The model folder {folder} lacks {name}/; copy it from the original checkpoint.")
-    return load_tokenizers(folder)
+    conditioner = family_of(configs).make_conditioner(configs, tokenizers, settings, options)
+    transformer, vae = (network_of(configs[name]).module(configs[name], **options) for name in ("transformer", "vae"))
+    return transformer, vae, conditioner
 
 
 def _by_group(folders: Mapping[str, Any]) -> dict[str, Any]:
@@ -454,46 +419,25 @@ def _by_folder(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"transformer": params["transformer"], "vae": params["vae"], **params["conditioner"]}
 
 
-def _component_folders(folder: Path, vlm: str | os.PathLike | None) -> dict[str, Path]:
-    """Where the networks of a model are; T5 may be left out only where model_index.json says so."""
+def _component_folders(folder: Path, family: Family, vlm: str | os.PathLike | None) -> dict[str, Path]:
+    """Where the networks of a model are; an optional one may be left out only where model_index.json says so."""
     index = read_object(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    layout = METAQUERY_LAYOUT if (folder / "conditioner").is_dir() else TEXT_LAYOUT
-    names = [name for name in layout if name != "text_encoder_3" or index.get(name, True) not in (None, [None] * 2)]
+    left_out = lambda name: name in family.optional and index.get(name, True) in (None, [None] * 2)
+    names = [name for name in family.networks if not left_out(name)]
     folders = {name: folder / name for name in names}
     if vlm is not None:
-        if "vlm" not in folders:
+        if not family.reader:
             raise ValueError(f"The model folder {folder} has text encoders and takes no language model; leave vlm out.")
-        folders["vlm"] = find_model(vlm, VLM_PATTERNS)
+        folders[family.reader] = find_model(vlm, VLM_PATTERNS)
     for name, at in folders.items():
         if not (at / "config.json").is_file():
             what = f"{name}/config.json" if at.is_dir() else f"the folder {name}/"
-            more = "; put Qwen2.5-VL there, or name its folder with vlm" if name == "vlm" else ""
+            more = "; put Qwen2.5-VL there, or name its folder with vlm" if name == family.reader else ""
             raise FileNotFoundError(
                 f"The model folder {folder} lacks {what}; a model of this kind holds {', '.join(names)}, "
                 f"scheduler and the tokenizers{more}."
             )
     return folders
-
-
-def _model_index(modules: Iterable[str]) -> dict[str, Any]:
-    """diffusers' model_index.json: where each component's class lives."""
-    with_t5 = "text_encoder_3" in modules
-    nothing = [None, None]
-    return {
-        "_class_name": "StableDiffusion3Pipeline",
-        "_diffusers_version": "0.35.0",
-        "feature_extractor": nothing,
-        "image_encoder": nothing,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "text_encoder_3": ["transformers", "T5EncoderModel"] if with_t5 else nothing,
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "tokenizer_3": ["transformers", "T5TokenizerFast"] if with_t5 else nothing,
-        "transformer": ["diffusers", "SD3Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
 
 
 def _finite(tensors: Iterable[tuple[str, np.ndarray]], component: str) -> Iterator[tuple[str, np.ndarray]]:

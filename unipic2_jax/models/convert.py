@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from unipic2_jax.core.strict import read_object
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.models import registry
 from unipic2_jax.models.config import ModelConfig
@@ -26,7 +27,6 @@ from unipic2_jax.weights import io, native, table, variants
 MODEL_INDEX, SINGLE_FILE = "model_index.json", "single_file.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 OWN = (native.MANIFEST, native.UNUSED, SINGLE_FILE)
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def from_torch(src: str | os.PathLike, dst: str | os.PathLike, base: str | os.PathLike | None = None) -> list[str]:
@@ -156,7 +156,7 @@ def _components(folder: Path) -> tuple[list[str], list[str]]:
                 f"{folder} holds no model: neither {MODEL_INDEX} nor config.json nor folders with weights; check the path."
             )
         return holding, []
-    index = registry.read_json(folder / MODEL_INDEX)
+    index = read_object(folder / MODEL_INDEX)
     named = {k: v[1] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None}
     networks = [name for name, kind in named.items() if name in holding or kind in registry.NETWORKS]
     for name in networks:
@@ -247,7 +247,7 @@ def _single_file_from_torch(src: Path, out: Path, base: Path | None) -> list[str
         _copy_plain(base, out)
     lines = []
     for part, config in configs.items():
-        stem = io.TRANSFORMERS_STEM if part in TEXT_ENCODERS else io.DIFFUSERS_STEM
+        stem = networks[part].stem
         native.write(out / part, networks[part].rules(config), views[part], networks[part].abstract(config), stem)
         if base is not None:
             _copy_files(base / part, out / part)
@@ -298,13 +298,9 @@ def _write_configs(out: Path, configs: dict[str, ModelConfig]) -> None:
     """What a folder in diffusers layout says about its networks."""
     index: dict[str, Any] = {"_class_name": "StableDiffusion3Pipeline"}
     for part, config in configs.items():
-        is_text = part in TEXT_ENCODERS
-        kind = {"architectures": [config.CLASS_NAME], "model_type": getattr(config, "MODEL_TYPE", "")}
-        _write_json(
-            out / part / "config.json",
-            {**(kind if is_text else {"_class_name": config.CLASS_NAME}), **config.to_dict()},
-        )
-        index[part] = ["transformers" if is_text else "diffusers", config.CLASS_NAME]
+        network = registry.network_of(config)
+        _write_json(out / part / "config.json", network.config_values(config))
+        index[part] = [network.library, config.CLASS_NAME]
     if "transformer" in configs:
         index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
         FlowMatchConfig().save(out / "scheduler")
@@ -315,7 +311,7 @@ def _single_file_to_torch(src: Path, dst: Path) -> list[str]:
     parts, _ = _components(src)
     origin = None
     if (src / SINGLE_FILE).is_file():
-        values = registry.read_json(src / SINGLE_FILE)
+        values = read_object(src / SINGLE_FILE)
         origin = _Origin(values["metadata"], values["prefixes"], values["filled"])
         parts = [part for part in origin.prefixes if part in parts]
     if foreign := [part for part in parts if part not in single_file.PREFIXES]:

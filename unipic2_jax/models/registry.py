@@ -1,101 +1,72 @@
-"""Which network a folder holds, by the class name that diffusers and transformers write into its `config.json`."""
+"""The networks, families and sizes that there are, and which of them a folder holds."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from unipic2_jax.core.fields import check_fields
-from unipic2_jax.core.strict import read_object as read_json
+from unipic2_jax.core.registry import Registry
+from unipic2_jax.core.strict import read_object
 from unipic2_jax.models.config import ModelConfig
-from unipic2_jax.models.metaquery import names as connector
-from unipic2_jax.models.metaquery.connector import MetaQuery, MetaQueryConfig
-from unipic2_jax.models.qwen import names as qwen
-from unipic2_jax.models.qwen.decoder import Qwen2_5_VL, Qwen2_5_VLConfig, example_inputs
-from unipic2_jax.models.sd3 import clip_names as clip
-from unipic2_jax.models.sd3 import mmdit_names as mmdit
-from unipic2_jax.models.sd3 import t5_names as t5
-from unipic2_jax.models.sd3 import vae_names as vae
-from unipic2_jax.models.sd3.clip import CLIPTextConfig, CLIPTextModelWithProjection
-from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
-from unipic2_jax.models.sd3.t5 import T5Config, T5Encoder
-from unipic2_jax.models.sd3.vae import AutoencoderKL, VAEConfig
-from unipic2_jax.weights.table import Rule
+from unipic2_jax.models.family import Backbone, Family, ModelSizes, Network
+
+# Class name that diffusers and transformers write into config.json -> `Network`; name -> `Family`; name -> `ModelSizes`.
+NETWORKS = Registry("network")
+FAMILIES = Registry("family of models")
+SIZES = Registry("model size")
 
 
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """One kind of network.
+def network_of(config: ModelConfig) -> Network:
+    """The kind of network that a config is of."""
+    return NETWORKS.find(config.CLASS_NAME)
 
-    Attributes:
-      config: its config dataclass.
-      rules: config -> name table.
-      init: (config, key) -> parameters.
+
+def backbone_of(config: ModelConfig) -> Backbone:
+    """The same of a transformer's config."""
+    return network_of(config)
+
+
+def find_sizes(name: str) -> ModelSizes:
+    """The sizes of this name.
+
+    Raises:
+      ValueError: when there are none.
+    """
+    if name not in SIZES:
+        raise ValueError(f"The model size {name!r} is unknown; choose one of {', '.join(sorted(SIZES))}.")
+    return SIZES[name]
+
+
+def family_of_folder(folder: Path) -> Family:
+    """The family of a model folder."""
+    (rest,) = (family for family in FAMILIES.values() if family.recognises is None)
+    return next((family for family in FAMILIES.values() if family.recognises and family.recognises(folder)), rest)
+
+
+def family_of(configs: Mapping[str, ModelConfig]) -> Family:
+    """The family that has these networks, by folder.
+
+    Raises:
+      ValueError: when none has.
     """
 
-    config: type[ModelConfig]
-    rules: Callable[[Any], tuple[Rule, ...]]
-    init: Callable[[Any, jax.Array], dict[str, Any]]
+    def fits(family: Family) -> bool:
+        missing = set(family.networks) - set(configs) - set(family.optional)
+        return not missing and all(family.networks.get(n) == config.CLASS_NAME for n, config in configs.items())
 
-    def abstract(self, config: ModelConfig) -> dict[str, Any]:
-        """Shapes of the parameters; allocates nothing."""
-        return jax.eval_shape(lambda key: self.init(config, key), jax.random.key(0))
-
-
-def _init_mmdit(config: MMDiTConfig, key: jax.Array) -> dict[str, Any]:
-    latents = jnp.zeros((1, config.patch_size, config.patch_size, config.in_channels))
-    context = jnp.zeros((1, 1, config.joint_attention_dim))
-    pooled = jnp.zeros((1, config.pooled_projection_dim))
-    return MMDiT(config).init(key, latents, jnp.zeros(1), context, pooled)["params"]
-
-
-def _init_vae(config: VAEConfig, key: jax.Array) -> dict[str, Any]:
-    return AutoencoderKL(config).init(key, jnp.zeros((1, *[config.downsampling] * 2, config.in_channels)))["params"]
-
-
-def _init_clip(config: CLIPTextConfig, key: jax.Array) -> dict[str, Any]:
-    return CLIPTextModelWithProjection(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-
-
-def _init_t5(config: T5Config, key: jax.Array) -> dict[str, Any]:
-    return T5Encoder(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-
-
-def _init_qwen(config: Qwen2_5_VLConfig, key: jax.Array) -> dict[str, Any]:
-    return Qwen2_5_VL(config).init(key, *example_inputs(config))["params"]
-
-
-def _init_metaquery(config: MetaQueryConfig, key: jax.Array) -> dict[str, Any]:
-    return MetaQuery(config).init(key, jnp.zeros((1, config.num_queries, config.llm_hidden_size)))["params"]
-
-
-NETWORKS = {
-    network.config.CLASS_NAME: network
-    for network in (
-        Network(MMDiTConfig, mmdit.rules, _init_mmdit),
-        Network(VAEConfig, vae.rules, _init_vae),
-        Network(CLIPTextConfig, clip.rules, _init_clip),
-        Network(T5Config, t5.rules, _init_t5),
-        Network(Qwen2_5_VLConfig, qwen.rules, _init_qwen),
-        Network(MetaQueryConfig, connector.rules, _init_metaquery),
-    )
-}
-
-# The class of the authors' own code; its tensors are the same.
-NETWORKS["SD3Transformer2DKontextModel"] = NETWORKS[MMDiTConfig.CLASS_NAME]
+    for family in FAMILIES.values():
+        if fits(family):
+            return family
+    raise ValueError(f"No family of models has the networks {', '.join(configs)}; it has {', '.join(FAMILIES)}.")
 
 
 def class_name(folder: str | os.PathLike) -> str:
     """The class of the network in a folder, as its config.json states it ('' where it states none)."""
     file = Path(folder) / "config.json"
-    values = read_json(file)
+    values = read_object(file)
     try:
         check_fields({"_class_name": str | None, "architectures": tuple[str, ...] | None}, values)
     except ValueError as error:

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from unipic2_jax.flow.guidance import VelocityFn, guided_velocity_batched
 from unipic2_jax.flow.ode import sample_ode
 from unipic2_jax.flow.seeds import folded
-from unipic2_jax.models.sd3.mmdit import MMDiT
+from unipic2_jax.models.registry import backbone_of
 from unipic2_jax.models.sd3.vae import AutoencoderKL, decode_chunked, denormalize, encode_chunked, normalize
 from unipic2_jax.parallel.rules import RULES, devices_along
 
@@ -34,7 +35,7 @@ def vae_chunk(height: int, width: int) -> int:
 
 
 def velocity_fn(
-    transformer: MMDiT,
+    transformer: nn.Module,
     params: Any,
     conditioning: Conditioning,
     references: jax.Array | None = None,
@@ -52,17 +53,18 @@ def velocity_fn(
     """
     variables = {"params": params} if lora is None else {"params": params, "lora": lora}
     context, pooled = conditioning
+    call = backbone_of(transformer.config).velocity
 
     def velocity(latents: jax.Array, sigma: jax.Array) -> jax.Array:
         timestep = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32) * num_train_timesteps, latents.shape[:1])
-        out = transformer.apply(variables, latents, timestep, context, pooled, references, reference_sizes)
+        out = call(transformer, variables, latents, timestep, context, pooled, references, reference_sizes)
         return out.astype(jnp.float32)
 
     return velocity
 
 
 def guided_velocity_fn(
-    transformer: MMDiT,
+    transformer: nn.Module,
     params: Any,
     conditioning: Conditioning,
     unconditional: Conditioning | None,
@@ -132,7 +134,7 @@ def decode_latents(vae: AutoencoderKL, params: Any, latents: jax.Array) -> jax.A
 
 
 def denoise(
-    transformer: MMDiT,
+    transformer: nn.Module,
     params: Any,
     noise: jax.Array,
     sigmas: jax.Array,

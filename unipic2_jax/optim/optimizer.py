@@ -13,9 +13,6 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.core.errors import ConfigError, nearest
 
-# A table that the original keeps as a buffer; training it would leave the family of models that the original can load.
-NEVER_TRAINED = re.compile(r"(^|/)pos_embed/pos_embed$")
-
 
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """Learning rate by update: a linear warm-up from 0, then constant, cosine down to `end_lr` at `steps`, or
@@ -97,16 +94,19 @@ def check_rules(rules: Sequence[tuple[str, float]], trained: dict[str, Any]) -> 
             )
 
 
-def split_params(params: dict[str, Any], trainable: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_params(params: dict[str, Any], trainable: str, never: str = "(?!)") -> tuple[dict[str, Any], dict[str, Any]]:
     """Two nested dicts: the leaves whose 'path/to/leaf' the regex finds a match in, and the others.
 
     Gradients and optimizer state are made for the first alone, so frozen leaves cost neither.
+
+    Args:
+      never: a regex of leaves that are not trained whatever `trainable` says; by default there are none.
 
     Raises:
       ConfigError: when nothing would be trained.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
-    chosen = {path for path in flat if re.search(trainable, path) and not NEVER_TRAINED.search(path)}
+    chosen = {path for path in flat if re.search(trainable, path) and not re.search(never, path)}
     if not chosen:
         some = ", ".join(sorted(flat)[:3])
         raise ConfigError(f"optimizer.trainable '{trainable}' matches no parameter; the names look like {some}.")

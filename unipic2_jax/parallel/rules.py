@@ -6,12 +6,15 @@ Presets differ in the shape of the mesh alone (`mesh.PRESETS`); the table is the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from unipic2_jax.core.registry import Registry
 
 # What one axis of an array means; None: nothing is ever split there.
 Logical = str | None
@@ -56,27 +59,11 @@ class Rules:
 _NAMES = {field.name for field in dataclasses.fields(Rules)}
 RULES = Rules()
 
-# The last axes of a parameter by the end of its path; layers of a stack are an axis before these. The first rule counts.
-# What no rule names is whole on every device: biases, norms, queries, and all of the VAE, whose convolutions are small
-# beside its activations.
+# The last axes of a parameter by the end of its path; layers of a stack are an axis before these. A family of models registers rows
+# of its own, which come first; these are of layers that most networks have. The first row that matches counts. What no row names
+# is whole on every device: biases, norms, queries.
+PARAMETER_ROWS = Registry("rows of parameters")
 PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
-    (r"(^|/)vae/", ()),
-    # LoRA: of the joint attention only, see models/lora.py.
-    (r"/to(_add)?_out/a$", ("heads", None)),
-    (r"/to(_add)?_out/b$", (None, "embed")),
-    (r"/attn/\w+/a$", ("embed", None)),
-    (r"/attn/\w+/b$", (None, "heads")),
-    # LoRA of a language model's decoder, see models/edit_reward/network.py.
-    (r"/([qkv]_proj|gate_proj|up_proj)/a$", ("embed", None)),
-    (r"/([qkv]_proj|gate_proj|up_proj)/b$", (None, "heads")),
-    (r"/(o_proj|down_proj)/a$", ("heads", None)),
-    (r"/(o_proj|down_proj)/b$", (None, "embed")),
-    # T5, which reads a step's prompts once and is larger than the transformer.
-    (r"/attention/[qkv]/kernel$", ("stored", "heads")),
-    (r"/wi_[01]/kernel$", ("stored", "hidden")),
-    (r"/attention/o/kernel$", ("heads", "stored")),
-    (r"/wo/kernel$", ("hidden", "stored")),
-    (r"/shared/embedding$", ("vocabulary", "stored")),
     # Into the heads or a hidden layer.
     (r"/(to_[qkv]|add_[qkv]_proj|[qkv]_proj|qkv)/kernel$", ("embed", "heads")),
     (r"/(linear_1|fc1|gate_proj|up_proj|merger_fc1)/kernel$", ("embed", "hidden")),
@@ -88,7 +75,6 @@ PARAMETERS: tuple[tuple[str, tuple[Logical, ...]], ...] = (
     (r"/(context_embedder|projector_[123]|proj_out|text_projection)/kernel$", ("embed", None)),
     (r"/(embed_tokens|token_embedding)/embedding$", ("vocabulary", "embed")),
     (r"/lm_head/kernel$", ("embed", "vocabulary")),
-    (r"/pos_embed/pos_embed$", (None, "embed")),  # 0.9 GB at full size, of which a step needs a corner
 )
 
 
@@ -104,7 +90,7 @@ def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def parameter_axes(path: str, ndim: int) -> tuple[Logical, ...]:
     """The logical axes of the leaf at 'path/to/leaf', be it a parameter, its gradient, its average or its moment."""
-    for pattern, axes in PARAMETERS:
+    for pattern, axes in itertools.chain(*PARAMETER_ROWS.values(), PARAMETERS):
         if re.search(pattern, path) and len(axes) <= ndim:
             return (None,) * (ndim - len(axes)) + axes
     return (None,) * ndim

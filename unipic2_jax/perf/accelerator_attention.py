@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from unipic2_jax.models.attention import KERNELS, Call, attention, recorded
-from unipic2_jax.models.bundle import TOKENIZERS, init_params, make_modules
-from unipic2_jax.models.sizes import SIZES
+from unipic2_jax.models.bundle import init_params, make_modules
+from unipic2_jax.models.registry import SIZES
+from unipic2_jax.models.sd3.family import TOKENIZERS
 from unipic2_jax.perf.blank_model import BlankProcessor, BlankTokenizer
 
 # Relative errors of 16 bits are a few thousandths; a kernel that is wrong is wrong by far more.
@@ -102,10 +103,10 @@ def find_cases(size: str, metaquery: str, height: int, width: int, batch: int) -
 def _modules(size: str) -> tuple[Any, Any, Any]:
     """(transformer, VAE, conditioner), computing in bfloat16, with tokenizers that know no words."""
     sizes = SIZES[size]
-    if sizes.vlm is not None:
-        tokenizers = BlankProcessor(sizes.vlm)
+    if "vlm" in sizes.networks:
+        tokenizers = BlankProcessor(sizes.networks["vlm"])
     else:
-        tokenizers = dict.fromkeys(TOKENIZERS, BlankTokenizer(sizes.text_encoder.max_position_embeddings))
+        tokenizers = dict.fromkeys(TOKENIZERS, BlankTokenizer(sizes.networks["text_encoder"].max_position_embeddings))
     return make_modules(sizes.networks, tokenizers, dict(sizes.settings), jnp.bfloat16)
 
 

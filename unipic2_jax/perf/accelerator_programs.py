@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from unipic2_jax.flow.schedule import FlowMatchConfig
+from unipic2_jax.models.registry import SIZES
 from unipic2_jax.models.sampling import decode_latents, denoise, encode_images
 from unipic2_jax.models.sd3.flops import forward_flops
 from unipic2_jax.models.sd3.vae import AutoencoderKL
-from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.perf import bench
 from unipic2_jax.perf.bench import Inputs, Ours, Settings, Work
 from unipic2_jax.perf.counting import count_flops
@@ -239,7 +239,7 @@ def _one(shape: Sequence[int]) -> jax.ShapeDtypeStruct:
 def autoencoder(settings: Settings) -> AutoencoderKL:
     """Of the settings' size."""
     dtype = jnp.dtype(settings.dtype)
-    return AutoencoderKL(SIZES[settings.size].vae, dtype=dtype, param_dtype=dtype)
+    return AutoencoderKL(SIZES[settings.size].networks["vae"], dtype=dtype, param_dtype=dtype)
 
 
 def vae_shapes(vae: AutoencoderKL) -> Any:

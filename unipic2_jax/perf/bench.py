@@ -25,12 +25,12 @@ from unipic2_jax.flow.timesteps import TimestepSampling
 from unipic2_jax.models.attention import IMPLEMENTATIONS
 from unipic2_jax.models.conditioner import conditioning_with_dropout
 from unipic2_jax.models.lora import scaled
+from unipic2_jax.models.registry import SIZES, backbone_of
 from unipic2_jax.models.remat import POLICIES
 from unipic2_jax.models.sampling import velocity_fn
 from unipic2_jax.models.sd3.flops import forward_flops
 from unipic2_jax.models.sd3.lora import init_lora
 from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig, position_table
-from unipic2_jax.models.sizes import SIZES
 from unipic2_jax.optim.optimizer import make_optimizer, merge_params, optimizer_fields, split_params
 from unipic2_jax.perf.topology import Chip
 from unipic2_jax.rl.config import GRPOConfig
@@ -49,7 +49,7 @@ MID = MMDiTConfig(
     pos_embed_max_size=64,
     dual_attention_layers=(0, 1, 2),
 )
-TRANSFORMERS = {"mid": MID, **{name: sizes.transformer for name, sizes in SIZES.items()}}
+TRANSFORMERS = {"mid": MID, **{name: sizes.networks["transformer"] for name, sizes in SIZES.items()}}
 WORKS = ("product", "forward", "flow", "rollout", "update")
 DTYPES = ("float32", "bfloat16")
 DOWNSAMPLING, SHIFT, ALPHA = 8, 3.0, 64.0  # of SD3.5's VAE and schedule, of the paper's LoRA
@@ -393,7 +393,7 @@ class Ours:
 
         def arguments(given: Inputs) -> tuple[Any, ...]:
             params = {"transformer": draw_weights(self.settings.transformer)}
-            trained, frozen = split_params(params, fields.trainable)
+            trained, frozen = split_params(params, fields.trainable, backbone_of(self.module.config).never_trained)
             batch = {
                 "latents": given.latents,
                 "conditioning": given.conditioning,

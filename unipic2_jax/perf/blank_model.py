@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from unipic2_jax.flow.schedule import FlowMatchConfig
-from unipic2_jax.models.bundle import TOKENIZERS, Bundle, init_params, make_modules, read_configs
+from unipic2_jax.models.bundle import Bundle, init_params, make_modules, read_configs
 from unipic2_jax.models.qwen.decoder import Qwen2_5_VLConfig
 from unipic2_jax.models.qwen.processor import LEAST_TOKENS, VLMInput, bucket
 from unipic2_jax.models.qwen.vision import pack_images
-from unipic2_jax.models.sizes import SIZES
+from unipic2_jax.models.registry import SIZES, family_of
 from unipic2_jax.parallel.rules import described
 from unipic2_jax.weights.precision import as_precision
 
@@ -95,10 +95,13 @@ def abstract_bundle(config: ConfigDict, mesh: Mesh) -> Bundle:
         if os.fspath(folder):
             configs |= read_configs({name: Path(folder)})
     precision = as_precision(config.precision)
-    if "vlm" in configs:
-        tokenizers = BlankProcessor(configs["vlm"])
+    family = family_of(configs)
+    if family.reader:
+        tokenizers = BlankProcessor(configs[family.reader])
     else:
-        tokenizers = dict.fromkeys(TOKENIZERS, BlankTokenizer(configs["text_encoder"].max_position_embeddings))
+        tokenizers = dict.fromkeys(
+            family.tokenizer_folders, BlankTokenizer(configs["text_encoder"].max_position_embeddings)
+        )
     settings = {**sizes.settings, **config.settings.to_dict()}
     transformer, *others = make_modules(configs, tokenizers, settings, precision)
     modules = (transformer.clone(attention_implementation=config.attention), *others)

@@ -29,7 +29,7 @@ from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.data.buckets import MULTIPLE
 from unipic2_jax.data.examples import make_examples
 from unipic2_jax.models.attention import Call, recorded
-from unipic2_jax.models.sizes import SIZES
+from unipic2_jax.models.registry import FAMILIES, SIZES
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh
 from unipic2_jax.parallel.rules import RULES, axis_names, devices_along
 from unipic2_jax.perf.counting import inner_jaxprs, is_single, jaxpr_flops
@@ -204,8 +204,12 @@ def _sized(config: ConfigDict, name: str | None) -> ConfigDict:
     found = model_config(config, name)
     if name is None or found.init or "model" in config.models[name]:
         return found
-    transformer = SIZES[config.model].transformer
-    alike = [size for size, row in SIZES.items() if row.transformer == transformer and row.text_encoder]
+    transformer = SIZES[config.model].networks["transformer"]
+    alike = [
+        size
+        for size, row in SIZES.items()
+        if row.networks["transformer"] == transformer and not FAMILIES[row.family].reader
+    ]
     with found.unlocked():
         found.model = alike[0]
     return found

@@ -12,10 +12,10 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.lora import merge_lora, pairs, scaled
-from unipic2_jax.models.sd3.lora import LORA_TARGETS, init_lora
+from unipic2_jax.models.registry import backbone_of
 from unipic2_jax.models.sd3.lora_file import find_file, load_lora, save_lora
-from unipic2_jax.models.sd3.mmdit import MMDiTConfig
 from unipic2_jax.optim.optimizer import merge_params
 from unipic2_jax.parallel.processes import is_main, tree_to_host
 
@@ -26,7 +26,7 @@ def lora_fields(rank: int) -> ConfigDict:
         {
             "rank": rank,  # 0: no LoRA; the parameters themselves are trained
             "alpha": 64.0,  # the update is scaled by alpha / rank
-            "targets": LORA_TARGETS,  # names of layers as in peft, or regexes; see models.lora.is_target
+            "targets": (),  # names of layers as in peft, or regexes, see models.sd3.lora.is_target; empty: the model's own
             "init": "",  # a LoRA file to start from, or the folder of one; empty: from an update that changes nothing
         }
     )
@@ -40,8 +40,6 @@ def check_lora(config: ConfigDict) -> None:
         raise ConfigError(f"lora.alpha is {config.alpha}; it must be above 0.")
     if config.init and not config.rank:
         raise ConfigError("lora.init names a LoRA file, and lora.rank is 0; give a rank.")
-    if config.rank and not config.targets:
-        raise ConfigError("lora.targets is empty; name the layers that get an update.")
     if config.init:
         find_file(config.init)
 
@@ -51,7 +49,7 @@ def scale_of(config: ConfigDict) -> float:
     return config.alpha / config.rank
 
 
-def new_lora(config: ConfigDict, key: jax.Array, params: Any, transformer: MMDiTConfig) -> dict[str, Any]:
+def new_lora(config: ConfigDict, key: jax.Array, params: Any, transformer: ModelConfig) -> dict[str, Any]:
     """The tree that a stage starts from, float32: one that changes nothing yet, or the update of the file `init`.
 
     Ranks that the file does not fill begin as those of a new LoRA.
@@ -62,8 +60,9 @@ def new_lora(config: ConfigDict, key: jax.Array, params: Any, transformer: MMDiT
     Raises:
       ConfigError: for targets that the transformer does not have, or a file that the fields have no room for.
     """
+    backbone = backbone_of(transformer)
     try:
-        tree = init_lora(key, params, config.rank, targets=config.targets)
+        tree = backbone.init_lora(key, params, config.rank, targets=config.targets or backbone.lora_targets)
     except ValueError as error:
         raise ConfigError(f"lora.targets: {error}") from error
     if not config.init:
@@ -83,7 +82,7 @@ def new_lora(config: ConfigDict, key: jax.Array, params: Any, transformer: MMDiT
     return traverse_util.unflatten_dict(flat)
 
 
-def export_lora(folder: Path, lora: Any, alpha: float, transformer: MMDiTConfig) -> None:
+def export_lora(folder: Path, lora: Any, alpha: float, transformer: ModelConfig) -> None:
     """Writes a stage's LoRA, by one process, into the file that diffusers' `load_lora_weights` reads."""
     lora = tree_to_host(lora)
     if is_main():

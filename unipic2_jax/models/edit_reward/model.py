@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from unipic2_jax.core.fields import check_fields, hints
+from unipic2_jax.core.strict import read_object
 from unipic2_jax.models import registry
 from unipic2_jax.models.bundle import VLM_PATTERNS, find_model
 from unipic2_jax.models.edit_reward import files
@@ -58,7 +59,7 @@ COMBINE = {
 def is_edit_reward(folder: str | os.PathLike) -> bool:
     """Whether a folder says that it is one."""
     file = Path(folder) / "config.json"
-    return file.is_file() and registry.read_json(file).get("model_type") == MODEL_TYPE
+    return file.is_file() and read_object(file).get("model_type") == MODEL_TYPE
 
 
 def check_combine(how: str, targets: Sequence[str]) -> None:
@@ -112,7 +113,7 @@ class Spec:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no EditReward folder {folder}; check the path.")
-        values = registry.read_json(folder / "config.json")
+        values = read_object(folder / "config.json")
         if values.get("model_type") != MODEL_TYPE or not isinstance(values.get("targets"), list):
             raise ValueError(f"{folder} holds no EditReward; name a folder that a stage of kind 'regression' exported.")
         fields = {name: values[name] for name in hints(cls) if name in values}

@@ -32,7 +32,6 @@ from unipic2_jax.models.conditioner import conditioning_with_dropout
 from unipic2_jax.models.lora import scaled
 from unipic2_jax.models.remat import check_policy
 from unipic2_jax.models.sampling import encode_moments, from_uint8, reference_latents, velocity_fn
-from unipic2_jax.models.sd3.flops import forward_flops
 from unipic2_jax.optim.ema import ema_update
 from unipic2_jax.optim.optimizer import check_rules, make_optimizer, merge_params, split_params
 from unipic2_jax.parallel.mesh import batch_shards, described_rows, described_whole, replicated, shard_batch
@@ -125,7 +124,9 @@ class FlowStage(Stage):
     def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
         self.scale = scale_of(config.lora) if config.lora.rank else None  # of the LoRA; None: there is none
         if self.scale is None:
-            self.trained, frozen = split_params(bundle.params, config.optimizer.trainable)
+            self.trained, frozen = split_params(
+                bundle.params, config.optimizer.trainable, bundle.backbone.never_trained
+            )
         else:
             frozen = bundle.params
             lora = new_lora(config.lora, context.key(NO_STEP), frozen["transformer"], bundle.transformer.config)
@@ -429,7 +430,7 @@ class FlowStage(Stage):
         tokens = height * width // patch**2
         text, references = self.bundle.conditioner.context_length, tokens * shape.bucket.references
         references *= self.bundle.conditioner.latent_references
-        forward = forward_flops(self.bundle.transformer.config, tokens, text, references)
+        forward = self.bundle.backbone.flops(self.bundle.transformer.config, tokens, text, references)
         return flow_step_flops(forward, self.config.batch_size, "transformer" in self.trained)
 
     def validate(self, params: Any) -> dict[str, float]:

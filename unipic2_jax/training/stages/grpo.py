@@ -31,7 +31,6 @@ from unipic2_jax.models import sampling
 from unipic2_jax.models.conditioner import tokenize_negative
 from unipic2_jax.models.lora import count_matrices, scaled
 from unipic2_jax.models.remat import check_policy
-from unipic2_jax.models.sd3.flops import forward_flops
 from unipic2_jax.optim.optimizer import make_optimizer, merge_params, split_params
 from unipic2_jax.parallel.mesh import (
     batch_sharding,
@@ -318,7 +317,7 @@ class GRPOStage(Stage):
     def _new_trained(self, params: Any) -> Any:
         config = self.config.lora
         if self.scale is None:
-            return self.context.precision.lift(split_params(params, ".*")[0])
+            return self.context.precision.lift(split_params(params, ".*", self.bundle.backbone.never_trained)[0])
         return new_lora(config, self.context.key(NO_STEP), params, self.transformer.config)
 
     def programs(self) -> list[Program]:
@@ -532,7 +531,9 @@ class GRPOStage(Stage):
         config, grpo = self.transformer.config, self.grpo
         pixels = self.bundle.vae.config.downsampling * config.patch_size
         tokens = (self.config.height // pixels) * (self.config.width // pixels)
-        forward = forward_flops(config, tokens, self.bundle.conditioner.context_length, tokens if edits else 0)
+        forward = self.bundle.backbone.flops(
+            config, tokens, self.bundle.conditioner.context_length, tokens if edits else 0
+        )
         branches = 1 if grpo.guidance_scale == 1 else 2
         inside = branches if grpo.cfg_in_window else 1
         sampled = self.samples * ((grpo.num_steps - grpo.trained_steps) * branches + grpo.trained_steps * inside)
