@@ -240,7 +240,7 @@ def test_wrong_places_are_named(folder, tmp_path):
         convert.to_torch(folder, tmp_path / "x", layout="single_file")
     config = json.loads((tmp_path / "ours/config.json").read_text())
     (tmp_path / "ours/config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderKx"}))
-    with pytest.raises(ValueError, match=r"'AutoencoderKx' \(nearest: AutoencoderKL\)"):
+    with pytest.raises(ValueError, match=r"'AutoencoderKx' \(nearest: 'AutoencoderKL'\)"):
         convert.to_torch(tmp_path / "ours", tmp_path / "back")
 
 

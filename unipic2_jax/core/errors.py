@@ -18,6 +18,12 @@ class TrainingPaused(TrainingError):
     """What a step needs is not to be had now; it has not touched the state, which the loop saves before it leaves."""
 
 
+def closest(name: str, names: Iterable[str]) -> str:
+    """ " (nearest: 'x')" for the middle of a sentence, or nothing when no name is close."""
+    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (nearest: {match[0]!r})" if match else ""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: '; did you mean 'x'?', or the list of what there is."""
     known = sorted(known)

@@ -30,6 +30,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
+from unipic2_jax.core.files import to_text, write_text
 from unipic2_jax.data.buckets import Bucket, bucket_size
 from unipic2_jax.data.examine import DIGEST_BYTES, Dropped, Examine, Kept, Settings, examined_records
 from unipic2_jax.data.prepared import INDEX, PreparedIndex, Shard, pack
@@ -129,7 +130,7 @@ def prepare(
         "settings": described,
     }
     index = PreparedIndex(wanted.resolution, wanted.multiple, tuple(progress.shards), tuple(progress.arrays), summary)
-    _write(out / INDEX, index.to_json())
+    write_text(out / INDEX, index.to_json(), durable=True)
     _remove_journal(out)
     return index
 
@@ -199,13 +200,13 @@ class _Progress:
             if out.exists() and any(path != self.journal for path in out.iterdir()):
                 raise ValueError(f"{out} holds other files already; give a folder that is new or empty.")
             self.journal.mkdir(parents=True, exist_ok=True)
-            _write(begun, json.dumps(described, indent=2) + "\n")
+            write_text(begun, to_text(described), durable=True)
         lines = []
         while (path := self._entry(self.chunks)).is_file():
             entry = json.loads(path.read_text(encoding="utf-8"))
             lines += [json.dumps(drop) + "\n" for drop in entry["dropped"]]
             self._count(entry)
-        _write(out / DROPPED, "".join(lines))
+        write_text(out / DROPPED, "".join(lines), durable=True)
         known = {shard.file for shard in self.shards}
         for path in (*out.iterdir(), *self.journal.iterdir()):
             if path.name.endswith(UNFINISHED) or (path.name.endswith(SUFFIX) and path.name not in known):
@@ -226,7 +227,7 @@ class _Progress:
 
     def commit(self, entry: Mapping[str, Any]) -> None:
         """Notes a chunk whose shards have their final names."""
-        _write(self._entry(self.chunks), json.dumps(entry) + "\n")
+        write_text(self._entry(self.chunks), json.dumps(entry) + "\n", durable=True)
         self._count(entry)
         self.report(entry["dropped"])
 
@@ -363,14 +364,6 @@ def _check_same(out: Path, held: Mapping[str, Any], described: Mapping[str, Any]
 
 def _counted(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items()))
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
-    part.write_text(text, encoding="utf-8")
-    _sync(part)
-    os.replace(part, path)
 
 
 def _sync(path: Path) -> None:

@@ -7,7 +7,6 @@ values agree bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from unipic2_jax.core.fields import check_fields, hints
+from unipic2_jax.core.files import write_json
 from unipic2_jax.core.strict import read_object
 
 # What diffusers' scheduler can do beyond shift, with the values under which it does not do it.
@@ -94,7 +94,7 @@ class FlowMatchConfig:
     def save(self, folder: str | Path) -> None:
         """Writes `folder/scheduler_config.json`, creating the folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(Path(folder) / FILE_NAME, self.to_dict())
 
     def sigmas(self, num_steps: int) -> np.ndarray:
         """`sigmas(num_steps, shift)` with this config's values."""

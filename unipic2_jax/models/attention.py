@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from unipic2_jax.models.splash import fits, splash
+from unipic2_jax.parallel.compat import current_mesh
 from unipic2_jax.parallel.rules import constrain, split_over
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def check_implementation(implementation: str) -> None:
 
 def _platform() -> str:
     """What programs traced here will run on."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    device = current_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from unipic2_jax.core.fields import check_fields, hints
+from unipic2_jax.core.files import write_json
 from unipic2_jax.core.strict import read_object
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.flow.seeds import folded
@@ -334,14 +334,14 @@ def save_bundle(
         with np.errstate(over="ignore"):  # reported by _finite, as an error
             io.write_folder(folder / name, network.stem, tensors)
         values = network.config_values(config, "" if dtype is None else str(dtype))
-        _write_json(folder / name / "config.json", values)
+        write_json(folder / name / "config.json", values)
     bundle.scheduler.save(folder / "scheduler")
     conditioner = bundle.conditioner
-    _write_json(folder / EXTRAS_FILE, {name: getattr(conditioner, name) for name in conditioner.SETTINGS})
+    write_json(folder / EXTRAS_FILE, {name: getattr(conditioner, name) for name in conditioner.SETTINGS})
     if with_vlm or not family.reader:
         conditioner.save_tokenizers(folder)
     if family.model_index is not None:
-        _write_json(folder / "model_index.json", family.model_index(modules))
+        write_json(folder / "model_index.json", family.model_index(modules))
     return folder
 
 
@@ -448,8 +448,3 @@ def _finite(tensors: Iterable[tuple[str, np.ndarray]], component: str) -> Iterat
                 "fails too, the training has diverged."
             )
         yield name, array
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from unipic2_jax.core.errors import closest
+from unipic2_jax.core.files import write_json
 from unipic2_jax.core.strict import read_object
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.models import registry
@@ -203,11 +204,6 @@ def _whole_folder(dst: Path) -> Iterator[Path]:
         shutil.rmtree(out, ignore_errors=True)
 
 
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 @dataclasses.dataclass(frozen=True)
 class _Origin:
     """`single_file.json`: how the file was, for the way back. `metadata` is its header's, `prefixes` those of names."""
@@ -223,7 +219,7 @@ def _single_file_from_torch(src: Path, out: Path, base: Path | None) -> list[str
     if "transformer" not in prefixes and "vae" not in prefixes:
         if base is not None and (part := _network_of_file(src, base)):
             return _network_file_from_torch(src, part, out, base)
-        near = table.nearest(single_file.PREFIXES["transformer"][0] + single_file.PROBES["transformer"], checkpoint)
+        near = closest(single_file.PREFIXES["transformer"][0] + single_file.PROBES["transformer"], checkpoint)
         raise ValueError(f"{src} is neither a single-file SD3.5 checkpoint nor a LoRA file{near}.")
     configs, networks, wanted = {}, {}, {}
     for part, prefix in prefixes.items():
@@ -260,7 +256,7 @@ def _single_file_from_torch(src: Path, out: Path, base: Path | None) -> list[str
     lines += checkpoint.notes
     if unused:
         io.write_file(out / native.UNUSED, ((name, checkpoint[name][...]) for name in unused))
-    _write_json(out / SINGLE_FILE, dataclasses.asdict(_Origin(checkpoint.metadata, prefixes, filled)))
+    write_json(out / SINGLE_FILE, dataclasses.asdict(_Origin(checkpoint.metadata, prefixes, filled)))
     return lines
 
 
@@ -299,12 +295,12 @@ def _write_configs(out: Path, configs: dict[str, ModelConfig]) -> None:
     index: dict[str, Any] = {"_class_name": "StableDiffusion3Pipeline"}
     for part, config in configs.items():
         network = registry.network_of(config)
-        _write_json(out / part / "config.json", network.config_values(config))
+        write_json(out / part / "config.json", network.config_values(config))
         index[part] = [network.library, config.CLASS_NAME]
     if "transformer" in configs:
         index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
         FlowMatchConfig().save(out / "scheduler")
-    _write_json(out / MODEL_INDEX, index)
+    write_json(out / MODEL_INDEX, index)
 
 
 def _single_file_to_torch(src: Path, dst: Path) -> list[str]:

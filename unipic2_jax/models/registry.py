@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from unipic2_jax.core.errors import closest
 from unipic2_jax.core.fields import check_fields
 from unipic2_jax.core.registry import Registry
 from unipic2_jax.core.strict import read_object
@@ -82,10 +82,8 @@ def read_network(folder: str | os.PathLike) -> tuple[Network, ModelConfig]:
     """
     name = class_name(folder)
     if name not in NETWORKS:
-        near = difflib.get_close_matches(name, NETWORKS, n=1)
-        hint = f" (nearest: {near[0]})" if near else ""
         raise ValueError(
-            f"{Path(folder) / 'config.json'} describes a network of class {name!r}{hint}, which is not known here; "
+            f"{Path(folder) / 'config.json'} describes a network of class {name!r}{closest(name, NETWORKS)}, which is not known here; "
             f"known are {', '.join(NETWORKS)}."
         )
     network = NETWORKS[name]

@@ -18,6 +18,7 @@ from unipic2_jax.flow.ode import sample_ode
 from unipic2_jax.flow.seeds import folded
 from unipic2_jax.models.registry import backbone_of
 from unipic2_jax.models.sd3.vae import AutoencoderKL, decode_chunked, denormalize, encode_chunked, normalize
+from unipic2_jax.parallel.compat import current_mesh
 from unipic2_jax.parallel.rules import RULES, devices_along
 
 # Pixels of images that the VAE works on at a time, on each device: 16 images of 512 x 512, 4 of 1024 x 1024.
@@ -29,7 +30,7 @@ Conditioning = tuple[jax.Array, jax.Array]
 
 def vae_chunk(height: int, width: int) -> int:
     """How many images of this size (pixels) the VAE handles at once, on all devices that a batch is split over together."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh()
     devices = 1 if mesh.empty else devices_along(mesh, RULES.batch)
     return devices * max(1, VAE_PIXELS // (height * width))
 

@@ -6,8 +6,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
 
+from unipic2_jax.parallel.compat import current_mesh, shard_map, splash_attention
 from unipic2_jax.parallel.rules import RULES, devices_along
 
 BLOCK = 512  # queries, and keys, that the kernel has on chip at a time; a multiple of its lanes
@@ -16,7 +16,7 @@ LANES = 128
 
 def fits(query: jax.Array, key: jax.Array) -> bool:
     """Whether the mesh in use divides samples, heads and queries evenly, as a kernel for each device needs."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh()
     if mesh.empty or mesh.size == 1:
         return True
     specs = ((query.shape, _query_spec()), (key.shape, _key_spec()))
@@ -35,11 +35,11 @@ def splash(
     """
     seen = jnp.ones(key.shape[:2], bool) if seen is None else seen
     run = functools.partial(_on_one_device, scale=scale, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh()
     if mesh.empty or mesh.size == 1:
         return run(query, key, value, seen)
     given = (_query_spec(), _key_spec(), _key_spec(), RULES.spec("batch", None))
-    return jax.shard_map(run, in_specs=given, out_specs=_query_spec(), check_vma=False)(query, key, value, seen)
+    return shard_map(run, in_specs=given, out_specs=_query_spec(), check_vma=False)(query, key, value, seen)
 
 
 def _query_spec() -> jax.sharding.PartitionSpec:
@@ -65,9 +65,10 @@ def _on_one_device(
 
     query = padded(query * jnp.asarray(scale, query.dtype), rows)
     key, value, seen = (padded(x, columns) for x in (key, value, seen))
-    kernel = splash_attention.make_splash_mha_single_device(
-        splash_attention.MultiHeadMask([splash_attention.FullMask((query.shape[1], key.shape[1]))] * heads),
-        block_sizes=splash_attention.BlockSizes(
+    splash = splash_attention()
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.FullMask((query.shape[1], key.shape[1]))] * heads),
+        block_sizes=splash.BlockSizes(
             block_q=rows,
             block_kv=columns,
             block_q_dkv=rows,
@@ -80,7 +81,7 @@ def _on_one_device(
     )
     # A query sees the keys of its own segment.
     own = jnp.ones(query.shape[:2], jnp.int32)
-    segments = splash_attention.SegmentIds(q=own, kv=seen.astype(jnp.int32))
+    segments = splash.SegmentIds(q=own, kv=seen.astype(jnp.int32))
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (query, key, value)]
     out = jax.vmap(kernel)(*heads_first, segment_ids=segments)
     return jnp.swapaxes(out, 1, 2)[:, :queries].astype(value.dtype)

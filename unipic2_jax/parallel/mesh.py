@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from unipic2_jax.parallel.compat import auto_axes, mesh_utils
 from unipic2_jax.parallel.rules import RULES, devices_along
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -69,7 +69,7 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_sizes(len(devices), preset, sizes, slices)
-    types = (AxisType.Auto,) * len(AXES)
+    types = auto_axes(len(AXES))
     if slices == 1:
         # An axis goes along an edge of the torus where it can, and along a part of one where it must.
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

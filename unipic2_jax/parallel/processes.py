@@ -23,9 +23,9 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from unipic2_jax.parallel.compat import multihost_utils
 from unipic2_jax.parallel.mesh import batch_sharding, batch_shards, check_rows
 
 # A process that says nothing for so long is taken for dead, and the others stop. One that is killed is missed at once wherever

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unipic2_jax.core.registry import Registry
+from unipic2_jax.parallel.compat import current_mesh
 
 # What one axis of an array means; None: nothing is ever split there.
 Logical = str | None
@@ -124,7 +125,7 @@ def described(mesh: Mesh, tree: Any) -> Any:
 
 def constrain_parameters(tree: Any) -> Any:
     """`shardings` for the compiler: on gradients and new states, so that they are where the parameters are."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh()
     if mesh.empty or mesh.size == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
@@ -132,7 +133,7 @@ def constrain_parameters(tree: Any) -> Any:
 
 def gathered(tree: Any) -> Any:
     """Parameters as every device of an 'fsdp' axis has all of them, for a program that uses them often: where this is called."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return tree
 
@@ -145,7 +146,7 @@ def gathered(tree: Any) -> Any:
 
 def split_over(axis: str) -> bool:
     """Whether this logical axis is split over several devices where this is traced (`jax.set_mesh`)."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh()
     return not mesh.empty and devices_along(mesh, getattr(RULES, axis)) > 1
 
 
@@ -154,7 +155,7 @@ def constrain(x: jax.Array, *axes: Logical) -> jax.Array:
 
     An axis shorter than its devices stays whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = current_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     spec = RULES.spec(*axes)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jax.extend import core
+from unipic2_jax.parallel.compat import core
 
 Chosen = Callable[[core.JaxprEqn], bool]
 

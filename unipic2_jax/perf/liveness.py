@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend import core
 
+from unipic2_jax.parallel.compat import core
 from unipic2_jax.perf.counting import inner_jaxprs
 
 # Primitives whose one jaxpr runs once, on their arguments.

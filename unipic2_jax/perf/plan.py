@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.extend import core
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.core.files import write_text
 from unipic2_jax.data.buckets import MULTIPLE
 from unipic2_jax.data.examples import make_examples
 from unipic2_jax.models.attention import Call, recorded
 from unipic2_jax.models.registry import FAMILIES, SIZES
+from unipic2_jax.parallel.compat import AbstractMesh, core, use_mesh
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh
 from unipic2_jax.parallel.rules import RULES, axis_names, devices_along
 from unipic2_jax.perf.counting import inner_jaxprs, is_single, jaxpr_flops
@@ -305,9 +306,7 @@ class Cache:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{key}.part{os.getpid()}"
-        part.write_text(json.dumps(found))
-        part.rename(self.folder / f"{key}.json")
+        write_text(self.folder / f"{key}.json", json.dumps(found))
 
 
 def default_cache() -> Path:
@@ -549,7 +548,7 @@ def counted(
     mesh = make_mesh(jax.local_devices()[:1], "fsdp")  # every process of a run counts for itself
     flash = config.get("attention", "auto") != "xla"
     found = [Plan([], {}) for _ in splits]
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh):
         built = stages(config, mesh, all_shapes=all_shapes, log=log, shards=topology.count, split=meshes[0])
         for planned in built:
             for made in found:
@@ -593,7 +592,7 @@ def plan(
         return counted(config, topology, [config.parallel], all_shapes=all_shapes, log=log, only=only)[0]
     cache, mesh = cache or Cache(None), topology.mesh(config.parallel)
     found = Plan([], {})
-    with jax.set_mesh(mesh), recorded() as calls:
+    with use_mesh(mesh), recorded() as calls:
         for planned in stages(config, mesh, all_shapes=all_shapes, log=log):
             found.stages.append(planned)
             found.costs[planned.name] = []

@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.parallel.compat import AbstractMesh, auto_axes, topologies
 from unipic2_jax.parallel.mesh import AXES, make_mesh, mesh_sizes
 from unipic2_jax.training.config import mesh_fields
 
@@ -156,7 +157,7 @@ class Topology:
             shape = mesh_sizes(self.count, preset, sizes, slices)
         except ValueError as error:
             raise ConfigError(f"config.parallel on {self}: {error}") from error
-        return AbstractMesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return AbstractMesh(tuple(shape), AXES, axis_types=auto_axes(len(AXES)))
 
     def mesh(self, parallel: ConfigDict) -> Mesh:
         """The mesh of `config.parallel` over devices that are not there.
@@ -227,8 +228,6 @@ def gpu_devices(topology: Topology) -> Sequence[Any]:
     Raises:
       ConfigError: without JAX's CUDA plugin, or when it does not know the target.
     """
-    from jax.experimental import topologies
-
     if not has_compiler(topology):
         raise ConfigError(
             f"The compiler for {topology.name} is missing; install it with `pip install -r requirements-cuda.txt` (it runs on "
@@ -237,7 +236,7 @@ def gpu_devices(topology: Topology) -> Sequence[Any]:
     target = (TARGETS / f"{topology.kind}.txtpb").read_text()
     shape = f"{topology.nodes}x1x{topology.count // topology.nodes}"
     try:
-        return topologies.get_topology_desc(platform="cuda", target_config=target, topology=shape).devices
+        return topologies().get_topology_desc(platform="cuda", target_config=target, topology=shape).devices
     except Exception as error:  # the plugin has no kinds of its own
         reason = str(error).strip().split("\n")[0][:200]
         raise ConfigError(
@@ -252,8 +251,6 @@ def tpu_devices(topology: Topology) -> Sequence[Any]:
     Raises:
       ConfigError: without libtpu, or for a topology that it does not know.
     """
-    from jax.experimental import topologies
-
     try:
         import libtpu
     except ImportError as error:
@@ -264,7 +261,7 @@ def tpu_devices(topology: Topology) -> Sequence[Any]:
     del libtpu
     several = {"num_slices": topology.slices} if topology.slices > 1 else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **several).devices
+        return topologies().get_topology_desc(platform="tpu", topology_name=topology.name, **several).devices
     except Exception as error:  # the plugin has no kinds of its own
         reason = str(error).strip().split("\n")[0][:200]
         if "lockfile" in reason:

@@ -29,6 +29,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tqdm import tqdm
 
+from unipic2_jax.core.files import to_text, write_text
 from unipic2_jax.data.buckets import Bucket, nearest_aspect
 from unipic2_jax.data.prepared import INDEX, PreparedExample, PreparedIndex, Shard, pack
 from unipic2_jax.data.prompts import PromptRecord, PromptSource
@@ -146,7 +147,7 @@ class EditLabels:
             raise ValueError(f"{out} holds other files already; give a folder that is new or empty.")
         else:
             (self.out / "pictures").mkdir(parents=True, exist_ok=True)
-            _write(begun, json.dumps(settings, indent=2) + "\n")
+            write_text(begun, to_text(settings))
         (self.out / "pictures").mkdir(exist_ok=True)
         self.made = {row["number"]: row for row in _read_lines(self.out / "made.jsonl")}
         self.scores = {row["key"]: row["marks"] for row in _read_lines(self.out / "scores.jsonl")}
@@ -277,7 +278,7 @@ class EditLabels:
         self.scores |= {line["key"]: line["marks"] for line in lines}
         used = {what: after - before[what] for what, after in _tokens(entry.reward).items()}
         self.spent = {what: self.spent[what] + ({"calls": len(rows)} | used)[what] for what in self.spent}
-        _write(self.out / "spent.json", json.dumps(self.spent) + "\n")
+        write_text(self.out / "spent.json", json.dumps(self.spent) + "\n")
         for sentence in dict.fromkeys(scored.errors[name].values()):
             tqdm.write(f"The judge failed: {sentence}")
         if budget.cost is not None and entry.reward.usage.answers and not any(_tokens(entry.reward).values()):
@@ -290,7 +291,7 @@ class EditLabels:
         """scored.jsonl and the shards, from all edits that have a score."""
         unique = {row["key"]: row for row in self.made.values() if row["key"] in self.scores}
         rows = [{**row, "marks": self.scores[key]} for key, row in unique.items()]
-        _write(self.out / "scored.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.out / "scored.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         # Marks that some edits lack are no targets.
         names = sorted(set.intersection(*(set(row["marks"]) for row in rows))) if rows else []
         for split in ("train", "heldout"):
@@ -302,7 +303,7 @@ class EditLabels:
                 part.mkdir()
                 shards = tuple(self._shards(own, names, part))
                 index = PreparedIndex(resolution, multiple, shards, tuple(names), {"kept": len(own)})
-                _write(part / INDEX, index.to_json())
+                write_text(part / INDEX, index.to_json())
                 os.replace(part, self.out / split)
 
     def _shards(self, rows: Sequence[dict[str, Any]], names: Sequence[str], folder: Path) -> Iterable[Shard]:
@@ -357,9 +358,3 @@ def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from unipic2_jax.core.files import write_json
 from unipic2_jax.core.strict import read_json
 
 DTYPES = {
@@ -334,7 +335,7 @@ def write_folder(
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         written.add(_index_file(folder, stem))
-        _index_file(folder, stem).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(_index_file(folder, stem), index)
     for file in old - written:
         file.unlink(missing_ok=True)
     return files

@@ -25,6 +25,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from unipic2_jax.core.errors import closest
+from unipic2_jax.core.files import write_json
+from unipic2_jax.parallel.compat import orbax_v1
 from unipic2_jax.weights import io, table, variants
 from unipic2_jax.weights.table import Rule
 
@@ -60,7 +63,7 @@ class Manifest:
             "dtype": common,
             "other_dtypes": {name: dtype for name, dtype in self.dtypes.items() if dtype != common},
         }
-        (folder / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / MANIFEST, values)
 
     @classmethod
     def read(cls, folder: Path, rules: Iterable[Rule]) -> Manifest:
@@ -88,7 +91,7 @@ def is_native(folder: str | os.PathLike) -> bool:
 
 def leaf_shapes(checkpoint: str | os.PathLike) -> dict[str, Any]:
     """path -> shape and dtype of every leaf of an Orbax checkpoint. Raises ValueError when it is damaged."""
-    from orbax.checkpoint import v1 as ocp
+    ocp = orbax_v1()
 
     checkpoint = Path(checkpoint).absolute()
     try:
@@ -100,7 +103,7 @@ def leaf_shapes(checkpoint: str | os.PathLike) -> dict[str, Any]:
 
 def read_leaves(checkpoint: str | os.PathLike, paths: Iterable[str]) -> dict[str, np.ndarray]:
     """Some leaves of an Orbax checkpoint, as stored."""
-    from orbax.checkpoint import v1 as ocp
+    ocp = orbax_v1()
 
     shapes, paths = leaf_shapes(checkpoint), tuple(paths)
     wanted: dict[str, Any] = dict.fromkeys(shapes, ocp.PLACEHOLDER)
@@ -155,7 +158,7 @@ def save(folder: str | os.PathLike, rules: Iterable[Rule], params: Mapping[str, 
 
 def save_tree(checkpoint: str | os.PathLike, tree: Mapping[str, Any]) -> None:
     """An Orbax checkpoint of a tree of arrays that appears whole or not at all. Host arrays are not copied."""
-    from orbax.checkpoint import v1 as ocp
+    ocp = orbax_v1()
 
     context = ocp.Context()
     # Random-looking floats do not compress, and a copy of each array at once would be the whole model.
@@ -181,7 +184,7 @@ def load_tree(
 
     Raises ValueError in one sentence when a leaf is missing, extra or of another shape.
     """
-    from orbax.checkpoint import v1 as ocp
+    ocp = orbax_v1()
 
     check_tree(checkpoint, abstract)
     stored, leaves = leaf_shapes(checkpoint), table.flatten(abstract)
@@ -201,11 +204,10 @@ def check_tree(checkpoint: str | os.PathLike, abstract: Mapping[str, Any]) -> No
     """Raises ValueError in one sentence when the checkpoint's leaves are not these. Reads no weights."""
     stored, wanted = leaf_shapes(checkpoint), table.flatten(abstract)
     if missing := [path for path in wanted if path not in stored]:
-        raise ValueError(f"{checkpoint} lacks the leaf {missing[0]!r}{table.nearest(missing[0], stored)}.")
+        raise ValueError(f"{checkpoint} lacks the leaf {missing[0]!r}{closest(missing[0], stored)}.")
     if extra := [path for path in stored if path not in wanted]:
         raise ValueError(
-            f"{checkpoint} holds the leaf {extra[0]!r}, which this network does not have"
-            f"{table.nearest(extra[0], wanted)}."
+            f"{checkpoint} holds the leaf {extra[0]!r}, which this network does not have{closest(extra[0], wanted)}."
         )
     for path, leaf in wanted.items():
         if stored[path].shape != tuple(leaf.shape):

@@ -7,7 +7,6 @@ two readers. Both stream: a tensor is read, turned and placed before the next on
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from unipic2_jax.core.errors import closest
 from unipic2_jax.weights.precision import Precision
 
 # A transform is a permutation of axes, torch -> Flax, so that it is exactly invertible, costs no arithmetic, and a
@@ -109,7 +109,7 @@ def expected_shapes(rules: Iterable[Rule], abstract: Mapping[str, Any]) -> dict[
         if rule.path not in leaves:
             raise ValueError(
                 f"Rule {rule.torch!r} names the leaf {rule.path!r}, "
-                f"which the network does not have{nearest(rule.path, leaves)}."
+                f"which the network does not have{closest(rule.path, leaves)}."
             )
         leaf = leaves[rule.path]
         axes = TRANSFORMS[rule.transform]
@@ -178,14 +178,14 @@ def check(rules: Iterable[Rule], source: Mapping[str, Any], abstract: Mapping[st
     missing = [name for name in shapes if name not in source]
     extra = sorted(set(source) - set(shapes) - unused_names(rules))
     if missing:
-        near = nearest(missing[0], extra or list(source))
+        near = closest(missing[0], extra or list(source))
         raise ValueError(
             f"{origin()} lacks the tensor {missing[0]!r} of shape {shapes[missing[0]]}{_more(missing)}{near}."
         )
     if extra:
         raise ValueError(
             f"{origin(extra[0])} holds the tensor {extra[0]!r}{_more(extra)}, "
-            f"which this network does not have{nearest(extra[0], shapes)}."
+            f"which this network does not have{closest(extra[0], shapes)}."
         )
     for name, shape in shapes.items():
         if tuple(source[name].shape) != shape:
@@ -314,12 +314,6 @@ def split_leaf(rule: Rule, leaf: Any, dtypes: Any = None) -> Iterator[tuple[str,
             array = array.transpose(np.argsort(axes))
         dtype = dtypes.get(name) if isinstance(dtypes, Mapping) else dtypes
         yield name, np.ascontiguousarray(array, None if dtype is None else np.dtype(dtype)).reshape(array.shape)
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ " (nearest: 'x')" for an error message, or nothing when no name is close."""
-    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (nearest: {match[0]!r})" if match else ""
 
 
 def _more(names: list[str]) -> str:

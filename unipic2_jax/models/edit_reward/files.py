@@ -7,7 +7,6 @@ head.safetensors                                  'weight' [targets, D] and 'bia
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from unipic2_jax.core.files import write_json
 from unipic2_jax.models import registry
 from unipic2_jax.models.edit_reward.network import LORA_TARGETS, lora_shapes
 from unipic2_jax.models.qwen.decoder import Qwen2_5_VLConfig
@@ -67,7 +67,7 @@ def save_lora(
         "target_modules": rf".*language_model\.layers\.\d+\.\w+\.({names})",
         "inference_mode": True,
     }
-    (folder / PEFT_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / PEFT_CONFIG, values)
 
 
 def load_lora(

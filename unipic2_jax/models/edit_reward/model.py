@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -25,6 +24,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from unipic2_jax.core.fields import check_fields, hints
+from unipic2_jax.core.files import write_json
 from unipic2_jax.core.strict import read_object
 from unipic2_jax.models import registry
 from unipic2_jax.models.bundle import VLM_PATTERNS, find_model
@@ -35,6 +35,7 @@ from unipic2_jax.models.qwen import names as qwen
 from unipic2_jax.models.qwen.decoder import Qwen2_5_VL, Qwen2_5_VLConfig
 from unipic2_jax.models.qwen.processor import VLMInput, VLMProcessor
 from unipic2_jax.models.sd3.lora_file import PEFT_FILE
+from unipic2_jax.parallel.compat import use_mesh
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh, shard_batch
 from unipic2_jax.parallel.processes import local_rows, max_over_processes, rows_to_host
 from unipic2_jax.parallel.rules import shardings
@@ -133,7 +134,7 @@ class Spec:
         if base is not None and Path(base).is_dir():
             base = os.path.relpath(Path(base).resolve(), folder.resolve())
         values = {"model_type": MODEL_TYPE, **dataclasses.asdict(self), "base": base}
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", values)
 
     def question(self, source: Any, edited: Any, instruction: str) -> list[dict[str, Any]]:
         """One conversation of one message: texts and pictures as the template has them."""
@@ -288,8 +289,7 @@ class EditRewardModel:
             else:
                 tensors = table.to_torch(rules, self.params["vlm"], dtype)
             io.write_folder(vlm, io.TRANSFORMERS_STEM, tensors)
-            kind = {"architectures": [config.CLASS_NAME], "model_type": config.MODEL_TYPE}
-            (vlm / "config.json").write_text(json.dumps({**kind, **config.to_dict()}, indent=2) + "\n", "utf-8")
+            write_json(vlm / "config.json", registry.network_of(config).config_values(config))
             self.processor.save(vlm)
         self.spec.write(folder)
         return folder
@@ -334,7 +334,7 @@ class EditRewardModel:
         made = []
         # A process that has nothing left goes on with the others, on a question that nobody asks.
         blank = (Image.new("RGB", (64, 64)),) * 2 + ("",)
-        with jax.set_mesh(mesh):
+        with use_mesh(mesh):
             for turn in range(max_over_processes(-(-count // size))):
                 part = range(turn * size, min(count, (turn + 1) * size))
                 asked = [(sources[i], edited[i], instructions[i]) for i in part]

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unipic2_jax.core.errors import closest
 from unipic2_jax.models import registry
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.sd3 import single_file
@@ -238,7 +239,7 @@ def _layer(
     component, prefix = next(pair for pair in _PREFIXES if stem.startswith(pair[1]))
     if component not in configs:
         raise ValueError(f"{file} adapts {name!r}, but this model has no {component}; use the model it was made for.")
-    near = table.nearest(stem.removeprefix(prefix), places[component])
+    near = closest(stem.removeprefix(prefix), places[component])
     raise ValueError(f"{file} adapts {name!r}, a layer that this model's {component} does not have{near}.")
 
 

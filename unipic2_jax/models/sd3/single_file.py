@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from unipic2_jax.core.errors import closest
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.sd3.clip import CLIP_BIGG, CLIP_L, CLIPTextConfig
 from unipic2_jax.models.sd3.mmdit import MMDiTConfig
@@ -215,7 +216,7 @@ def split(
                     views[name] = np.eye(width, dtype=like)
                     filled.append(f"{component}/{name}")
                     continue
-                near = table.nearest(stored, source)
+                near = closest(stored, source)
                 raise ValueError(f"{source.origin()} lacks the tensor {stored!r}{near}.")
             used.add(stored)
             views[name] = _view(source[stored], piece)
@@ -225,7 +226,7 @@ def split(
         known = [found[c] + PIECES[c](name, configs[c]).name for c, names in wanted.items() for name in names]
         raise ValueError(
             f"{source.origin()} holds the tensor {extra[0]!r} among {len(extra)} that this layout does not have"
-            f"{table.nearest(extra[0], known)}."
+            f"{closest(extra[0], known)}."
         )
     return out, unused, filled
 
