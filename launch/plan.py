@@ -56,10 +56,10 @@ def main(argv: list[str]) -> None:
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     # At a flag of another platform's compiler it ends the process.
     os.environ.pop("XLA_FLAGS", None)
-    from unipic2_jax.perf import plan, plan_report, split, topology
+    from unipic2_jax.perf import compiler, plan, plan_report, split, topology
     from unipic2_jax.training import config as config_lib
 
-    cache = plan.Cache(plan.default_cache() if _CACHE.value is None else _CACHE.value)
+    cache = compiler.Cache(compiler.default_cache() if _CACHE.value is None else _CACHE.value)
     log = lambda sentence: print(sentence, file=sys.stderr, flush=True)
     try:
         given = config_lib.validate(CONFIG.value)

@@ -33,9 +33,9 @@ def main(argv: list[str]) -> None:
     cli.quiet()
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.pop("XLA_FLAGS", None)
-    from unipic2_jax.perf import plan, plan_check, plan_report
+    from unipic2_jax.perf import compiler, plan, plan_check, plan_report
 
-    cache = plan.default_cache() if _CACHE.value is None else _CACHE.value
+    cache = compiler.default_cache() if _CACHE.value is None else _CACHE.value
     try:
         units = [(r, m) for m in _MACHINES.value or plan_check.machines() for r in _RECIPES.value or plan_check.RECIPES]
     except ConfigError as error:

@@ -468,3 +468,10 @@ def test_what_is_kept_does_not_depend_on_the_process(tmp_path):
     for address, scale in ((1234, 0.125), (5678, 0.125), (5678, 0.25)):
         planned(address, scale)
     assert ["kept" in sentence for sentence in said] == [False, True, False]
+
+
+def test_the_networks_of_a_reward_are_planned_under_any_name():
+    """A reward is known by its kind, whatever a recipe calls it."""
+    changes = {"schedule": ("edit",), "stages.edit.rewards": {"ours": {"kind": "editreward", "model": "nowhere"}}}
+    names = [cost.name for cost in plan.plan(recipe("pdtr", "tiny", **changes), GPUS, count=True).costs["edit"]]
+    assert "reward (a Qwen2.5-VL)" in names

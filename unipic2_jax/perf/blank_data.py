@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from unipic2_jax.data.buckets import ASPECTS, MULTIPLE, Bucket
 from unipic2_jax.data.examples import EXAMPLES, EndlessExamples, Example
 from unipic2_jax.data.prompts import SOURCES, PromptRecord
+from unipic2_jax.rewards.base import REWARDS, Reward, Scores
 
 # About as long as a caption or an instruction is.
 PROMPT = "a photograph of nothing in particular, taken on a grey afternoon with a lens that is a little too long for it"
@@ -50,3 +53,12 @@ class BlankSource:
         """The same for every step."""
         del step
         return [self.record] * count
+
+
+@REWARDS.register("blank")
+class BlankReward(Reward):
+    """The same for every picture."""
+
+    def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
+        del records
+        return Scores(np.zeros(len(images)), {})

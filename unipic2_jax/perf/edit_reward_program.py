@@ -19,7 +19,7 @@ from unipic2_jax.training.stage import Program
 from unipic2_jax.weights.precision import Precision
 
 
-def judge_program(
+def edit_reward_program(
     mesh: Mesh,
     samples: int,
     height: int,

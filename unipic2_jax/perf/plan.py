@@ -1,278 +1,37 @@
 """Will a recipe fit a machine, and how fast can it be: its real steps, compiled for chips that are not there, or counted.
 
-Nothing is allocated: parameters and batches are descriptions of arrays (`pipelines.blank`). For TPUs the steps are compiled
+Nothing is allocated: parameters and batches are descriptions of arrays (`perf.blank_model`). For TPUs the steps are compiled
 for the topology and the compiler says what they hold, and for GPUs likewise, where JAX's CUDA plugin is installed; else it is
-arithmetic (`training.liveness`).
+arithmetic (`perf.liveness`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import math
-import os
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from unipic2_jax.core.errors import ConfigError
-from unipic2_jax.core.files import write_text
-from unipic2_jax.data.buckets import MULTIPLE
-from unipic2_jax.data.examples import make_examples
 from unipic2_jax.models.attention import Call, recorded
-from unipic2_jax.models.registry import FAMILIES, SIZES
-from unipic2_jax.parallel.compat import AbstractMesh, core, use_mesh
+from unipic2_jax.parallel.compat import AbstractMesh, use_mesh
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh
-from unipic2_jax.parallel.rules import RULES, axis_names, devices_along
-from unipic2_jax.perf.counting import inner_jaxprs, is_single, jaxpr_flops
-from unipic2_jax.perf.hlo import BETWEEN_NODES, Module
+from unipic2_jax.parallel.rules import RULES, axis_names
+from unipic2_jax.perf.compiler import Cache, compile_program
+from unipic2_jax.perf.cost import Cost
+from unipic2_jax.perf.counting import is_single, jaxpr_flops
+from unipic2_jax.perf.described import Planned, held, local, stages
+from unipic2_jax.perf.hlo import BETWEEN_NODES
 from unipic2_jax.perf.liveness import measure
-from unipic2_jax.perf.topology import NETWORK, Topology, has_compiler
-from unipic2_jax.training.config import model_config
-from unipic2_jax.training.stage import Program, Stage, StageContext, stage_class
-from unipic2_jax.training.stages.grpo import tell_micro_batch
-from unipic2_jax.weights.precision import PRECISIONS
+from unipic2_jax.perf.topology import Topology, has_compiler
+from unipic2_jax.training.stage import Program
 
-# Of TPU programs: a quarter of the compiler's time, and about the same memory: what it leaves out are searches for faster code.
-EFFORT = {"jax_optimization_level": "O0"}
-# How the compiler says that a program is too large, in units of GiB or MiB.
-_TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of")
-_ADDRESS = re.compile(r'backend_config = "\d+"')
-# How XLA says that its default tiles of a product cannot be had. On a GPU it measures several, and cuBLAS beside them.
-_TILES = "find output tile sizes"
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 # Activations that XLA's GPU compiler holds at most, in parts of the counted ones, by whether logits of attention are held
 # (docs/scaling.md).
 CALIBRATION = {"flash": 1.2, "logits": 1.5}
-# Packages that hold compilers.
-COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-CACHE_FORMAT = 6  # of what is kept between plans
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a program takes of one chip in one call; bytes and FLOPs.
-
-    Attributes:
-      calls: in a step of its stage, on the average.
-      parameters: of all networks of the stage, also those that this program does not use; optimizer: with the moving average.
-      batch: other arguments of this program.
-      results: what it returns beside the arrays that it was given.
-      activations: everything else while it runs.
-      flops: of all matrix products, recomputation included; single: those of them in float32.
-      model_flops: of the transformer's forward and backward passes.
-      moved: to and from memory; collectives: received from other chips, by kind. None where the compiler gave up because the
-        program is too large.
-      ports: of `collectives`, through a chip's own port to the network between nodes.
-      kernels: of libraries, in the compiled program, and in how many places.
-      calibrated: the class of `CALIBRATION` that counted activations are multiplied for; empty: they are compiled ones.
-    """
-
-    stage: str
-    name: str
-    calls: float
-    parameters: float
-    optimizer: float
-    batch: float
-    results: float
-    activations: float
-    flops: float
-    single: float
-    model_flops: float
-    moved: float | None
-    collectives: Mapping[str, float] | None
-    ports: float = 0.0
-    kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    calibrated: str = ""
-
-    @property
-    def peak(self) -> float:
-        """Bytes held at once."""
-        return self.parameters + self.optimizer + self.batch + self.results + self.activations
-
-    def parts(self, topology: Topology) -> dict[str, float]:
-        """Seconds of products, memory and links, each at its peak. What crosses between nodes waits for the network, the rest
-        for the links inside of one."""
-        chip = topology.chip
-        products = (self.flops - self.single) / chip.flops + self.single / chip.flops32
-        inside = sum(size for kind, size in (self.collectives or {}).items() if not kind.endswith(BETWEEN_NODES))
-        links = inside / chip.link + self.ports / NETWORK
-        return {"products": products, "memory": (self.moved or 0.0) / chip.bandwidth, "links": links}
-
-    def seconds(self, topology: Topology) -> float:
-        """A lower bound by the roofline: the slowest of `parts`."""
-        return max(self.parts(topology).values())
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """A stage that could run, with descriptions instead of arrays.
-
-    Attributes:
-      config: of the whole stage, on data and rewards that stand for the real ones.
-      parameters: descriptions of everything that stays on the devices beside what is trained.
-    """
-
-    name: str
-    config: ConfigDict
-    parameters: Any
-    programs: list[Program]
-
-    def state(self) -> Any:
-        """What is trained and its optimizer: fields of a state."""
-        for program in self.programs:
-            for role, argument in zip(program.roles, program.arguments):
-                if role == "state":
-                    return argument._asdict()
-        raise ValueError(f"No program of the stage '{self.name}' has a state.")
-
-    def check(self, mesh: Mesh | AbstractMesh) -> None:
-        """Raises a ConfigError when its batches do not split over the mesh."""
-        try:
-            stage_class(self.config.kind).check(self.config, mesh)
-        except ValueError as error:
-            raise ConfigError(f"config.stages.{self.name}: {error}") from error
-
-
-def stages(
-    config: ConfigDict,
-    mesh: Mesh,
-    *,
-    all_shapes: bool = False,
-    shards: int = 1,
-    split: Any = None,
-    log: Callable[[str], None] = lambda sentence: None,
-) -> Iterator[Planned]:
-    """Every stage of a schedule, on a model and data that are descriptions.
-
-    Args:
-      all_shapes: also the resolutions before the last, and all aspect ratios instead of the square.
-      shards: build each stage for one of so many parts of its batch.
-      split: the mesh whose batches must come out even; `mesh` by default.
-      log: takes what a stage says when it is built.
-
-    Raises:
-      ConfigError: for batches that do not come out even, or a kind of stage that has no plan.
-    """
-    from unipic2_jax.perf.blank_model import abstract_bundle
-
-    precision = PRECISIONS[config.precision]
-    for index, name in enumerate(config.schedule):
-        stage, model = config.stages[name].copy_and_resolve_references(), config.stages[name].model
-        if stage_class(stage.kind).programs is Stage.programs:
-            raise ConfigError(
-                f"config.stages.{name} is of kind '{stage.kind}', which cannot be planned; leave it out of schedule."
-            )
-        judged = "editreward" in stage.get("rewards", {})
-        with stage.unlocked():
-            _without_content(stage, all_shapes)
-        planned = Planned(name, stage, None, [])
-        planned.check(split or mesh)
-        if shards > 1:
-            with (stage := stage.copy_and_resolve_references()).unlocked():
-                _part_of_batch(name, stage, shards, log)
-        context = StageContext(
-            name, index, config.seed, mesh, Path("."), log=log, precision=precision, gather=config.parallel.gather
-        )
-        with recorded():  # parameters are described by passes over a token or two, which no program has
-            bundle = abstract_bundle(_sized(config, model), mesh)
-        made = stage_class(stage.kind)(stage, bundle, context)
-        programs = made.programs()
-        # What a flow stage trains lives on in its state alone.
-        parameters = {"model": made.frozen if stage.kind == "flow" else bundle.params}
-        if judged:
-            from unipic2_jax.perf.edit_reward_program import judge_program
-
-            samples = stage.num_prompts * stage.grpo.group_size
-            with recorded():
-                programs.append(judge_program(mesh, samples, stage.height, stage.width, precision))
-            parameters["reward"] = programs[-1].arguments[0]
-        yield dataclasses.replace(planned, parameters=parameters, programs=programs)
-
-
-def _sized(config: ConfigDict, name: str | None) -> ConfigDict:
-    """`config.model_config`; a model of `config.models` whose folder is still to be named has text encoders around a transformer
-    as large as the run's, since that is what there is beside the run's own."""
-    found = model_config(config, name)
-    if name is None or found.init or "model" in config.models[name]:
-        return found
-    transformer = SIZES[config.model].networks["transformer"]
-    alike = [
-        size
-        for size, row in SIZES.items()
-        if row.networks["transformer"] == transformer and not FAMILIES[row.family].reader
-    ]
-    with found.unlocked():
-        found.model = alike[0]
-    return found
-
-
-def _without_content(stage: ConfigDict, all_shapes: bool) -> None:
-    """Black pictures instead of the stage's data, a reward that is at hand instead of its own, no evaluations, a new LoRA."""
-    if stage.kind == "flow":
-        pixels = {pixels for _, pixels in stage.resolutions}
-        if 0 in pixels:  # the data's own
-            task = stage.tasks[0]
-            pixels |= {make_examples(stage.data, 0, task).resolution}
-        blank = {"resolution": max(pixels), "multiple": math.gcd(MULTIPLE, *pixels), "all_aspects": all_shapes}
-        stage.data = ConfigDict({"kind": "blank", **blank})
-        stage.validation.data = ConfigDict()
-        stage.loader_threads = 0
-        if not all_shapes:
-            stage.resolutions = ((0.0, stage.resolutions[-1][1]),)
-    elif stage.kind == "grpo":
-        stage.source = ConfigDict({"kind": "blank", "task": stage.source.get("task", "t2i")})
-        stage.rewards = ConfigDict({"shapes_t2i": {"weight": 1.0}})
-    if "evaluations" in stage:
-        stage.evaluations = ConfigDict()
-    if "lora" in stage:
-        stage.lora.init = ""
-
-
-def _part_of_batch(name: str, stage: ConfigDict, shards: int, log: Callable[[str], None]) -> None:
-    """The stage as one of `shards` equal parts of its batch is computed."""
-    if stage.kind == "flow":
-        stage.batch_size //= shards
-        return
-    samples, parts = stage.num_prompts * stage.grpo.group_size, stage.sampling_batches * shards
-    tell_micro_batch(name, stage, shards, log)
-    if stage.num_prompts % parts:  # a group is on several chips, each of which has a prompt of it
-        stage.num_prompts, stage.grpo.group_size = stage.sampling_batches, samples // parts
-    else:
-        stage.num_prompts //= shards
-    stage.grpo.micro_batch = -(-stage.grpo.micro_batch // shards)
-
-
-def local_bytes(tree: Any, mesh: Mesh | AbstractMesh) -> float:
-    """Bytes that one device of the mesh has of descriptions of arrays."""
-    return float(sum(_local(leaf, mesh) for leaf in jax.tree.leaves(tree)))
-
-
-def _local(leaf: Any, mesh: Mesh | AbstractMesh) -> float:
-    """Of one array; an axis that this mesh does not divide is whole, as in `parallel.rules`."""
-    sharding, shape = getattr(leaf, "sharding", None), leaf.shape
-    if sharding is not None:
-        spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
-        spec = [names if length % devices_along(mesh, names) == 0 else None for names, length in zip(spec, shape)]
-        shape = NamedSharding(mesh, PartitionSpec(*spec)).shard_shape(shape)
-    return math.prod(shape) * leaf.dtype.itemsize
-
-
-def _held(planned: Planned, program: Program, mesh: Mesh | AbstractMesh) -> tuple[float, float, float]:
-    """Bytes of parameters, optimizer, and the program's batch on one device."""
-    trained, *rest = planned.state().values()
-    parameters = local_bytes((planned.parameters, trained), mesh)
-    batch = [argument for role, argument in zip(program.roles, program.arguments) if role == "batch"]
-    return parameters, local_bytes(rest, mesh), local_bytes(batch, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,140 +41,6 @@ class Plan:
     stages: list[Planned]
     costs: dict[str, list[Cost]]
     attention: dict[str, list[Call]] = dataclasses.field(default_factory=dict)
-
-
-class Cache:
-    """What compiled programs were found to take, in small files; without a folder nothing is kept."""
-
-    def __init__(self, folder: str | os.PathLike | None):
-        self.folder = Path(folder) if folder else None
-
-    def key(self, text: str, topology: Topology) -> str:
-        """Of a lowered program and everything else that decides how it is compiled."""
-        libraries = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", *COMPILERS)]
-        parts = [str(CACHE_FORMAT), str(topology), json.dumps(EFFORT), *libraries, text]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-    def read(self, key: str) -> dict[str, Any] | None:
-        """What was kept under a key."""
-        path = self.folder and self.folder / f"{key}.json"
-        return json.loads(path.read_text()) if path and path.is_file() else None
-
-    def write(self, key: str, found: Mapping[str, Any]) -> None:
-        """Keeps it. Another plan may be reading: the file appears whole."""
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / f"{key}.json", json.dumps(found))
-
-
-def default_cache() -> Path:
-    """Beside JAX's own cache where the environment names one, else in the user's."""
-    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    return Path(named) / "plans" if named else Path.home() / ".cache" / "unipic2_jax" / "plans"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
-
-
-@contextlib.contextmanager
-def _settings(values: Mapping[str, Any]) -> Iterator[None]:
-    """JAX's settings inside; as options of a program they are spelled differently by every version of it."""
-    before = {name: getattr(jax.config, name) for name in values}
-    try:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-
-
-def compile_program(
-    traced: jax.stages.Traced, mesh: Mesh, topology: Topology, cache: Cache, log: Callable[[str], None]
-) -> dict[str, Any]:
-    """What the compiler says of a program: bytes of its 'arguments', 'results', 'temporary', 'moved', 'collectives' and 'ports',
-    and its 'kernels'.
-
-    'moved' and 'collectives' are None where it is too large to be compiled; 'temporary' is then what it would have needed.
-
-    Raises:
-      ConfigError: when JAX does not understand what the compiler made.
-    """
-    lowered = traced.lower()
-    # Kernels that are split by a rule of their own stand in the text as the address of that rule, which differs from process to
-    # process; what they are asked for stands in the jaxpr.
-    asked = sorted({str(sorted(eqn.params.items(), key=str)) for eqn in _attention_calls(traced.jaxpr.jaxpr)})
-    key = cache.key("\n".join([_ADDRESS.sub("", lowered.as_text()), *asked]), topology)
-    if found := cache.read(key):
-        log("kept from before")
-        return found
-    started = time.perf_counter()
-    try:
-        with _settings(EFFORT if topology.is_tpu else {}):
-            compiled = _compiled(lowered, log)
-    except jax.errors.JaxRuntimeError as error:
-        if not (too_large := _TOO_LARGE.search(str(error))):
-            raise
-        number, unit = [x for x in too_large.groups() if x]
-        found = {
-            "arguments": None,
-            "results": None,
-            "temporary": float(number) * _UNITS[unit],
-            "moved": None,
-            "collectives": None,
-            "ports": 0.0,
-            "kernels": {},
-        }
-    else:
-        memory, module = compiled.memory_analysis(), _module(compiled)
-        nodes = [] if topology.is_tpu else [device.process_index for device in mesh.devices.flat]
-        found = {
-            "arguments": memory.argument_size_in_bytes,
-            "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            # The program itself lies in the same memory.
-            "temporary": memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-            "moved": module.moved_bytes(),
-            "collectives": module.collective_bytes(nodes),
-            "ports": module.port_bytes(nodes),
-            "kernels": module.kernels(),
-        }
-    seconds = time.perf_counter() - started
-    log(f"compiled in {seconds:.0f} s" + (", too large" if found["moved"] is None else ""))
-    cache.write(key, found)
-    return found
-
-
-def _attention_calls(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name.startswith("dot_product_attention"):
-            yield eqn
-        for inner in inner_jaxprs(eqn.params.values()):
-            yield from _attention_calls(inner)
-
-
-def _compiled(lowered: jax.stages.Lowered, log: Callable[[str], None]) -> jax.stages.Compiled:
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if _TILES not in str(error):
-            raise
-    log("products by cuBLAS: Triton's first choice of tiles does not fit one of them, and a GPU would try others")
-    return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
-
-
-def _module(compiled: jax.stages.Compiled) -> Module:
-    try:
-        return Module.read(compiled.as_text())
-    except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(
-            f"jaxlib {_version('jaxlib')} cannot read a program that libtpu {_version('libtpu')} compiled; install the libtpu "
-            f"that belongs to it: pip install 'jax[tpu]=={_version('jax')}'."
-        ) from error
 
 
 def _flops(traced: jax.stages.Traced, chips: int) -> dict[str, float]:
@@ -429,7 +54,7 @@ def compiled_cost(
     """Of a program compiled for the devices that its arguments are described on."""
     traced = program.function.trace(*program.arguments, **program.keywords)
     found = compile_program(traced, mesh, topology, cache, log)
-    parameters, optimizer, batch = _held(planned, program, mesh)
+    parameters, optimizer, batch = held(planned, program, mesh)
     # Known when it has been compiled only; a new state takes the place of the old one.
     results = found["results"] or 0.0
     return Cost(
@@ -469,7 +94,7 @@ def counted_cost(
     for role, argument in zip(program.roles, program.arguments, strict=True):
         for leaf in jax.tree.leaves(argument):
             whole = math.prod(leaf.shape) * leaf.dtype.itemsize
-            share = None if role == "batch" else _local(leaf, mesh) / whole
+            share = None if role == "batch" else local(leaf, mesh) / whole
             if role == "gathered" and at_once:
                 ahead += whole if share < 1 else 0.0
                 share = 1.0
@@ -486,7 +111,7 @@ def counted_cost(
     if program.gradients and batch_shards(mesh) > 1:
         trained = next(iter(planned.state().values()))
         for leaf in jax.tree.leaves(trained):
-            own, whole = _local(leaf, mesh), math.prod(leaf.shape) * leaf.dtype.itemsize
+            own, whole = local(leaf, mesh), math.prod(leaf.shape) * leaf.dtype.itemsize
             if own < whole:
                 sums("reduce-scatter", ("fsdp",), whole)
                 sums("all-reduce", ("data",), 2 * own if mesh.shape["data"] > 1 else 0.0)
@@ -500,7 +125,7 @@ def counted_cost(
             name = kind + (BETWEEN_NODES if members else "")
             collectives[name] = collectives.get(name, 0.0) + size
             ports += size / members if members else 0.0
-    parameters, optimizer, _ = _held(planned, program, mesh)
+    parameters, optimizer, _ = held(planned, program, mesh)
     kind = "logits" if work.logits else "flash"
     batch = [argument for role, argument in zip(program.roles, program.arguments) if role == "batch"]
     return Cost(

@@ -9,7 +9,10 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.parallel.mesh import batch_shards
-from unipic2_jax.perf.plan import Cache, Cost, Plan, Planned, local_bytes, plan
+from unipic2_jax.perf.compiler import Cache
+from unipic2_jax.perf.cost import Cost
+from unipic2_jax.perf.described import Planned, local_bytes
+from unipic2_jax.perf.plan import Plan, plan
 from unipic2_jax.perf.topology import GB, Topology, has_compiler
 
 Costs = Mapping[str, Sequence[Cost]]

@@ -1,0 +1,182 @@
+"""What a compiler says of a program, and the small files that remember it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.core.files import write_text
+from unipic2_jax.parallel.compat import core
+from unipic2_jax.perf.counting import inner_jaxprs
+from unipic2_jax.perf.hlo import Module
+from unipic2_jax.perf.topology import Topology
+
+# Of TPU programs: a quarter of the compiler's time, and about the same memory: what it leaves out are searches for faster code.
+EFFORT = {"jax_optimization_level": "O0"}
+
+
+# How the compiler says that a program is too large, in units of GiB or MiB.
+_TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of")
+
+
+_ADDRESS = re.compile(r'backend_config = "\d+"')
+
+
+# How XLA says that its default tiles of a product cannot be had. On a GPU it measures several, and cuBLAS beside them.
+_TILES = "find output tile sizes"
+
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+# Packages that hold compilers.
+COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+
+
+CACHE_FORMAT = 6  # of what is kept between plans
+
+
+class Cache:
+    """What compiled programs were found to take, in small files; without a folder nothing is kept."""
+
+    def __init__(self, folder: str | os.PathLike | None):
+        self.folder = Path(folder) if folder else None
+
+    def key(self, text: str, topology: Topology) -> str:
+        """Of a lowered program and everything else that decides how it is compiled."""
+        libraries = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", *COMPILERS)]
+        parts = [str(CACHE_FORMAT), str(topology), json.dumps(EFFORT), *libraries, text]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """What was kept under a key."""
+        path = self.folder and self.folder / f"{key}.json"
+        return json.loads(path.read_text()) if path and path.is_file() else None
+
+    def write(self, key: str, found: Mapping[str, Any]) -> None:
+        """Keeps it. Another plan may be reading: the file appears whole."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / f"{key}.json", json.dumps(found))
+
+
+def default_cache() -> Path:
+    """Beside JAX's own cache where the environment names one, else in the user's."""
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    return Path(named) / "plans" if named else Path.home() / ".cache" / "unipic2_jax" / "plans"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+@contextlib.contextmanager
+def _settings(values: Mapping[str, Any]) -> Iterator[None]:
+    """JAX's settings inside; as options of a program they are spelled differently by every version of it."""
+    before = {name: getattr(jax.config, name) for name in values}
+    try:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def compile_program(
+    traced: jax.stages.Traced, mesh: Mesh, topology: Topology, cache: Cache, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """What the compiler says of a program: bytes of its 'arguments', 'results', 'temporary', 'moved', 'collectives' and 'ports',
+    and its 'kernels'.
+
+    'moved' and 'collectives' are None where it is too large to be compiled; 'temporary' is then what it would have needed.
+
+    Raises:
+      ConfigError: when JAX does not understand what the compiler made.
+    """
+    lowered = traced.lower()
+    # Kernels that are split by a rule of their own stand in the text as the address of that rule, which differs from process to
+    # process; what they are asked for stands in the jaxpr.
+    asked = sorted({str(sorted(eqn.params.items(), key=str)) for eqn in _attention_calls(traced.jaxpr.jaxpr)})
+    key = cache.key("\n".join([_ADDRESS.sub("", lowered.as_text()), *asked]), topology)
+    if found := cache.read(key):
+        log("kept from before")
+        return found
+    started = time.perf_counter()
+    try:
+        with _settings(EFFORT if topology.is_tpu else {}):
+            compiled = _compiled(lowered, log)
+    except jax.errors.JaxRuntimeError as error:
+        if not (too_large := _TOO_LARGE.search(str(error))):
+            raise
+        number, unit = [x for x in too_large.groups() if x]
+        found = {
+            "arguments": None,
+            "results": None,
+            "temporary": float(number) * _UNITS[unit],
+            "moved": None,
+            "collectives": None,
+            "ports": 0.0,
+            "kernels": {},
+        }
+    else:
+        memory, module = compiled.memory_analysis(), _module(compiled)
+        nodes = [] if topology.is_tpu else [device.process_index for device in mesh.devices.flat]
+        found = {
+            "arguments": memory.argument_size_in_bytes,
+            "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            # The program itself lies in the same memory.
+            "temporary": memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+            "moved": module.moved_bytes(),
+            "collectives": module.collective_bytes(nodes),
+            "ports": module.port_bytes(nodes),
+            "kernels": module.kernels(),
+        }
+    seconds = time.perf_counter() - started
+    log(f"compiled in {seconds:.0f} s" + (", too large" if found["moved"] is None else ""))
+    cache.write(key, found)
+    return found
+
+
+def _attention_calls(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith("dot_product_attention"):
+            yield eqn
+        for inner in inner_jaxprs(eqn.params.values()):
+            yield from _attention_calls(inner)
+
+
+def _compiled(lowered: jax.stages.Lowered, log: Callable[[str], None]) -> jax.stages.Compiled:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if _TILES not in str(error):
+            raise
+    log("products by cuBLAS: Triton's first choice of tiles does not fit one of them, and a GPU would try others")
+    return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+
+
+def _module(compiled: jax.stages.Compiled) -> Module:
+    try:
+        return Module.read(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            f"jaxlib {_version('jaxlib')} cannot read a program that libtpu {_version('libtpu')} compiled; install the libtpu "
+            f"that belongs to it: pip install 'jax[tpu]=={_version('jax')}'."
+        ) from error

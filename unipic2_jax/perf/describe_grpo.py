@@ -1,0 +1,36 @@
+"""How a stage of reinforcement is planned, and the reward that has a network on the same devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from unipic2_jax.perf.described import DESCRIPTIONS, REWARD_PROGRAMS, Description
+from unipic2_jax.perf.edit_reward_program import edit_reward_program
+from unipic2_jax.training.stages.grpo import tell_micro_batch
+
+
+class GRPODescription(Description):
+    """One empty prompt, with a black picture for edits, and a reward that costs nothing."""
+
+    def without_content(self, stage: ConfigDict, all_shapes: bool) -> None:
+        del all_shapes
+        stage.source = ConfigDict({"kind": "blank", "task": stage.source.get("task", "t2i")})
+        stage.rewards = ConfigDict({"blank": {"weight": 1.0}})
+
+    def part_of_batch(self, name: str, stage: ConfigDict, shards: int, log: Callable[[str], None]) -> None:
+        samples, parts = stage.num_prompts * stage.grpo.group_size, stage.sampling_batches * shards
+        tell_micro_batch(name, stage, shards, log)
+        if stage.num_prompts % parts:  # a group is on several chips, each of which has a prompt of it
+            stage.num_prompts, stage.grpo.group_size = stage.sampling_batches, samples // parts
+        else:
+            stage.num_prompts //= shards
+        stage.grpo.micro_batch = -(-stage.grpo.micro_batch // shards)
+
+    def samples(self, stage: ConfigDict) -> tuple[int, int, int]:
+        return stage.num_prompts * stage.grpo.group_size, stage.height, stage.width
+
+
+DESCRIPTIONS.register("grpo")(GRPODescription())
+REWARD_PROGRAMS.register("editreward")(edit_reward_program)
