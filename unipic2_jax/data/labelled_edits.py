@@ -1,4 +1,4 @@
-"""Edits with a judge's marks, as `evaluation.score_edits` writes them: numbered examples."""
+"""Edits with a judge's marks, as `pipelines.label_edits` writes them: numbered examples."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def init_bundle(
       dtype: of parameters and arithmetic, float32 by default; or a `Precision`, and all networks are held as frozen ones.
       parts: networks that are read, by folder name: 'transformer', 'vae', 'vlm' (with its tokenizer) ... -> the folder of
         that network, whose config.json overrules `sizes`.
-      zero_projectors: see `models.connector.MetaQuery`.
+      zero_projectors: see `models.metaquery.connector.MetaQuery`.
 
     Raises:
       FileNotFoundError: a part is missing.

@@ -178,7 +178,7 @@ def sample_images(
     """Everything from token ids to pictures in one program, for evaluation inside a training loop.
 
     Args:
-      bundle: the modules (`pipelines.bundle.Bundle`); its own parameters are not read.
+      bundle: the modules (`models.bundle.Bundle`); its own parameters are not read.
       params: tree {'transformer', 'vae', 'conditioner'}.
       tokens: of `conditioner.tokenize`, [B, S] each.
       noise: [B, h, w, C]; sigmas: [T + 1].

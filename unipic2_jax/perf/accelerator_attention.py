@@ -59,7 +59,7 @@ def find_cases(size: str, metaquery: str, height: int, width: int, batch: int) -
     """All that differ, of the networks of two sizes in bfloat16, in the order of a run. Nothing is computed.
 
     Args:
-      size: a model with text encoders; metaquery: one with a language model (`models.sizes`).
+      size: a model with text encoders; metaquery: one with a language model (`models.registry`).
       height, width: of the pictures, pixels.
       batch: prompts.
     """

@@ -1,4 +1,4 @@
-"""The full-size programs that `training.accelerator` measures: built from random weights, compiled beside each other."""
+"""The full-size programs that `perf.accelerator` measures: built from random weights, compiled beside each other."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Size:
 
     Attributes:
       settings: of the programs; flow steps and passes take its batch, the update its micro_batch at a time.
-      metaquery: the size of `models.sizes` whose language model is looked at.
+      metaquery: the size of `models.registry` whose language model is looked at.
       steps: of the pictures that are made for their latency.
     """
 
@@ -93,7 +93,7 @@ class Built:
     """A compiled program.
 
     Attributes:
-      arguments: bytes of those; counted: beside them by `training.liveness`; said: beside them by the compiler.
+      arguments: bytes of those; counted: beside them by `perf.liveness`; said: beside them by the compiler.
       seconds: that the compiler took.
     """
 
@@ -152,7 +152,7 @@ class Check:
 
     @functools.cached_property
     def ours(self) -> Ours:
-        """The works of `training.bench`."""
+        """The works of `perf.bench`."""
         return Ours(self.settings, self.inputs)
 
     def memory(self, field: str) -> float | None:

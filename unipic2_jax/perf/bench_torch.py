@@ -1,4 +1,4 @@
-"""The works of `training.bench` in PyTorch: diffusers' transformer, peft's LoRA, torch.optim."""
+"""The works of `perf.bench` in PyTorch: diffusers' transformer, peft's LoRA, torch.optim."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Costs of `training.plan` for people: the table, the smallest slice that fits, and what to change where nothing does."""
+"""Costs of `perf.plan` for people: the table, the smallest slice that fits, and what to change where nothing does."""
 
 from __future__ import annotations
 

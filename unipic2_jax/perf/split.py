@@ -1,4 +1,4 @@
-"""How devices can share a recipe's work: every split priced by the arithmetic of `training.plan`, the fastest that fits first."""
+"""How devices can share a recipe's work: every split priced by the arithmetic of `perf.plan`, the fastest that fits first."""
 
 from __future__ import annotations
 

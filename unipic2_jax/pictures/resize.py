@@ -1,4 +1,4 @@
-"""Pictures come to a size that the networks take, and back; `data.images` reads them."""
+"""Pictures come to a size that the networks take, and back; `pictures.decode` reads them."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def read(bundle: Bundle, source: str | os.PathLike) -> lora.Adapter:
     """A LoRA file for a model.
 
     Raises:
-      FileNotFoundError, ValueError: one sentence, see `locate` and `weights.lora.read_lora`.
+      FileNotFoundError, ValueError: one sentence, see `locate` and `models.sd3.lora_file.read_lora`.
     """
     return lora.read_lora(locate(source), component_configs(bundle))
 

@@ -158,7 +158,7 @@ class Pipeline:
 
         Args:
           prompt: one or several.
-          image: what to edit. One picture (PIL, path, or array, see `data.images.to_pil`) serves all prompts. A list (or an
+          image: what to edit. One picture (PIL, path, or array, see `pictures.decode.to_pil`) serves all prompts. A list (or an
             array [N, H, W, 3]) holds one entry per prompt; an entry is a picture, a list of pictures when the prompt
             has several references, or None when it has none. One prompt with two references: `[[a, b]]`.
           negative_prompt: one for all, or one per prompt; None: the conditioner's own, which is empty for text-to-image and the

@@ -76,7 +76,7 @@ def draw_samples(
     Args:
       config: of a run from which the models differ in nothing but their weights.
       models: caption -> folder.
-      fields: of one evaluation (`training.evaluator.evaluation_fields`).
+      fields: of one evaluation (`evaluation.evaluator.evaluation_fields`).
     """
     fields = {**fields, "num_prompts": 8, "samples": 1, "rewards": {}}
     drawn, evaluator = {}, None

@@ -31,7 +31,7 @@ class Entry:
       reward: what scores.
       calls: how it is called.
       weight: of its score in what is maximised; 0: it is only watched.
-      normalize: of `rl.advantages.NORMALIZATIONS`, before weighting.
+      normalize: of `rewards.combine.NORMALIZATIONS`, before weighting.
       datasets: it is asked about records whose metadata has one of these as `dataset`; empty: about all.
     """
 

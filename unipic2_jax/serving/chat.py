@@ -142,7 +142,7 @@ def _number(
 
 
 def read_messages(messages: Any) -> list[dict[str, Any]]:
-    """OpenAI's messages as `pipelines.vlm` has them: pictures come as data URLs.
+    """OpenAI's messages as `models.qwen.processor` has them: pictures come as data URLs.
 
     Raises:
       Refusal: for anything else than texts and such pictures.

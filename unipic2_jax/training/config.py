@@ -15,7 +15,7 @@ from unipic2_jax.flow.seeds import folded
 from unipic2_jax.parallel.mesh import AXES, PRESETS
 from unipic2_jax.weights.precision import PRECISIONS
 
-# A preset that stands for the fastest one that fits, see training.split.
+# A preset that stands for the fastest one that fits, see perf.split.
 AUTO = "auto"
 # When frozen weights that are split are gathered.
 GATHERS = ("update", "layer")
@@ -43,14 +43,14 @@ def base_config() -> ConfigDict:
             "models": {},
             "schedule": (),
             "stages": {},
-            # What all networks are kept, trained and computed in: float32 | mixed, see `models.precision`.
+            # What all networks are kept, trained and computed in: float32 | mixed, see `weights.precision`.
             "precision": "float32",
             # How many of the newest stay, and of which steps of the whole run all stay (multiples of it; 0: of none).
             "keep_checkpoints": 3,
             "keep_every": 0,
             # The kernel of the transformer's attention: auto | xla | cudnn | splash.
             "attention": "auto",
-            # How the devices share the work: a preset of `parallel.mesh` or 'auto', the fastest one that fits (`training.split`);
+            # How the devices share the work: a preset of `parallel.mesh` or 'auto', the fastest one that fits (`perf.split`);
             # devices along single axes instead of its own; and when reinforcement gathers the transformer's frozen weights where
             # they are split: once an 'update' (and once a rollout), or 'layer' by layer in every pass, which takes less memory.
             "parallel": {

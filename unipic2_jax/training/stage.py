@@ -66,7 +66,7 @@ ROLES = ("state", "parameters", "gathered", "batch")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled part of a stage's work without the arrays: what `training.plan` compiles for machines that are not there.
+    """A compiled part of a stage's work without the arrays: what `perf.plan` compiles for machines that are not there.
 
     Attributes:
       function: jitted.

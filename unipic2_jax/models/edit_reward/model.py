@@ -295,7 +295,7 @@ class EditRewardModel:
         return folder
 
     def prepare(self, sources: Sequence[Any], edited: Sequence[Any], instructions: Sequence[str]) -> VLMInput:
-        """Questions about edits as the network takes them; pictures as `data.images.to_pil` does.
+        """Questions about edits as the network takes them; pictures as `pictures.decode.to_pil` does.
 
         Raises:
           ValueError: see `VLMProcessor.with_answers`.

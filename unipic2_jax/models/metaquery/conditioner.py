@@ -120,7 +120,7 @@ class MetaQueryConditioner:
         """Conversations for the prompts: `Generate an image: ...`, or the images and the raw instruction.
 
         Args:
-          images: for each prompt the pictures that it edits, of the size that is made; see `data.images.to_pil`. A prompt
+          images: for each prompt the pictures that it edits, of the size that is made; see `pictures.decode.to_pil`. A prompt
             without one is text-to-image.
 
         Raises:

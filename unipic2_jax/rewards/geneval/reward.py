@@ -30,10 +30,10 @@ class GenEvalReward(Reward):
     """Partial credit by default; `correct`, GenEval's own verdict, is among the details, and so is `extras`.
 
     Attributes:
-      detector: kind, or kind and options (`rewards.detectors.base.DETECTORS`).
+      detector: kind, or kind and options (`rewards.geneval.detectors.base.DETECTORS`).
       exact: objects that nobody asked for are errors too. GenEval lets them pass, so its own verdict needs False.
       strict_weight: share of the verdict in the value; partial credit is the rest.
-      rules: fields of `rewards.geneval.Rules`; options that are not named above.
+      rules: fields of `rewards.geneval.rules.Rules`; options that are not named above.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from unipic2_jax.training.stage import STAGES, Stage, StageContext, stage_fields
 from unipic2_jax.training.stages.vlm_loss import answer_loss
 
 ENCODE_BATCH = 256
-# How a question is put: as `launch.chat` does, or as `pipelines.metaquery` puts prompts.
+# How a question is put: as `launch.chat` does, or as `models.metaquery.conditioner` puts prompts.
 FORMS = {
     "chat": {"system_prompt": True, "mrope": True},
     "conditioner": {"system_prompt": False, "mrope": False},

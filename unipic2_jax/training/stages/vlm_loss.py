@@ -17,7 +17,7 @@ def answer_loss(
     """Mean cross-entropy of the answers' tokens, as transformers has it.
 
     Args:
-      batch: `pipelines.vlm.VLMInput` of conversations with their answers, [B, T].
+      batch: `models.qwen.processor.VLMInput` of conversations with their answers, [B, T].
       is_answer: bool [B, T], the answers' tokens.
       equal_answers: every answer counts the same, however long: the mean over answers of the mean over their tokens.
 

@@ -24,7 +24,7 @@ class Wanted:
     """What is looked for in one image.
 
     Attributes:
-      classes: that the prompt mentions, in GenEval's words (`data.coco`).
+      classes: that the prompt mentions, in GenEval's words (`rewards.geneval.classes`).
       colors: those of them whose colours are asked for; others are not classified.
       threshold: what is not found with a confidence above it need not be returned.
     """
