@@ -12,6 +12,7 @@ from absl import flags
 
 from launch import cli
 from unipic2_jax.models.sd3 import lora_file as lora
+from unipic2_jax.models.sd3.lora_writing import write_lora
 
 SRC = flags.DEFINE_string("src", None, "LoRA file, or the folder that holds one.")
 DST = flags.DEFINE_string("dst", None, "File to write (.safetensors), or folder.")
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
 
     configs = read_configs(BASE.value)
     adapter = lora.read_lora(SRC.value, configs)
-    print(f"{lora.write_lora(DST.value, adapter, configs, LAYOUT.value)}: {adapter}")
+    print(f"{write_lora(DST.value, adapter, configs, LAYOUT.value)}: {adapter}")
 
 
 if __name__ == "__main__":

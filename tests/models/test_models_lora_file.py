@@ -18,6 +18,7 @@ from unipic2_jax.models import convert, registry  # noqa: E402
 from unipic2_jax.models.lora import count_matrices, joined, merge_lora, scaled  # noqa: E402
 from unipic2_jax.models.sd3 import lora_file as lora  # noqa: E402
 from unipic2_jax.models.sd3.lora import LORA_TARGETS, init_lora  # noqa: E402
+from unipic2_jax.models.sd3.lora_writing import save_lora, write_lora  # noqa: E402
 from unipic2_jax.models.sd3.mmdit import MMDiT  # noqa: E402
 from unipic2_jax.weights import io, native, table  # noqa: E402
 
@@ -240,7 +241,7 @@ def test_every_layout_is_written_as_what_is_read(model, mixed, tmp_path, layout)
     configs = {"transformer": model[1]}
     source = LAYOUTS["OneTrainer" if layout == "kohya" else "kohya"](layers, model[1])
     source = io.write_file(tmp_path / "source.safetensors", source.items(), {"format": "pt"})
-    file = lora.write_lora(tmp_path / "made.safetensors", lora.read_lora(source, configs), configs, layout)
+    file = write_lora(tmp_path / "made.safetensors", lora.read_lora(source, configs), configs, layout)
     assert_merged(merged_by_us(file, model), wanted, model)
     if layout == "kohya":
         names = set(io.read_header(file)[0])
@@ -289,7 +290,7 @@ def test_the_other_scales_of_peft(model, tmp_path, fields):
     for source in (tmp_path, tmp_path / "diffusers"):
         assert_merged(merged_by_us(source, model), wanted, model)
     configs = {"transformer": model[1]}
-    again = lora.write_lora(tmp_path / "again", lora.read_lora(tmp_path, configs), configs)
+    again = write_lora(tmp_path / "again", lora.read_lora(tmp_path, configs), configs)
     assert_merged(merged_by_us(again, model), wanted, model)
     if "use_dora" in fields:
         with pytest.raises(ValueError, match="is a DoRA, which can only be merged"):
@@ -315,7 +316,7 @@ def test_a_dora_of_columns(model, tmp_path):
     assert_merged(merged_by_us(file, model), {name: wanted}, model)
     with pytest.raises(ValueError, match="DoRA of columns"):
         configs = {"transformer": config}
-        lora.write_lora(tmp_path / "y.safetensors", lora.read_lora(file, configs), configs)
+        write_lora(tmp_path / "y.safetensors", lora.read_lora(file, configs), configs)
 
 
 def test_text_encoders_and_the_patch_convolution_are_merged(model, tmp_path):
@@ -358,7 +359,7 @@ def test_text_encoders_and_the_patch_convolution_are_merged(model, tmp_path):
 def test_diffusers_applies_our_file(model, tmp_path):
     folder, config, params = model
     tree = random_lora(params)
-    file = lora.save_lora(tmp_path, tree, ALPHA, config)
+    file = save_lora(tmp_path, tree, ALPHA, config)
     assert file.name == "pytorch_lora_weights.safetensors"
     pipe = pipeline(folder)
     plain = theirs(pipe.transformer, config)
@@ -381,7 +382,7 @@ def test_without_an_alpha_it_is_the_rank_as_diffusers_has_it(model, tmp_path):
 
 def test_a_header_without_components_is_the_transformers(model, tmp_path):
     _, config, params = model
-    file = lora.save_lora(tmp_path / "a.safetensors", random_lora(params), ALPHA, config)
+    file = save_lora(tmp_path / "a.safetensors", random_lora(params), ALPHA, config)
     bare = {"lora_adapter_metadata": json.dumps({"r": RANK, "lora_alpha": 1})}
     bare = rewrite(file, tmp_path / "b.safetensors", lambda t: None, bare)
     found, whole = (table.flatten(lora.load_lora(one, config)) for one in (bare, file))
@@ -392,7 +393,7 @@ def test_a_header_without_components_is_the_transformers(model, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_file_comes_back_bit_for_bit(model, tmp_path, dtype):
     folder, config, params = model
-    file = lora.save_lora(tmp_path / "a.safetensors", random_lora(params), ALPHA, config, dtype)
+    file = save_lora(tmp_path / "a.safetensors", random_lora(params), ALPHA, config, dtype)
     assert {str(tensor.dtype) for tensor in io.read_header(file)[0].values()} == {dtype}
     convert.from_torch(file, tmp_path / "ours", base=folder)
     convert.to_torch(tmp_path / "ours", tmp_path / "b.safetensors")
@@ -403,7 +404,7 @@ def test_a_part_of_the_layers(model, tmp_path):
     """Layers of a stack that a file leaves out are zeros."""
     _folder, config, params = model
     tree = random_lora(params)
-    file = lora.save_lora(tmp_path / "a.safetensors", tree, ALPHA, config)
+    file = save_lora(tmp_path / "a.safetensors", tree, ALPHA, config)
     keep = lambda t: [t.pop(name) for name in list(t) if "blocks.1.attn.to_q" not in name]
     part = rewrite(file, tmp_path / "b.safetensors", keep)
     found = table.flatten(lora.load_lora(part, config))
@@ -425,7 +426,7 @@ def rewrite(file, out, change, metadata=None):
 
 def test_sentences(model, tmp_path):
     _, config, params = model
-    file = lora.save_lora(tmp_path / "a.safetensors", random_lora(params), ALPHA, config)
+    file = save_lora(tmp_path / "a.safetensors", random_lora(params), ALPHA, config)
     name = "transformer.transformer_blocks.1.attn.to_q.lora_A.weight"
 
     def complain(change, words, metadata=None):

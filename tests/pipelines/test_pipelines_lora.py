@@ -10,8 +10,8 @@ from PIL import Image
 
 from unipic2_jax import pipelines
 from unipic2_jax.core.assets import TINY
-from unipic2_jax.models.sd3 import lora_file as lora
 from unipic2_jax.models.sd3.lora import init_lora
+from unipic2_jax.models.sd3.lora_writing import save_lora
 from unipic2_jax.pipelines import adapters
 from unipic2_jax.weights import io
 
@@ -32,7 +32,7 @@ def files(pipe, tmp_path_factory):
         tree = init_lora(jax.random.key(seed), pipe.bundle.params["transformer"], rank)
         keys = iter(jax.random.split(jax.random.key(seed), 1000))
         tree = jax.tree.map(lambda x, keys=keys: 0.1 * jax.random.normal(next(keys), x.shape), tree)
-        lora.save_lora(folder / f"{name}.safetensors", jax.device_get(tree), alpha, config)
+        save_lora(folder / f"{name}.safetensors", jax.device_get(tree), alpha, config)
     return folder
 
 

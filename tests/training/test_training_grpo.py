@@ -19,7 +19,7 @@ from unipic2_jax.core.errors import ConfigError, TrainingPaused
 from unipic2_jax.evaluation.evaluator import check_evaluation, make_evaluators
 from unipic2_jax.models.lora import merge_lora, scaled
 from unipic2_jax.models.sd3.lora import init_lora
-from unipic2_jax.models.sd3.lora_file import save_lora
+from unipic2_jax.models.sd3.lora_writing import save_lora
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.rewards.base import RewardError
 from unipic2_jax.training import loop

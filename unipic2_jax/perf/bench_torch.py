@@ -12,9 +12,9 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
-from unipic2_jax.models.sd3 import lora_file as lora_weights
 from unipic2_jax.models.sd3 import mmdit_names as mmdit_weights
 from unipic2_jax.models.sd3.lora import LORA_TARGETS
+from unipic2_jax.models.sd3.lora_writing import updates
 from unipic2_jax.perf.bench import ALPHA, Inputs, Runner, Settings, draw_weights, flow_optimizer, grpo_optimizer
 from unipic2_jax.weights import table
 
@@ -73,7 +73,7 @@ class Theirs:
             if "lora_" in name:  # trained, and so float32 like ours
                 leaf.data = leaf.data.float()
         state = {}
-        for layer, update in lora_weights.updates(self.inputs.lora, ALPHA, self.settings.transformer).items():
+        for layer, update in updates(self.inputs.lora, ALPHA, self.settings.transformer).items():
             state[f"{layer}.lora_A.default.weight"] = self._tensor(update.down)
             state[f"{layer}.lora_B.default.weight"] = self._tensor(update.up)
         if left := model.load_state_dict(state, strict=False).unexpected_keys:

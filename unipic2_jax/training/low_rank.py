@@ -15,7 +15,8 @@ from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.lora import merge_lora, pairs, scaled
 from unipic2_jax.models.registry import backbone_of
-from unipic2_jax.models.sd3.lora_file import find_file, load_lora, save_lora
+from unipic2_jax.models.sd3.lora_file import find_file, load_lora
+from unipic2_jax.models.sd3.lora_writing import save_lora
 from unipic2_jax.optim.optimizer import merge_params
 from unipic2_jax.parallel.processes import is_main, tree_to_host
 
