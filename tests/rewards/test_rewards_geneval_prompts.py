@@ -2,11 +2,11 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from geneval_reference import official_rows
 
+from unipic2_jax.core.assets import ASSETS
 from unipic2_jax.data.prompts import JSONLSource, make_source
 from unipic2_jax.rewards.geneval import prompts as geneval_prompts
 from unipic2_jax.rewards.geneval.classes import CLASSES, class_name
@@ -56,7 +56,7 @@ def mirrored(row):
 def test_the_shipped_prompts_are_the_official_ones():
     rows = list(official_rows())
     assert len(rows) == 553 and Counter(row["tag"] for row in rows)["single_object"] == 80
-    shipped = (Path(geneval_prompts.__file__).parents[1] / "assets/geneval/evaluation_metadata.jsonl").read_text()
+    shipped = (ASSETS / "geneval/evaluation_metadata.jsonl").read_text()
     assert [json.loads(line) for line in shipped.splitlines()] == rows
     assert frozenset(digests(rows)) == official()
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from unipic2_jax.core.files import write_json
-from unipic2_jax.models import registry
+from unipic2_jax.core.strict import read_object
 from unipic2_jax.models.edit_reward.network import LORA_TARGETS, lora_shapes
 from unipic2_jax.models.qwen.decoder import Qwen2_5_VLConfig
 from unipic2_jax.models.sd3.lora_file import PEFT_CONFIG, PEFT_FILE
@@ -92,7 +92,7 @@ def check_lora(folder: str | os.PathLike, config: Qwen2_5_VLConfig) -> None:
 
 def _open(folder: str | os.PathLike) -> tuple[io.Checkpoint, dict[str, Any]]:
     file = Path(folder) / PEFT_FILE
-    fields = registry.read_json(Path(folder) / PEFT_CONFIG)
+    fields = read_object(Path(folder) / PEFT_CONFIG)
     if not isinstance(fields.get("r"), int) or not isinstance(fields.get("lora_alpha"), (int, float)):
         raise ValueError(f"{Path(folder) / PEFT_CONFIG} lacks 'r' or 'lora_alpha'; copy it again.")
     if fields.get("use_dora") or fields.get("use_rslora"):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unipic2_jax.core.errors import closest
+from unipic2_jax.core.strict import read_object
 from unipic2_jax.models import registry
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.sd3 import single_file
@@ -192,7 +193,7 @@ def _fields(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]
                 f"{file} has an unreadable {METADATA_KEY} in its header ({error}); export it again."
             ) from error
     beside = file.parent / PEFT_CONFIG
-    return {"transformer": registry.read_json(beside)} if file.name == PEFT_FILE and beside.is_file() else {}
+    return {"transformer": read_object(beside)} if file.name == PEFT_FILE and beside.is_file() else {}
 
 
 def _parse(name: str, file: Path) -> tuple[str, str]:
