@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from PIL import Image
 
+from unipic2_jax.core.registry import discover
 from unipic2_jax.optim.optimizer import make_optimizer, merge_params, split_params
 from unipic2_jax.training import loop, signals
 from unipic2_jax.training.compiling import BackgroundCompiler
@@ -121,6 +122,7 @@ class ToyStage(Stage):
 
 
 STAGES["toy"] = ToyStage
+discover()  # once, in the process that all others are forked from
 # A step may take longer than a run gives it after a signal, on a loaded machine, and be that of the tests' own process.
 signals.GRACE = 600.0
 COMPILE = 60.0  # seconds

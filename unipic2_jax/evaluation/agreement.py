@@ -8,7 +8,6 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 from PIL import Image
-from scipy import stats
 
 BINS = 10
 CHUNK = 1024  # rows of the table of pairs that are in memory at a time
@@ -48,6 +47,8 @@ def agreement(predicted: np.ndarray, scores: np.ndarray, groups: Sequence[Hashab
     Raises:
       ValueError: for shapes that differ, or values that are not finite.
     """
+    from scipy import stats  # takes a second, and every run looks the kinds of stages up
+
     predicted, scores = np.asarray(predicted, np.float64), np.asarray(scores, np.float64)
     if predicted.shape != scores.shape or predicted.ndim != 1 or not len(scores):
         raise ValueError(f"Predictions {predicted.shape} and scores {scores.shape} must be two lists of one length.")
