@@ -125,11 +125,11 @@ def full_evaluations(rewards: dict[str, dict]) -> dict:
     }
     # GenEval also tells what a run on edits alone does to text-to-image; its detector needs nothing of the user's.
     t2i = {"source": {"kind": "geneval"}, "rewards": rewards.get("t2i", REWARDS["t2i"]["geneval"])}
-    found = {"t2i": {**t2i, "num_prompts": 553, "samples": 4, **shared}}
+    evaluations = {"t2i": {**t2i, "num_prompts": 553, "samples": 4, **shared}}
     if "edit" in rewards:
         source = {"kind": "jsonl", "path": "", "task": "edit"}
-        found["edit"] = {"source": source, "rewards": rewards["edit"], "num_prompts": 256, "samples": 2, **shared}
-    return found
+        evaluations["edit"] = {"source": source, "rewards": rewards["edit"], "num_prompts": 256, "samples": 2, **shared}
+    return evaluations
 
 
 def share_evaluations(config: ConfigDict) -> ConfigDict:
@@ -241,10 +241,13 @@ def get_config(arg: str = "") -> ConfigDict:
         rewards["edit"] = {**rewards["edit"], watched: {**known["edit"][watched][watched], "weight": 0.0}}
     if tiny:
         length = LENGTH["smoke" if smoke else "long" if "long" in flags else "demo"]
-        stages = {task: tiny_stage(task, own, *length[task], 2 if smoke else 14) for task, own in rewards.items()}
+        stages = {
+            task: tiny_stage(task, task_rewards, *length[task], 2 if smoke else 14)
+            for task, task_rewards in rewards.items()
+        }
         model = {"init": TINY_METAQUERY, "model": "tiny_metaquery"} if metaquery else {"init": TINY, "model": "tiny"}
     else:
-        stages = {task: full_stage(task, own) for task, own in rewards.items()}
+        stages = {task: full_stage(task, task_rewards) for task, task_rewards in rewards.items()}
         size = "unipic2_metaquery" if metaquery else "sd35_medium"
         model = {"model": size, "init": None, "precision": "mixed", "parallel": {"preset": "auto"}}
     if "joint" in flags:

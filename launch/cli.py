@@ -111,18 +111,18 @@ def is_small(model: str, folders: Sequence[str | None]) -> bool:
 
 
 def unused_accelerator(
-    model: str, folders: Sequence[str | None], platform: str, platforms: str | None, found: tuple[str, str] | None
+    model: str, folders: Sequence[str | None], platform: str, platforms: str | None, accelerator: tuple[str, str] | None
 ) -> str | None:
     """Why a run is not to begin on a CPU, in one sentence; None: it may begin.
 
     Args:
       model, folders: see `is_small`.
       platform: that JAX chose; platforms: that it was told to take, as by $JAX_PLATFORMS, or None.
-      found: of `find_accelerator`.
+      accelerator: of `find_accelerator`.
     """
-    if platform != "cpu" or platforms or found is None or is_small(model, folders):
+    if platform != "cpu" or platforms or accelerator is None or is_small(model, folders):
         return None
-    kind, shown = found
+    kind, shown = accelerator
     name, packages, requirements = PLUGINS[kind]
     why = f"the package {packages[0]} is missing; install it with `pip install -r {requirements}`"
     if installed := next((package for package in packages if _is_installed(package)), None):

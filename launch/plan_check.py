@@ -41,17 +41,17 @@ def main(argv: list[str]) -> None:
     except ConfigError as error:
         sys.exit(str(error))
     checked = []
-    for found in plan_check.check_all(units, str(cache), _JOBS.value):
-        checked.append(found)
-        print(found.row or "\n".join(found.problems), file=sys.stderr, flush=True)
-    print("\n".join([plan_report.SUMMARY, *(found.row for found in checked if found.row)]))
+    for unit in plan_check.check_all(units, str(cache), _JOBS.value):
+        checked.append(unit)
+        print(unit.row or "\n".join(unit.problems), file=sys.stderr, flush=True)
+    print("\n".join([plan_report.SUMMARY, *(unit.row for unit in checked if unit.row)]))
     for kind in plan.CALIBRATION:
-        if ratios := [ratio for found in checked for own, ratio in found.ratios if own == kind]:
+        if ratios := [ratio for unit in checked for kind_of_ratio, ratio in unit.ratios if kind_of_ratio == kind]:
             low, middle, high = np.percentile(ratios, (0, 50, 100))
             print(
                 f"Compiled activations, in parts of the counted ones, {kind}: {low:.2f} to {high:.2f}, median {middle:.2f}."
             )
-    if problems := [sentence for found in checked for sentence in found.problems]:
+    if problems := [sentence for unit in checked for sentence in unit.problems]:
         sys.exit("\n".join(problems))
     if _WRITE.value:
         plan_check.document(checked, Path("docs/scaling.md"), Path("docs/scaling_tables.md"))

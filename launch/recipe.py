@@ -36,8 +36,8 @@ def _sentence(argv: list[str], error: Exception) -> str:
         try:
             config = config_flags.config_flags.ConfigFileFlagParser("config").parse(recipe)
             for argument in argv:
-                found = re.match(r"--?(?:no)?config\.([^=]+)", argument)
-                sentence = found and unknown_override(config, found[1])
+                match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+                sentence = match and unknown_override(config, match[1])
                 if sentence:
                     return sentence
         except Exception as failure:

@@ -57,11 +57,11 @@ def waves(variants: Sequence[str], folder: Path, seeds: int) -> list[list[tuple[
     while missing := {before for run in needed if (before := run_before(run))} - needed:
         needed |= missing
     depth = lambda run: 0 if (before := run_before(run)) is None else 1 + depth(before)
-    found: list[list[tuple[str, Path, int]]] = [[] for _ in range(1 + max(map(depth, needed)))]
+    rows: list[list[tuple[str, Path, int]]] = [[] for _ in range(1 + max(map(depth, needed)))]
     for run in sorted(needed):
-        own = [0] if run == SHARED else range(seeds)
-        found[depth(run)] += [(run, folder_of(run, folder, seed), seed) for seed in own]
-    return found
+        run_seeds = [0] if run == SHARED else range(seeds)
+        rows[depth(run)] += [(run, folder_of(run, folder, seed), seed) for seed in run_seeds]
+    return rows
 
 
 def train(run: str, workdir: Path, seed: int, cores: set[int] | None = None) -> None:

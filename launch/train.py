@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
         except ValueError as error:
             sys.exit(str(error))
         config, platform = CONFIG.value, (jax.default_backend(), jax.config.jax_platforms)
-        found = cli.find_accelerator()
-        if refused := cli.unused_accelerator(config.model, (config.init, config.vlm), *platform, found):
+        accelerator = cli.find_accelerator()
+        if refused := cli.unused_accelerator(config.model, (config.init, config.vlm), *platform, accelerator):
             sys.exit(refused)
         try:
             with processes.together():

@@ -24,8 +24,8 @@ _SEVERAL = {"a whole number": "whole numbers", "a finite number": "finite number
 @functools.cache
 def hints(cls: type, names: Sequence[str] | None = None) -> Mapping[str, Any]:
     """Annotations of a dataclass's fields, or of these."""
-    found = typing.get_type_hints(cls)
-    return {name: found[name] for name in (names or [field.name for field in dataclasses.fields(cls)])}
+    types = typing.get_type_hints(cls)
+    return {name: types[name] for name in (names or [field.name for field in dataclasses.fields(cls)])}
 
 
 def check_fields(wanted: Mapping[str, Any], values: Mapping[str, Any], where: str = "") -> None:

@@ -124,14 +124,14 @@ class PreparedExamples:
         source = PreparedBucket(self.path, self.index, bucket)
         return grain.MapDataset.source(source).seed(self.seed).shuffle().repeat().map(self._decoded)
 
-    def _decoded(self, found: PreparedExample) -> Example:
-        arrays = {n: found.arrays[n] for kind in self.stored for n in found.arrays if n.endswith(self.ARRAYS[kind])}
+    def _decoded(self, stored: PreparedExample) -> Example:
+        arrays = {n: stored.arrays[n] for kind in self.stored for n in stored.arrays if n.endswith(self.ARRAYS[kind])}
         pixels = lambda data: np.asarray(decode(data))
         # Pictures that nothing would be made of are not decoded.
-        image = None if "latents" in self.stored else pixels(found.image)
+        image = None if "latents" in self.stored else pixels(stored.image)
         needed = set(self.ARRAYS) - set(self.stored)
-        references = tuple(map(pixels, found.references)) if needed else ()
-        return Example(image, found.prompt, references, arrays)
+        references = tuple(map(pixels, stored.references)) if needed else ()
+        return Example(image, stored.prompt, references, arrays)
 
 
 @EXAMPLES.register("mixture")
@@ -172,8 +172,10 @@ class MixtureExamples:
 
     def dataset(self, bucket: Bucket) -> grain.MapDataset:
         """The sources' sequences of this bucket, interleaved in proportion to what each adds to it."""
-        found = [(weight * _share(source, bucket), source) for weight, source in self.parts if bucket in source.buckets]
-        return grain.MapDataset.mix([source.dataset(bucket) for _, source in found], [weight for weight, _ in found])
+        shares = [
+            (weight * _share(source, bucket), source) for weight, source in self.parts if bucket in source.buckets
+        ]
+        return grain.MapDataset.mix([source.dataset(bucket) for _, source in shares], [weight for weight, _ in shares])
 
 
 def _share(source: ExampleSource, bucket: Bucket) -> float:

@@ -41,17 +41,19 @@ class Loader:
         self.plan, self.collate, self.threads, self.ahead = plan, collate, threads, ahead
         self.rows = range(plan.batch_size) if rows is None else [int(row) for row in rows]
         self.datasets = {
-            (task, bucket): sources[task].dataset(bucket) for task, found in plan.buckets.items() for bucket in found
+            (task, bucket): sources[task].dataset(bucket)
+            for task, buckets in plan.buckets.items()
+            for bucket in buckets
         }
         self.following, self.batches = -1, iter(())
 
     def example(self, shape: BatchShape, index: int) -> Example:
         """Example `index` of a bucket, its pictures brought to the shape's size."""
-        found: Example = self.datasets[shape.task, shape.bucket][index]
+        example: Example = self.datasets[shape.task, shape.bucket][index]
         height, width = shape.size
         fit = lambda pixels: np.asarray(crop_to(Image.fromarray(pixels), height, width))
-        image = None if found.image is None else fit(found.image)
-        return Example(image, found.prompt, tuple(map(fit, found.references)), found.arrays)
+        image = None if example.image is None else fit(example.image)
+        return Example(image, example.prompt, tuple(map(fit, example.references)), example.arrays)
 
     def batch(self, step: int) -> tuple[BatchShape, Any]:
         """The shape and the collated examples of a step."""

@@ -73,7 +73,7 @@ class BatchPlan:
         self.phases, self.multiple = tuple(phases), multiple
         # Sorted, so that the draw does not depend on the order in which files were listed.
         self.buckets = {task: sorted(shares[task]) for task in set(tasks)}
-        self.shares = {task: np.array([shares[task][b] for b in found]) for task, found in self.buckets.items()}
+        self.shares = {task: np.array([shares[task][b] for b in buckets]) for task, buckets in self.buckets.items()}
         self.drawn: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {task: [] for task in self.buckets}
         self.lock = threading.Lock()
 

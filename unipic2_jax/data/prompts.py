@@ -158,11 +158,11 @@ class JSONLSource:
         where = place[0].lower() + place[1:]
         metadata = parse_json(line, where)
         # What is missing is found when the pictures are looked through; a run that goes on may have lost some.
-        found = parse_task(metadata, self.path.parent, where, task, exists=False)
-        if len(found.images) > 1:
-            raise ValueError(f"{place} has {len(found.images)} pictures to edit and one is taken here; keep one.")
-        image = found.images[0] if found.images else None
-        return {"prompt": found.prompt, "image": image, "metadata": {"index": number, **metadata}, "where": where}
+        task_of_row = parse_task(metadata, self.path.parent, where, task, exists=False)
+        if len(task_of_row.images) > 1:
+            raise ValueError(f"{place} has {len(task_of_row.images)} pictures to edit and one is taken here; keep one.")
+        image = task_of_row.images[0] if task_of_row.images else None
+        return {"prompt": task_of_row.prompt, "image": image, "metadata": {"index": number, **metadata}, "where": where}
 
     def place(self, row: int) -> str:
         """Of a row in the file, for messages: 'Line 3 of train.jsonl'."""

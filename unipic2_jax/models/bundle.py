@@ -132,8 +132,8 @@ def for_training(bundle: Bundle, remat: str = "full") -> Bundle:
     def fields(holder: Any) -> Any:
         if not dataclasses.is_dataclass(holder):
             return holder
-        found = {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder) if field.init}
-        return dataclasses.replace(holder, **{name: with_changes(value) for name, value in found.items()})
+        values = {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder) if field.init}
+        return dataclasses.replace(holder, **{name: with_changes(value) for name, value in values.items()})
 
     return dataclasses.replace(fields(bundle), conditioner=fields(bundle.conditioner))
 
@@ -326,8 +326,8 @@ def save_bundle(
         rules = network.rules(config)
         if dtype is None and changed is not None and name in bundle.files:
             group = f"{name}/" if name in bundle.params else f"conditioner/{name}/"
-            own = {path.removeprefix(group) for path in changed if path.startswith(group)}
-            tensors = native.with_changes(bundle.files[name], rules, params[name], own)
+            changed_leaves = {path.removeprefix(group) for path in changed if path.startswith(group)}
+            tensors = native.with_changes(bundle.files[name], rules, params[name], changed_leaves)
         else:
             tensors = table.to_torch(rules, params[name], dtype)
         tensors = _finite(tensors, name)

@@ -61,8 +61,8 @@ def joined(loras: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     along = {"a": -1, "b": -2}
     return traverse_util.unflatten_dict(
         {
-            (*path, side): jnp.concatenate([pair[side] for pair in found], axis=axis)
-            for path, found in flat.items()
+            (*path, side): jnp.concatenate([pair[side] for pair in layers], axis=axis)
+            for path, layers in flat.items()
             for side, axis in along.items()
         }
     )
@@ -70,10 +70,10 @@ def joined(loras: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def pairs(lora: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, jax.Array]]:
     """Path of a layer -> its {'a', 'b'}, in the order of the tree."""
-    found: dict[tuple[str, ...], dict[str, jax.Array]] = {}
+    layers: dict[tuple[str, ...], dict[str, jax.Array]] = {}
     for (*path, side), leaf in traverse_util.flatten_dict(dict(lora)).items():
-        found.setdefault(tuple(path), {})[side] = leaf
-    return found
+        layers.setdefault(tuple(path), {})[side] = leaf
+    return layers
 
 
 def rank_of(lora: Mapping[str, Any]) -> int:

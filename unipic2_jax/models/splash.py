@@ -80,8 +80,8 @@ def _on_one_device(
         interpret=interpret,
     )
     # A query sees the keys of its own segment.
-    own = jnp.ones(query.shape[:2], jnp.int32)
-    segments = splash.SegmentIds(q=own, kv=seen.astype(jnp.int32))
+    ones = jnp.ones(query.shape[:2], jnp.int32)
+    segments = splash.SegmentIds(q=ones, kv=seen.astype(jnp.int32))
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (query, key, value)]
     out = jax.vmap(kernel)(*heads_first, segment_ids=segments)
     return jnp.swapaxes(out, 1, 2)[:, :queries].astype(value.dtype)

@@ -77,10 +77,10 @@ def make_mesh(
     inside = [shape[0] // slices, *shape[1:]]
     # Where devices do not say which slice they are of, a process is one.
     by_process = not hasattr(devices[0], "slice_index")
-    found = {device.process_index if by_process else device.slice_index for device in devices}
-    if len(found) != slices:
+    groups = {device.process_index if by_process else device.slice_index for device in devices}
+    if len(groups) != slices:
         raise ValueError(
-            f"{slices} slices are asked for and the devices are of {len(found)}; set parallel.slices={len(found)}."
+            f"{slices} slices are asked for and the devices are of {len(groups)}; set parallel.slices={len(groups)}."
         )
     grid = mesh_utils.create_hybrid_device_mesh(
         inside, (slices, 1, 1, 1), devices, process_is_granule=by_process, allow_split_physical_axes=True

@@ -197,10 +197,10 @@ def is_main() -> bool:
 @functools.lru_cache
 def _parts(mesh: Mesh) -> dict[int, tuple[int, ...]]:
     """Process -> which of the mesh's parts of a batch its devices hold, ascending; processes in order."""
-    count, found = batch_shards(mesh), collections.defaultdict(set)
+    count, owners = batch_shards(mesh), collections.defaultdict(set)
     for device, (part,) in batch_sharding(mesh).devices_indices_map((count,)).items():
-        found[device.process_index].add(part.indices(count)[0])
-    held = {process: tuple(sorted(found[process])) for process in sorted(found)}
+        owners[device.process_index].add(part.indices(count)[0])
+    held = {process: tuple(sorted(owners[process])) for process in sorted(owners)}
     # The processes' parts are equal or have nothing in common, and there are as many of each.
     different = set(held.values())
     if len({len(parts) for parts in different}) > 1 or sum(map(len, different)) > count:
@@ -279,8 +279,8 @@ def rows_to_host(x: jax.Array, mesh: Mesh) -> np.ndarray:
     if jax.process_count() == 1:
         return np.asarray(x)
     x = jax.device_put(x, batch_sharding(mesh))
-    found = {shard.index[0].indices(x.shape[0])[0]: shard.data for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(found[start]) for start in sorted(found)])
+    rows = {shard.index[0].indices(x.shape[0])[0]: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(rows[start]) for start in sorted(rows)])
 
 
 def tree_to_host(tree: Any) -> Any:

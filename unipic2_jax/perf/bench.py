@@ -473,8 +473,8 @@ def time_work(work: str, flops: float, sides: Sequence[Any], repeats: int, dtype
     """One work on every side, as `measure`."""
     runners = {side.name: side.runner(work) for side in sides}
     for _ in range(2):
-        found = {name: runner() for name, runner in runners.items()}
-        firm = {side: {name: made[name] for name in made if name not in NOISY[dtype]} for side, made in found.items()}
+        outputs = {name: runner() for name, runner in runners.items()}
+        firm = {side: {name: made[name] for name in made if name not in NOISY[dtype]} for side, made in outputs.items()}
         compare(work, firm, TOLERANCE[dtype])
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(repeats):
@@ -498,9 +498,9 @@ def torch_device(platform: str) -> tuple[str | None, str]:
     return None, f"JAX alone, because this PyTorch {torch.__version__} does not see the {platform.upper()}"
 
 
-def compare(work: str, found: Mapping[str, Mapping[str, np.ndarray]], tolerance: float) -> None:
+def compare(work: str, outputs: Mapping[str, Mapping[str, np.ndarray]], tolerance: float) -> None:
     """Raises a ValueError when what a side has computed differs from the first one's by more than this, relatively."""
-    (first, ours), *others = found.items()
+    (first, ours), *others = outputs.items()
     for side, theirs in others:
         for name, want in theirs.items():
             error = np.linalg.norm(np.subtract(ours[name], want)) / np.linalg.norm(want)

@@ -228,13 +228,13 @@ class Theirs:
         parts = 1 if config.micro_batch is None else self.settings.batch // config.micro_batch
 
         def run() -> dict[str, np.ndarray]:
-            found = []
+            outputs = []
             for index in range(config.trained_steps):
                 for part in range(parts):
                     loss, kl = losses(index, slice(part, None, parts))
                     (loss / (config.trained_steps * parts)).backward()
-                    found.append(torch.stack([loss, kl]).detach())
-            loss, kl = torch.stack(found).mean(dim=0).cpu().numpy()
+                    outputs.append(torch.stack([loss, kl]).detach())
+            loss, kl = torch.stack(outputs).mean(dim=0).cpu().numpy()
             return {"gradient_norm": step(), "loss": loss, "kl": kl}
 
         return run

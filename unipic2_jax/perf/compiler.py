@@ -65,12 +65,12 @@ class Cache:
         path = self.folder and self.folder / f"{key}.json"
         return json.loads(path.read_text()) if path and path.is_file() else None
 
-    def write(self, key: str, found: Mapping[str, Any]) -> None:
+    def write(self, key: str, said: Mapping[str, Any]) -> None:
         """Keeps it. Another plan may be reading: the file appears whole."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / f"{key}.json", json.dumps(found))
+        write_text(self.folder / f"{key}.json", json.dumps(said))
 
 
 def default_cache() -> Path:
@@ -115,9 +115,9 @@ def compile_program(
     # process; what they are asked for stands in the jaxpr.
     asked = sorted({str(sorted(eqn.params.items(), key=str)) for eqn in _attention_calls(traced.jaxpr.jaxpr)})
     key = cache.key("\n".join([_ADDRESS.sub("", lowered.as_text()), *asked]), topology)
-    if found := cache.read(key):
+    if said := cache.read(key):
         log("kept from before")
-        return found
+        return said
     started = time.perf_counter()
     try:
         with _settings(EFFORT if topology.is_tpu else {}):
@@ -126,7 +126,7 @@ def compile_program(
         if not (too_large := _TOO_LARGE.search(str(error))):
             raise
         number, unit = [x for x in too_large.groups() if x]
-        found = {
+        said = {
             "arguments": None,
             "results": None,
             "temporary": float(number) * _UNITS[unit],
@@ -138,7 +138,7 @@ def compile_program(
     else:
         memory, module = compiled.memory_analysis(), _module(compiled)
         nodes = [] if topology.is_tpu else [device.process_index for device in mesh.devices.flat]
-        found = {
+        said = {
             "arguments": memory.argument_size_in_bytes,
             "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
             # The program itself lies in the same memory.
@@ -149,9 +149,9 @@ def compile_program(
             "kernels": module.kernels(),
         }
     seconds = time.perf_counter() - started
-    log(f"compiled in {seconds:.0f} s" + (", too large" if found["moved"] is None else ""))
-    cache.write(key, found)
-    return found
+    log(f"compiled in {seconds:.0f} s" + (", too large" if said["moved"] is None else ""))
+    cache.write(key, said)
+    return said
 
 
 def _attention_calls(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:

@@ -138,18 +138,18 @@ def stages(
 def _sized(config: ConfigDict, name: str | None) -> ConfigDict:
     """`config.model_config`; a model of `config.models` whose folder is still to be named has text encoders around a transformer
     as large as the run's, since that is what there is beside the run's own."""
-    found = model_config(config, name)
-    if name is None or found.init or "model" in config.models[name]:
-        return found
+    sized = model_config(config, name)
+    if name is None or sized.init or "model" in config.models[name]:
+        return sized
     transformer = SIZES[config.model].networks["transformer"]
     alike = [
         size
         for size, row in SIZES.items()
         if row.networks["transformer"] == transformer and not FAMILIES[row.family].reader
     ]
-    with found.unlocked():
-        found.model = alike[0]
-    return found
+    with sized.unlocked():
+        sized.model = alike[0]
+    return sized
 
 
 def local_bytes(tree: Any, mesh: Mesh | AbstractMesh) -> float:

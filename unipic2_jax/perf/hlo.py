@@ -53,15 +53,15 @@ class Instruction:
 
     def called(self, attribute: str) -> list[str]:
         """Computations that an attribute names."""
-        found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.rest)
-        return _NAME.findall(found[1]) if found else []
+        match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.rest)
+        return _NAME.findall(match[1]) if match else []
 
     def groups(self) -> list[list[int]]:
         """The devices that a collective joins, group by group; none where all of them are one group."""
-        if found := _LISTED.search(self.rest):
-            return [list(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", found[1])]
-        if found := _ROWS.search(self.rest):
-            shape, source, order = (tuple(map(int, x.split(","))) if x else None for x in found.groups())
+        if match := _LISTED.search(self.rest):
+            return [list(map(int, group.split(","))) for group in re.findall(r"\{([\d, ]+)\}", match[1])]
+        if match := _ROWS.search(self.rest):
+            shape, source, order = (tuple(map(int, x.split(","))) if x else None for x in match.groups())
             devices = np.arange(math.prod(source)).reshape(source)
             return devices.transpose(order or range(len(source))).reshape(shape[0], -1).tolist()
         return []
@@ -82,17 +82,17 @@ class Module:
           ValueError: when it has no entry.
         """
         computations: dict[str, dict[str, Instruction]] = {}
-        entry, own = None, {}
+        entry, computation = None, {}
         for line in text.splitlines():
             if head := _COMPUTATION.match(line):
-                own = computations[head[2]] = {}
+                computation = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
-            elif found := _INSTRUCTION.match(line):
-                operands, _, rest = found[4].partition(")")
+            elif match := _INSTRUCTION.match(line):
+                operands, _, rest = match[4].partition(")")
                 # Of a parameter the parentheses hold its number, of a constant its value.
-                named = found[3] not in ("parameter", "constant")
+                named = match[3] not in ("parameter", "constant")
                 names = tuple(_NAME.findall(operands)) if named else (operands,)
-                own[found[1]] = Instruction(found[1], found[3], _sizes(found[2]), names, rest)
+                computation[match[1]] = Instruction(match[1], match[3], _sizes(match[2]), names, rest)
         if entry is None:
             raise ValueError("The text of the compiled program has no entry.")
         return cls(computations, entry)
@@ -100,10 +100,10 @@ class Module:
     @functools.cached_property
     def runs(self) -> dict[str, int]:
         """Computation -> how often it runs, of those that are not part of a fused one. All branches of a choice count."""
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
 
         def visit(name: str, times: int) -> None:
-            found[name] = found.get(name, 0) + times
+            counts[name] = counts.get(name, 0) + times
             for instruction in self.computations[name].values():
                 if instruction.op == "while":
                     for body in instruction.called("body"):
@@ -116,7 +116,7 @@ class Module:
                         visit(called, times)
 
         visit(self.entry, 1)
-        return found
+        return counts
 
     def _turns(self, loop: Instruction) -> int:
         """How often a loop's body runs: as the compiler says, or up to the one number that its condition knows; else 1."""
@@ -137,11 +137,11 @@ class Module:
 
     def kernels(self) -> dict[str, int]:
         """Names of the kernels of libraries that the program calls, and in how many places it does."""
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for _, instruction, _ in self._running():
             if target := instruction.op == "custom-call" and _TARGET.search(instruction.rest):
-                found[target[1]] = found.get(target[1], 0) + 1
-        return found
+                counts[target[1]] = counts.get(target[1], 0) + 1
+        return counts
 
     def port_bytes(self, nodes: Sequence[int]) -> float:
         """Bytes that a device's own port to the network passes, if the members of a group that are in one node share what
@@ -158,19 +158,19 @@ class Module:
         On TPUs a collective may be part of a fusion; a sum of which a device keeps a part is a reduce-scatter there. What comes
         from other slices comes through the hosts. Kinds whose groups reach over several of `nodes` have names of their own.
         """
-        found: dict[str, int] = {}
+        received: dict[str, int] = {}
         for kind, size, instruction in self._collectives():
             name = kind + (BETWEEN_NODES if _crossing(instruction, nodes) else "")
-            found[name] = found.get(name, 0) + size
-        return found
+            received[name] = received.get(name, 0) + size
+        return received
 
     def _collectives(self) -> Iterator[tuple[str, int, Instruction]]:
         """Kind, bytes that a device receives in all of the program's turns, and the instruction."""
-        for own, instruction, times in self._running():
+        for computation, instruction, times in self._running():
             inside = {}
             if instruction.op == "fusion":
                 inside = self.computations[instruction.called("calls")[0]]
-            for scope, line in [(own, instruction), *((inside, line) for line in inside.values())]:
+            for scope, line in [(computation, instruction), *((inside, line) for line in inside.values())]:
                 kind = line.op.removesuffix("-start")
                 if kind == "recv" and "is_host_transfer=true" in line.rest:
                     yield BETWEEN_SLICES, times * max(line.sizes), line
@@ -187,12 +187,12 @@ class Module:
 
         Of an array that is sliced or updated in place the slice counts alone.
         """
-        return sum(times * self._moved(own, instruction) for own, instruction, times in self._running())
+        return sum(times * self._moved(computation, instruction) for computation, instruction, times in self._running())
 
-    def _moved(self, own: Mapping[str, Instruction], instruction: Instruction) -> int:
+    def _moved(self, computation: Mapping[str, Instruction], instruction: Instruction) -> int:
         if instruction.op in FREE or instruction.op.endswith("-done"):
             return 0
-        sizes = [own[name].size if name in own else 0 for name in instruction.operands]
+        sizes = [computation[name].size if name in computation else 0 for name in instruction.operands]
         if instruction.op == "dynamic-slice":
             return 2 * instruction.size
         if instruction.op == "dynamic-update-slice":

@@ -302,13 +302,13 @@ class _Counter:
             one = self.of(body, [Value(0.0, True)] * len(body.constvars), given, results_given=False)
             return Work(one.held, one.moved * length, one.gathered * length)
         if operation.name in ("while", "cond"):
-            found = []
+            works = []
             for inner in inner_jaxprs(params.values()):
                 given = [Value(self.size(var.aval), True) for var in inner.invars]
                 if operation.name == "cond":
                     given = [Value(v.size, True, v.weight) for v in inputs[-len(given) :]] if given else []
-                found.append(self.of(inner, [Value(0.0, True)] * len(inner.constvars), given, results_given=False))
-            pick = lambda field: max((getattr(work, field) for work in found), default=0.0)
+                works.append(self.of(inner, [Value(0.0, True)] * len(inner.constvars), given, results_given=False))
+            pick = lambda field: max((getattr(work, field) for work in works), default=0.0)
             return Work(pick("held"), pick("moved"), pick("gathered"))
         return Work()
 

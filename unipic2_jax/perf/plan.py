@@ -53,10 +53,10 @@ def compiled_cost(
 ) -> Cost:
     """Of a program compiled for the devices that its arguments are described on."""
     traced = program.function.trace(*program.arguments, **program.keywords)
-    found = compile_program(traced, mesh, topology, cache, log)
+    said = compile_program(traced, mesh, topology, cache, log)
     parameters, optimizer, batch = held(planned, program, mesh)
     # Known when it has been compiled only; a new state takes the place of the old one.
-    results = found["results"] or 0.0
+    results = said["results"] or 0.0
     return Cost(
         planned.name,
         program.name,
@@ -65,10 +65,10 @@ def compiled_cost(
         optimizer,
         batch,
         results,
-        found["temporary"],
+        said["temporary"],
         **_flops(traced, topology.count),
         model_flops=program.model_flops / topology.count,
-        **{field: found[field] for field in ("moved", "collectives", "ports", "kernels")},
+        **{field: said[field] for field in ("moved", "collectives", "ports", "kernels")},
     )
 
 
@@ -111,10 +111,10 @@ def counted_cost(
     if program.gradients and batch_shards(mesh) > 1:
         trained = next(iter(planned.state().values()))
         for leaf in jax.tree.leaves(trained):
-            own, whole = local(leaf, mesh), math.prod(leaf.shape) * leaf.dtype.itemsize
-            if own < whole:
+            share_of_chip, whole = local(leaf, mesh), math.prod(leaf.shape) * leaf.dtype.itemsize
+            if share_of_chip < whole:
                 sums("reduce-scatter", ("fsdp",), whole)
-                sums("all-reduce", ("data",), 2 * own if mesh.shape["data"] > 1 else 0.0)
+                sums("all-reduce", ("data",), 2 * share_of_chip if mesh.shape["data"] > 1 else 0.0)
             else:
                 sums("all-reduce", RULES.batch, 2 * whole)
     collectives: dict[str, float] = {}
@@ -172,23 +172,23 @@ def counted(
         )
     mesh = make_mesh(jax.local_devices()[:1], "fsdp")  # every process of a run counts for itself
     flash = config.get("attention", "auto") != "xla"
-    found = [Plan([], {}) for _ in splits]
+    plans = [Plan([], {}) for _ in splits]
     with use_mesh(mesh):
         built = stages(config, mesh, all_shapes=all_shapes, log=log, shards=topology.count, split=meshes[0])
         for planned in built:
-            for made in found:
+            for made in plans:
                 made.stages.append(planned)
                 made.costs[planned.name] = []
             for program in planned.programs:
                 if not only(planned, program):
                     continue
                 traced = program.function.trace(*program.arguments, **program.keywords)
-                for made, whole, parallel in zip(found, meshes, splits):
+                for made, whole, parallel in zip(plans, meshes, splits):
                     at_once = parallel.gather == "update"
                     cost = counted_cost(planned, program, traced, whole, topology, flash, at_once)
                     made.costs[planned.name].append(cost)
                 log(f"{topology} {planned.name}: {program.name}: counted")
-    return found
+    return plans
 
 
 def plan(

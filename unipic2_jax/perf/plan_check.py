@@ -60,8 +60,8 @@ def check(recipe: str, machine: str, cache: str) -> Checked:
     topology = read_topology(machine)
     try:
         config = validate(importlib.import_module(f"configs.{recipe}").get_config())
-        found = split.priced(config, topology)
-        config = split.chosen(config, found, log)
+        splits = split.priced(config, topology)
+        config = split.chosen(config, splits, log)
         made = plan.plan(config, topology, cache=plan.Cache(cache), log=log)
     except (ConfigError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -71,12 +71,12 @@ def check(recipe: str, machine: str, cache: str) -> Checked:
         f"## {recipe} on {machine}\n\n{topology.count} chips, {split.described(config)}, compiled:\n\n    {command}\n",
         plan_report.table(made.costs, topology),
         *(f"{sentence}\n" for sentence in plan_report.kernels(made)),
-        "The next splits, by arithmetic: " + "; ".join(f"{other} ({other.figures()})" for other in found[1:4]) + ".\n",
+        "The next splits, by arithmetic: " + "; ".join(f"{other} ({other.figures()})" for other in splits[1:4]) + ".\n",
     ]
     advice = plan_report.advice(config, made.costs, topology)
     ratios = []
     for stage, rows in made.costs.items():
-        for cost, guess in zip(rows, found[0].plan.costs[stage], strict=True):
+        for cost, guess in zip(rows, splits[0].plan.costs[stage], strict=True):
             raw = guess.activations / plan.CALIBRATION[guess.calibrated] if guess.calibrated else 0.0
             if raw:
                 ratios.append((guess.calibrated, cost.activations / raw))
@@ -98,10 +98,10 @@ def bounds() -> str:
     lines, edits = [], []
     for machine in ("gpu:8xh100", "gpu:16xh100"):
         topology = read_topology(machine)
-        found = split.priced(config, topology)
-        edits.append(found[0].stages["edit"])
-        lines += [f"PDTR on {machine}, by arithmetic:", "", *split.table(found, topology), ""]
-        whole = next(s for s in found if s.parallel.fsdp == 1)
+        splits = split.priced(config, topology)
+        edits.append(splits[0].stages["edit"])
+        lines += [f"PDTR on {machine}, by arithmetic:", "", *split.table(splits, topology), ""]
+        whole = next(s for s in splits if s.parallel.fsdp == 1)
         lines += [
             f"With every parameter of the transformer on every chip, {whole.resident / GB:.1f} GB are resident.",
             "",

@@ -32,8 +32,8 @@ def table(costs: Costs, topology: Topology) -> str:
             sizes = (cost.parameters, cost.optimizer, cost.batch, cost.results, cost.activations)
             links = "not compiled"
             if cost.collectives is not None:
-                found = sorted(cost.collectives.items())
-                links = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in found) or "nothing"
+                collectives = sorted(cost.collectives.items())
+                links = ", ".join(f"{kind} {size / GB:.2f}" for kind, size in collectives) or "nothing"
             useful = f", {cost.model_flops / cost.flops:.0%}" if cost.model_flops else ""
             mfu = f"{cost.model_flops / chip.flops / seconds:.0%}" if cost.model_flops else "-"
             at_least = "" if cost.moved is not None else "> "
@@ -87,9 +87,9 @@ def kernels(made: Plan) -> Iterator[str]:
             yield f"Attention in '{stage}': {'; '.join(map(str, calls))}."
     for stage, rows in made.costs.items():
         for cost in rows:
-            found = [f"{name.split('$')[-1]} in {n} places" for name, n in cost.kernels.items() if "fmha" in name]
-            if found:
-                yield f"The compiled {cost.name} of '{stage}' calls cuDNN's {', '.join(found)}."
+            places = [f"{name.split('$')[-1]} in {n} places" for name, n in cost.kernels.items() if "fmha" in name]
+            if places:
+                yield f"The compiled {cost.name} of '{stage}' calls cuDNN's {', '.join(places)}."
 
 
 def fits(cost: Cost, topology: Topology) -> bool:
@@ -112,27 +112,27 @@ def advice(config: ConfigDict, costs: Costs, topology: Topology) -> list[str]:
 
 def _remedy(config: ConfigDict, stage: str, worst: Cost, kept: float, topology: Topology) -> str:
     """What to change about the largest part of a peak."""
-    own, preset = config.stages[stage], config.parallel.preset
+    stage_config, preset = config.stages[stage], config.parallel.preset
     if preset == "ddp" and kept > worst.activations:
         return "split parameters and optimizer over the chips: --config.parallel.preset=fsdp"
     if worst.activations < kept:
         return "take a larger slice, over which parameters and optimizer are split further"
-    remat = own.get("remat", "full")
+    remat = stage_config.get("remat", "full")
     if remat != "full":
         return f"keep less for the backward pass: --config.stages.{stage}.remat=full (now {remat})"
     remedies, devices = [], batch_shards(topology.abstract_mesh(config.parallel))
-    if own.kind == "flow":
-        parts = 2 * own.accumulation
-        if own.batch_size % (parts * devices) == 0:
+    if stage_config.kind == "flow":
+        parts = 2 * stage_config.accumulation
+        if stage_config.batch_size % (parts * devices) == 0:
             remedies.append(f"compute a batch in more parts: --config.stages.{stage}.accumulation={parts}")
     elif worst.name == "update":
-        part = own.num_prompts * own.grpo.group_size // own.grpo.updates_per_rollout
-        half = max(own.grpo.micro_batch or part, devices) // 2
+        part = stage_config.num_prompts * stage_config.grpo.group_size // stage_config.grpo.updates_per_rollout
+        half = max(stage_config.grpo.micro_batch or part, devices) // 2
         if half % devices == 0:
             remedies.append(f"compute an update in more parts: --config.stages.{stage}.grpo.micro_batch={half}")
     else:
         remedies.append(
-            f"draw fewer samples a step: --config.stages.{stage}.num_prompts={max(1, own.num_prompts // 2)}"
+            f"draw fewer samples a step: --config.stages.{stage}.num_prompts={max(1, stage_config.num_prompts // 2)}"
         )
     if topology.is_tpu and preset != "fsdp_sp":  # which cannot be counted for GPUs
         remedies.append("split the tokens of a sample too: --config.parallel.preset=fsdp_sp")
@@ -206,17 +206,17 @@ def smallest_sentence(
     Args:
       how: 'estimate', or 'confirm' to compile the largest program there.
     """
-    found, uneven = smallest(config, made, topology)
+    machine, uneven = smallest(config, made, topology)
     parts = f" ({', '.join(uneven)}: its batches do not come out even)" if uneven else ""
-    if found is None:
+    if machine is None:
         return f"No slice of {topology.kind} that is rented has the memory, by scaling these figures{parts}."
     if how == "confirm":
-        found = confirmed(config, made, found, cache, log)
-        if found is None:
+        machine = confirmed(config, made, machine, cache, log)
+        if machine is None:
             return f"No slice of {topology.kind} that is rented has the memory, by the largest program on each{parts}."
         known = "confirmed by the largest program, " + ("compiled" if has_compiler(topology) else "counted") + " for it"
-    elif found.name == topology.name:
+    elif machine.name == topology.name:
         known = "by these figures, and by scaling them to the smaller ones"
     else:
         known = f"an estimate, by scaling these figures; --smallest=confirm {'compiles' if has_compiler(topology) else 'counts'} for it"
-    return f"The smallest slice that fits: {found}, {known}{parts}."
+    return f"The smallest slice that fits: {machine}, {known}{parts}."

@@ -66,7 +66,7 @@ def splits(config: ConfigDict, topology: Topology) -> list[ConfigDict]:
     sizes = [n for n in range(1, count + 1) if count % n == 0]
     # libtpu makes all-reduces of the gathers of more parts (docs/scaling.md).
     sizes = [n for n in sizes if n <= PARTS] if topology.is_tpu else [n for n in sizes if n <= NODE or n == count]
-    found = []
+    options = []
     for fsdp, gather in itertools.product(sizes, GATHERS if _reinforces(config) else GATHERS[:1]):
         if fsdp == 1 and gather != GATHERS[0]:
             continue
@@ -74,8 +74,8 @@ def splits(config: ConfigDict, topology: Topology) -> list[ConfigDict]:
             parallel.update(
                 {"preset": "fsdp", "data": count // fsdp, "fsdp": fsdp, "tensor": 1, "sequence": 1, "gather": gather}
             )
-        found.append(parallel)
-    return found
+        options.append(parallel)
+    return options
 
 
 def priced(
@@ -93,14 +93,14 @@ def priced(
       ConfigError: when the recipe's batches do not come out even.
     """
     possible = splits(config, topology)
-    found = []
+    options = []
     for parallel, made in zip(possible, counted(config, topology, possible, log=log)):
         rows = {name: costs for name, costs in made.costs.items() if costs}
         stages = {name: sum(cost.calls * cost.seconds(topology) for cost in costs) for name, costs in rows.items()}
         steps = {name: config.stages[name].steps for name in rows}
         every = [cost for costs in rows.values() for cost in costs]
         seconds = sum(stages[name] * steps[name] for name in rows) / sum(steps.values())
-        found.append(
+        options.append(
             Split(
                 parallel,
                 dict(parts or {}),
@@ -114,12 +114,12 @@ def priced(
                 made,
             )
         )
-    return _ordered(found)
+    return _ordered(options)
 
 
 def searched(config: ConfigDict, topology: Topology, log: Callable[[str], None] = lambda sentence: None) -> list[Split]:
     """`priced` for the parts too that a batch can be computed in: GRPO's micro_batch, a flow stage's accumulation."""
-    found = []
+    options = []
     for factor in (1, 2, 4, 8):
         parts = _parts(config, topology.count, factor)
         if parts is None:
@@ -127,10 +127,10 @@ def searched(config: ConfigDict, topology: Topology, log: Callable[[str], None] 
         with (changed := config.copy_and_resolve_references()).unlocked():
             changed.update_from_flattened_dict(parts)
         try:
-            found += priced(changed, topology, log, parts)
+            options += priced(changed, topology, log, parts)
         except ConfigError as error:
             log(f"{', '.join(f'{name}={value}' for name, value in parts.items())}: {error}")
-    return _ordered(found)
+    return _ordered(options)
 
 
 def described(config: ConfigDict) -> str:
@@ -150,10 +150,10 @@ def _reinforces(config: ConfigDict) -> bool:
     return any(config.stages[name].kind == "grpo" for name in config.schedule)
 
 
-def _ordered(found: Sequence[Split]) -> list[Split]:
+def _ordered(options: Sequence[Split]) -> list[Split]:
     """Of splits that are equally fast, to a percent, those whose copies are inside of a node come first, then those with the most
     room; of those that do not fit the smallest."""
-    best = min((split.seconds for split in found if split.fits), default=0.0)
+    best = min((split.seconds for split in options if split.fits), default=0.0)
 
     def place(split: Split) -> tuple[float, ...]:
         if not split.fits:
@@ -162,24 +162,24 @@ def _ordered(found: Sequence[Split]) -> list[Split]:
             return 0, split.parallel.fsdp > NODE, split.peak
         return 1, split.seconds
 
-    return sorted(found, key=place)
+    return sorted(options, key=place)
 
 
 def _parts(config: ConfigDict, devices: int, samples: int) -> dict[str, int] | None:
     """Fields with which a device computes so many samples of every stage at once; None where that does not come out even."""
-    found = {}
+    parts = {}
     for name in config.schedule:
         stage = config.stages[name]
         if stage.kind == "grpo":
             update = stage.num_prompts * stage.grpo.group_size // stage.grpo.updates_per_rollout
             if update % (samples * devices):
                 return None
-            found[f"stages.{name}.grpo.micro_batch"] = samples * devices
+            parts[f"stages.{name}.grpo.micro_batch"] = samples * devices
         elif stage.kind == "flow":
             if stage.batch_size % (samples * devices):
                 return None
-            found[f"stages.{name}.accumulation"] = stage.batch_size // (samples * devices)
-    return found
+            parts[f"stages.{name}.accumulation"] = stage.batch_size // (samples * devices)
+    return parts
 
 
 def resolved(config: ConfigDict, log: Callable[[str], None]) -> ConfigDict:
@@ -191,13 +191,13 @@ def resolved(config: ConfigDict, log: Callable[[str], None]) -> ConfigDict:
     return chosen(config, priced(config, of_devices(jax.devices())), log)
 
 
-def chosen(config: ConfigDict, found: Sequence[Split], log: Callable[[str], None]) -> ConfigDict:
+def chosen(config: ConfigDict, options: Sequence[Split], log: Callable[[str], None]) -> ConfigDict:
     """The configuration with the first of `priced` or `searched`.
 
     Raises:
       ConfigError: when it does not fit.
     """
-    first, *others = found
+    first, *others = options
     if not first.fits:
         raise ConfigError(
             f"No split of this recipe fits {first.memory / GB:.0f} GB a chip, the smallest needs {first.peak / GB:.0f}; compute "
@@ -216,11 +216,11 @@ def _with(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
     return changed.lock()
 
 
-def table(found: Sequence[Split], topology: Topology) -> Iterator[str]:
+def table(options: Sequence[Split], topology: Topology) -> Iterator[str]:
     """A Markdown row for each."""
     yield "| split | parts | fits | peak, of memory | resident | seconds a step | bound by |"
     yield "|---|---|---|---:|---:|---:|---|"
-    for split in found:
+    for split in options:
         parts = ", ".join(f"{name.split('.', 1)[1]} {value}" for name, value in split.parts.items())
         stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in split.stages.items())
         cells = [

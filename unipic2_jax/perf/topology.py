@@ -179,15 +179,15 @@ def read_topology(text: str, slices: int = 1) -> Topology:
       ConfigError: for anything else.
     """
     kind, _, shape = text.partition(":")
-    if kind == "gpu" and (found := re.fullmatch(r"([1-9]\d*)x(\w+)", shape)):
-        if found[2] not in GPUS:
+    if kind == "gpu" and (match := re.fullmatch(r"([1-9]\d*)x(\w+)", shape)):
+        if match[2] not in GPUS:
             raise ConfigError(
-                f"The chip '{found[2]}' of the topology '{text}' is unknown; there are {', '.join(GPUS)}, and another one is a "
+                f"The chip '{match[2]}' of the topology '{text}' is unknown; there are {', '.join(GPUS)}, and another one is a "
                 f"row of CHIPS and a file in {TARGETS.relative_to(TARGETS.parents[2])}."
             )
-        if int(found[1]) > NODE and int(found[1]) % NODE:
+        if int(match[1]) > NODE and int(match[1]) % NODE:
             raise ConfigError(f"The topology '{text}' is not made of whole nodes; take a multiple of {NODE} GPUs.")
-        return Topology(text, found[2], int(found[1]))
+        return Topology(text, match[2], int(match[1]))
     if kind in CHIPS and kind not in GPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
         return Topology(text, kind, slices * math.prod(map(int, shape.split("x"))), slices)
     raise ConfigError(

@@ -101,17 +101,17 @@ def _without_texts(content: bytes) -> bytes:
     """A PNG without texts and colour profiles, for the sake of which PIL refuses a sound one when they are long; else itself."""
     if not content.startswith(_PNG):
         return content
-    kept, start, place, found = [], 0, len(_PNG), set()
+    kept, start, place, names = [], 0, len(_PNG), set()
     while place + _CHUNK.size <= len(content):
         length, kind = _CHUNK.unpack_from(content, place)
         following = place + _CHUNK.size + length + 4
         if kind in _TEXT_CHUNKS:
             text = content[place + _CHUNK.size : following - 4]
             keyword = text.partition(b"\0")[0]
-            if keyword not in _TURNED or keyword in found or _is_long(kind, text):
+            if keyword not in _TURNED or keyword in names or _is_long(kind, text):
                 kept.append(content[start:place])
                 start = following
-            found.add(keyword)
+            names.add(keyword)
         place = following
     return b"".join([*kept, content[start:]]) if kept else content
 

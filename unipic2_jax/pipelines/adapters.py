@@ -31,7 +31,7 @@ def parse(texts: Iterable[str]) -> list[Wanted]:
     Raises:
       ValueError: for a scale that is not finite, or an empty text.
     """
-    found = []
+    loras = []
     for text in texts:
         source, colon, last = text.rpartition(":")
         try:
@@ -40,8 +40,8 @@ def parse(texts: Iterable[str]) -> list[Wanted]:
             wanted = Wanted(text)
         if not wanted.source or not math.isfinite(wanted.scale):
             raise ValueError(f"--lora={text!r} is no FILE[:scale]; name a file, a folder or a hub id.")
-        found.append(wanted)
-    return found
+        loras.append(wanted)
+    return loras
 
 
 def component_configs(bundle: Bundle) -> dict[str, ModelConfig]:
@@ -97,10 +97,10 @@ def fused(bundle: Bundle, loras: Sequence[tuple[lora.Adapter, float]]) -> tuple[
     changed = set()
     for adapter, scale in loras:
         for component, layers in adapter.updates.items():
-            found = lora.leaves(layers, component_configs(bundle)[component], scale)
-            bundle = _merged(bundle, component, found)
+            leaves = lora.leaves(layers, component_configs(bundle)[component], scale)
+            bundle = _merged(bundle, component, leaves)
             group = component if component in bundle.params else f"conditioner/{component}"
-            changed |= {f"{group}/{path}/kernel" for path in found}
+            changed |= {f"{group}/{path}/kernel" for path in leaves}
     return bundle, changed
 
 
@@ -109,11 +109,11 @@ def load_fused(bundle: Bundle, wanted: Iterable[Wanted]) -> tuple[Bundle, set[st
     return fused(bundle, [(read(bundle, one.source), one.scale) for one in wanted])
 
 
-def _merged(bundle: Bundle, component: str, found: Any) -> Bundle:
+def _merged(bundle: Bundle, component: str, leaves: Any) -> Bundle:
     params = dict(bundle.params)
     if component in params:
-        params[component] = lora.merge(params[component], found)
+        params[component] = lora.merge(params[component], leaves)
     else:
-        own = lora.merge(params["conditioner"][component], found)
-        params["conditioner"] = {**params["conditioner"], component: own}
+        merged = lora.merge(params["conditioner"][component], leaves)
+        params["conditioner"] = {**params["conditioner"], component: merged}
     return dataclasses.replace(bundle, params=params)

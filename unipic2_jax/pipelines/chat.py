@@ -163,9 +163,9 @@ def parse_boxes(answer: str) -> list[tuple[str, tuple[float, ...]]]:
     Raises:
       ValueError: when there is none, or an entry is not a box.
     """
-    found = re.search(r"\[.*\]", answer, re.DOTALL)
+    match = re.search(r"\[.*\]", answer, re.DOTALL)
     try:
-        entries = json.loads(found.group()) if found else None
+        entries = json.loads(match.group()) if match else None
     except json.JSONDecodeError as error:
         raise ValueError(f"The answer holds no whole JSON list ({error.msg}): {answer!r}; ask again.") from error
     if not isinstance(entries, list):

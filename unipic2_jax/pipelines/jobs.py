@@ -55,8 +55,8 @@ def read_jobs(file: str | os.PathLike, task: str | None = None) -> list[Job]:
 def _parse(line: str, where: str, file: Path, task: str | None) -> Job:
     if file.suffix != ".jsonl":
         return Job(check_unicode(line, where))
-    found = parse_task(parse_json(line, where), file.parent, where, task)
-    return Job(found.prompt, tuple(map(str, found.images)))
+    task_of_line = parse_task(parse_json(line, where), file.parent, where, task)
+    return Job(task_of_line.prompt, tuple(map(str, task_of_line.images)))
 
 
 def load_images(jobs: Sequence[Job]) -> list[Job]:
@@ -154,10 +154,10 @@ def _sheet(jobs: Sequence[Job], made: dict[int, Image.Image], samples: int) -> I
     cells: list[tuple[Image.Image, str]] = []
     widths = set()
     for number, job in enumerate(jobs):
-        own = [made[i] for i in range(number * samples, (number + 1) * samples) if i in made]
-        if own:
-            cells += [(image, "source") for image in job.images] + [(image, job.prompt) for image in own]
-            widths.add(len(job.images) + len(own))
+        row_pictures = [made[i] for i in range(number * samples, (number + 1) * samples) if i in made]
+        if row_pictures:
+            cells += [(image, "source") for image in job.images] + [(image, job.prompt) for image in row_pictures]
+            widths.add(len(job.images) + len(row_pictures))
     row = widths.pop() if len(widths) == 1 else 0
     pictures, captions = zip(*cells, strict=True)
     # Rows of one picture would make a tower, and very long ones a ribbon.

@@ -213,9 +213,9 @@ class EditLabels:
         edited: dict[int, np.ndarray] = {}
         kinds = sorted({(how[i]["steps"], how[i]["guidance"]) for i in sound if "steps" in how[i]})
         for steps, guidance in kinds:
-            own = [i for i in sound if (how[i].get("steps"), how[i].get("guidance")) == (steps, guidance)]
+            same_how = [i for i in sound if (how[i].get("steps"), how[i].get("guidance")) == (steps, guidance)]
             # Filled up, so that all calls share a program.
-            asked = own + own[-1:] * (-len(own) % variety.at_once)
+            asked = same_how + same_how[-1:] * (-len(same_how) % variety.at_once)
             pictures = pipe(
                 [how[i]["for"] for i in asked],
                 image=[[records[i // variety.samples].image] for i in asked],
@@ -224,7 +224,7 @@ class EditLabels:
                 seed=[how[i]["seed"] for i in asked],
                 batch_size=variety.at_once,
             ).images
-            edited |= {i: np.asarray(picture) for i, picture in zip(own, pictures)}
+            edited |= {i: np.asarray(picture) for i, picture in zip(same_how, pictures)}
         rows = []
         for i in sound:
             record = records[i // variety.samples]
@@ -295,14 +295,14 @@ class EditLabels:
         # Marks that some edits lack are no targets.
         names = sorted(set.intersection(*(set(row["marks"]) for row in rows))) if rows else []
         for split in ("train", "heldout"):
-            own = [row for row in rows if _is_held_out(row["source"], heldout) == (split == "heldout")]
+            split_rows = [row for row in rows if _is_held_out(row["source"], heldout) == (split == "heldout")]
             part = self.out / f"{split}.{os.getpid()}.part"
             shutil.rmtree(part, ignore_errors=True)
             shutil.rmtree(self.out / split, ignore_errors=True)
-            if own:
+            if split_rows:
                 part.mkdir()
-                shards = tuple(self._shards(own, names, part))
-                index = PreparedIndex(resolution, multiple, shards, tuple(names), {"kept": len(own)})
+                shards = tuple(self._shards(split_rows, names, part))
+                index = PreparedIndex(resolution, multiple, shards, tuple(names), {"kept": len(split_rows)})
                 write_text(part / INDEX, index.to_json())
                 os.replace(part, self.out / split)
 
@@ -311,16 +311,16 @@ class EditLabels:
         for row in rows:
             with Image.open(self.out / row["image"]) as picture:
                 buckets.setdefault(Bucket(nearest_aspect(*picture.size), 1), []).append(row)
-        for bucket, own in sorted(buckets.items()):
-            for number, start in enumerate(range(0, len(own), SHARD_SIZE)):
+        for bucket, bucket_rows in sorted(buckets.items()):
+            for number, start in enumerate(range(0, len(bucket_rows), SHARD_SIZE)):
                 file = f"{bucket}-{number:05d}.array_record"
                 writer = ArrayRecordWriter(str(folder / file), "group_size:1")
-                for row in own[start : start + SHARD_SIZE]:
+                for row in bucket_rows[start : start + SHARD_SIZE]:
                     image, source = ((self.out / row[what]).read_bytes() for what in ("image", "source"))
                     marks = {name: np.asarray(row["marks"][name], np.float32) for name in names}
                     writer.write(pack(PreparedExample(image, row["prompt"], (source,), marks, row["key"])))
                 writer.close()
-                yield Shard(file, bucket, len(own[start : start + SHARD_SIZE]))
+                yield Shard(file, bucket, len(bucket_rows[start : start + SHARD_SIZE]))
 
 
 def _tokens(reward: Any) -> dict[str, int]:

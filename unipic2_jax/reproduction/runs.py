@@ -26,14 +26,14 @@ def read_scores(table: Table, runs: Mapping[str, Sequence[Path]]) -> dict[str, d
     Args:
       runs: variant -> workdirs, one per seed.
     """
-    found: dict[str, dict[str, list[float]]] = {}
+    scores: dict[str, dict[str, list[float]]] = {}
     for row in table.rows:
         for workdir in runs[row.variant][: 1 if row.variant == BASE else None]:
             pick = min if row.variant == BASE else max
             record = pick(read_evaluations(workdir), key=lambda record: (record["stage_index"], record["step"]))
             for score in table.benchmarks.values():
-                found.setdefault(row.variant, {}).setdefault(score, []).append(record["metrics"][score])
-    return found
+                scores.setdefault(row.variant, {}).setdefault(score, []).append(record["metrics"][score])
+    return scores
 
 
 def draw_rewards(table: Table, runs: Mapping[str, Sequence[Path]], path: Path, columns: int = 4) -> None:

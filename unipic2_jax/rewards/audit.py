@@ -36,8 +36,8 @@ def write_audit(
             row["source"] = sources[record.key]
         for reward, values in scored.values.items():
             if scored.asked[reward][index]:
-                found = {detail: known(column[index]) for detail, column in scored.details[reward].items()}
-                row["rewards"][reward] = {"score": known(values[index]), **found}
+                details = {detail: known(column[index]) for detail, column in scored.details[reward].items()}
+                row["rewards"][reward] = {"score": known(values[index]), **details}
                 if sentence := scored.errors[reward].get(index):
                     row["rewards"][reward]["error"] = sentence
         lines.append(json.dumps(row))

@@ -53,7 +53,9 @@ def normalize(values: np.ndarray, groups: Sequence, how: str, epsilon: float = 1
     out = np.full_like(values, np.nan)
     for key in dict.fromkeys(keys):
         members = np.array([other == key for other in keys], bool) & ~np.isnan(values)
-        own = values[members]
-        if len(own):
-            out[members] = (own - own.mean()) / (own.std() + epsilon) if np.ptp(own) else 0.0
+        group_values = values[members]
+        if len(group_values):
+            out[members] = (
+                (group_values - group_values.mean()) / (group_values.std() + epsilon) if np.ptp(group_values) else 0.0
+            )
     return out

@@ -73,7 +73,7 @@ def make_entries(
     entries = {}
     for name, fields in rewards.items():
         options = dict(fields)
-        own = {field: options.pop(field) for field in ("weight", "normalize", "datasets") if field in options}
+        entry_fields = {field: options.pop(field) for field in ("weight", "normalize", "datasets") if field in options}
         try:
             kind = options.pop("kind", name)
             # What computes on the mesh is called once for all, in the main thread: there is nothing to decide about its calls.
@@ -82,9 +82,9 @@ def make_entries(
             if REWARDS.find(kind).on_mesh:
                 options.setdefault("precision", precision)
             reward = make_reward(kind, mesh, **options)
-            if isinstance(own.get("datasets"), str):
-                raise ValueError(f"datasets is '{own['datasets']}'; write ('{own['datasets']}',).")
-            entries[name] = Entry(reward, dataclasses.replace(reward.calls, **calls), **own)
+            if isinstance(entry_fields.get("datasets"), str):
+                raise ValueError(f"datasets is '{entry_fields['datasets']}'; write ('{entry_fields['datasets']}',).")
+            entries[name] = Entry(reward, dataclasses.replace(reward.calls, **calls), **entry_fields)
         except ValueError as error:
             raise ValueError(f"rewards.{name}: {error}") from error
     return entries
@@ -211,7 +211,7 @@ class Scorer:
         return scores
 
     def _collect(self, count: int, pending: Mapping[str, list[tuple[list[int], Any]]]) -> Scored:
-        found = Scored({}, {}, {}, {})
+        scored = Scored({}, {}, {}, {})
         for name, parts in pending.items():
             values, asked = np.full(count, np.nan), np.zeros(count, bool)
             details: dict[str, np.ndarray] = {}
@@ -226,9 +226,9 @@ class Scorer:
                 errors |= {part[i]: sentence for i, sentence in scores.errors.items()}
                 for detail, column in scores.details.items():
                     details.setdefault(detail, np.full(count, np.nan))[part] = column
-            for group, column in zip(found, (values, asked, details, errors)):
+            for group, column in zip(scored, (values, asked, details, errors)):
                 group[name] = column
-        return found
+        return scored
 
 
 @dataclasses.dataclass(frozen=True)

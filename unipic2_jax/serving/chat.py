@@ -172,13 +172,13 @@ def _part(where: str, part: Any) -> dict[str, Any]:
         raise Refusal(400, f"A part of {where} is neither a text nor an image_url; send those.")
     url = part.get("image_url")
     url = url.get("url") if isinstance(url, dict) else url
-    found = _DATA_URL.fullmatch(url) if isinstance(url, str) else None
-    if found is None:
+    match = _DATA_URL.fullmatch(url) if isinstance(url, str) else None
+    if match is None:
         raise Refusal(
             400, f"A picture of {where} is no data URL; send data:image/png;base64,... with the picture in it."
         )
     try:
-        content = base64.b64decode(found.group(1), validate=True)
+        content = base64.b64decode(match.group(1), validate=True)
         picture = decode(content, where, max_pixels=MAX_PIXELS, animated=False)
     except binascii.Error:
         raise Refusal(400, f"A picture of {where} is not base64; correct the data URL.") from None

@@ -145,10 +145,10 @@ def random_prompt(rng: np.random.Generator, tag: str | None = None, split: str =
     tag = _draw(rng, TAGS) if tag is None else tag
     while True:
         mention = split == "heldout" or bool(rng.integers(2))
-        found, key = _candidate(rng, tag, mention)
+        candidate, key = _candidate(rng, tag, mention)
         if split == "heldout" and held_out(key):
-            return found
-        if split == "train" and not held_out(key) and not shows_held_out(found.scene):
-            return found
+            return candidate
+        if split == "train" and not held_out(key) and not shows_held_out(candidate.scene):
+            return candidate
         if split not in ("train", "heldout"):
             raise ValueError(f"'{split}' is not a split of the shapes world; use 'train' or 'heldout'.")

@@ -32,5 +32,5 @@ class ShapesRecords:
 
     def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]
-        found = self._examples.example(index)
-        return Record(found.image, found.prompt, found.references, f"shapes {self.task} {index}")
+        example = self._examples.example(index)
+        return Record(example.image, example.prompt, example.references, f"shapes {self.task} {index}")

@@ -60,11 +60,11 @@ class ShapesSource:
         rng = np.random.default_rng([self.seed, list(TASKS).index(self.task), self.split == "heldout", index])
         kind = self.tags[index % len(self.tags)]
         if self.task == "t2i":
-            found: ShapesPrompt | ShapesEdit = random_prompt(rng, kind, self.split)
-            return PromptRecord(found.prompt, None, found.metadata)
-        found = random_edit(rng, kind, self.split)
-        metadata = {"tag": kind, **found.metadata, "source": scene_to_dict(found.source)}
-        return PromptRecord(found.prompt, render(found.source), metadata)
+            drawn: ShapesPrompt | ShapesEdit = random_prompt(rng, kind, self.split)
+            return PromptRecord(drawn.prompt, None, drawn.metadata)
+        drawn = random_edit(rng, kind, self.split)
+        metadata = {"tag": kind, **drawn.metadata, "source": scene_to_dict(drawn.source)}
+        return PromptRecord(drawn.prompt, render(drawn.source), metadata)
 
 
 @EXAMPLES.register("shapes")
@@ -83,8 +83,8 @@ class ShapesExamples(EndlessExamples):
 
     def example(self, index: int) -> Example:
         if self.task == "t2i":
-            found = prompt_example(self.seed, index, self.weights)
-            return Example(render(found.scene), found.prompt)
+            drawn = prompt_example(self.seed, index, self.weights)
+            return Example(render(drawn.scene), drawn.prompt)
         if self.task == "edit":
             edit = edit_example(self.seed, index, self.weights)
             return Example(render(edit.target), edit.prompt, (render(edit.source),))
@@ -111,6 +111,6 @@ class ShapesQuestions:
     def question(self, index: int) -> Question:
         """Question number `index`."""
         rng = np.random.default_rng([self.seed, self.split == "heldout", index])
-        found = random_question(rng, self.tags[index % len(self.tags)], self.split, self.most)
-        image = None if found.scene is None else render(found.scene)
-        return Question(image, found.question, found.answer, found.tag)
+        drawn = random_question(rng, self.tags[index % len(self.tags)], self.split, self.most)
+        image = None if drawn.scene is None else render(drawn.scene)
+        return Question(image, drawn.question, drawn.answer, drawn.tag)

@@ -78,8 +78,8 @@ class ShapesWorld(tfds.core.GeneratorBasedBuilder):
             kind = TASKS[config.task][index % len(TASKS[config.task])]
             rng = np.random.default_rng([config.seed, index])
             if config.task == "t2i":
-                found = random_prompt(rng, kind, split) if split == "heldout" else prompt_example(config.seed, index)
-                yield index, {"image": _png(found.scene), "caption": found.prompt}
+                drawn = random_prompt(rng, kind, split) if split == "heldout" else prompt_example(config.seed, index)
+                yield index, {"image": _png(drawn.scene), "caption": drawn.prompt}
             else:
                 edit = random_edit(rng, kind, split) if split == "heldout" else edit_example(config.seed, index)
                 pictures = {"input_image": _png(edit.source), "output_image": _png(edit.target)}

@@ -75,4 +75,4 @@ def read_scenes(images: np.ndarray) -> list[Scene]:
     for (n, cell), index, fit, color in zip(np.argwhere(occupied), best, score.max(axis=1, initial=0), colors):
         shape, size = keys[index] if fit >= MIN_OVERLAP else (UNKNOWN, UNKNOWN)
         things[n].append(Thing(int(cell), shape, str(color), size))
-    return [Scene(str(background), tuple(found)) for background, found in zip(backgrounds, things)]
+    return [Scene(str(background), tuple(seen)) for background, seen in zip(backgrounds, things)]

@@ -20,7 +20,7 @@ def compare_stages(records: list[dict[str, Any]]) -> dict[str, dict[str, Compari
     stages: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for record in records:
         stages.setdefault((record["stage_index"], record["stage"]), []).append(record)
-    pairs = {stage: (found[0], found[-1]) for (_, stage), found in sorted(stages.items())}
+    pairs = {stage: (steps[0], steps[-1]) for (_, stage), steps in sorted(stages.items())}
     if len(pairs) > 1:
         ends = list(pairs.values())
         pairs["all stages"] = (ends[0][0], ends[-1][1])
@@ -60,7 +60,7 @@ def rewards_apart(workdir: Path) -> list[dict[str, Any]]:
     """
     train = [row for row in read_rows(workdir / "metrics.jsonl") if row["kind"] == "train"]
     stages = json.loads((workdir / "config.json").read_text())["stages"] if train else {}
-    found = []
+    rows = []
     for stage in dict.fromkeys(row["stage"] for row in train):
         rewards = stages[stage].get("rewards") or {}
         weights = {name: fields.get("weight", 1.0) for name, fields in rewards.items()}
@@ -76,8 +76,8 @@ def rewards_apart(workdir: Path) -> list[dict[str, Any]]:
             first, last = values[:part], values[-part:]
             noise = float(np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / part))
             means = {"before": float(first.mean()), "after": float(last.mean())}
-            found.append({"stage": stage, "reward": name, "trained": bool(weight), **means, "noise": noise})
-    return found
+            rows.append({"stage": stage, "reward": name, "trained": bool(weight), **means, "noise": noise})
+    return rows
 
 
 def rewards_table(rows: list[dict[str, Any]]) -> str:

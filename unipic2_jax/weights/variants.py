@@ -88,7 +88,7 @@ def plain(source: io.Checkpoint, prefixes: Iterable[str] = OUTER) -> Variant:
       ValueError: two tensors have the same plain name, or a scale does not fit its weight.
     """
     stored, left_out = _plain_names(source, tuple(prefixes))
-    found = Variant(source, stored)
+    variant = Variant(source, stored)
     beside = {name: _beside(name, stored) for name in stored if name == "weight" or name.endswith(".weight")}
     hidden = {other for names in beside.values() for other in names}
     hidden |= {name for name in stored if name.rpartition(".")[2] == MARKER}
@@ -98,16 +98,16 @@ def plain(source: io.Checkpoint, prefixes: Iterable[str] = OUTER) -> Variant:
             continue
         tensor = source[stored[name]]
         scales = [other for other in beside.get(name, ()) if other.rpartition(".")[2] in SCALES]
-        scale = _scale(found, name, tensor, source[stored[scales[0]]]) if scales else None
+        scale = _scale(variant, name, tensor, source[stored[scales[0]]]) if scales else None
         scaled = scaled or scale is not None
         kinds[tensor.dtype] += tensor.dtype in FP8
-        found[name] = tensor if scale is None and tensor.dtype not in FP8 else Scaled(tensor, scale)
+        variant[name] = tensor if scale is None and tensor.dtype not in FP8 else Scaled(tensor, scale)
     if left_out:
-        found.notes.append(f"{', '.join(map(repr, left_out))} in the names of tensors is left out")
+        variant.notes.append(f"{', '.join(map(repr, left_out))} in the names of tensors is left out")
     if eight := [f"{count} tensors of {kind}" for kind, count in kinds.items() if count]:
         times = ", times their scales" if scaled else ""
-        found.notes.append(f"{' and '.join(eight)} are read into bfloat16{times}")
-    return found
+        variant.notes.append(f"{' and '.join(eight)} are read into bfloat16{times}")
+    return variant
 
 
 def _plain_names(names: Iterable[str], prefixes: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
@@ -122,7 +122,7 @@ def _plain_names(names: Iterable[str], prefixes: tuple[str, ...]) -> tuple[dict[
         stored = renamed
         left_out.append(what)
 
-    for what in dict.fromkeys(found for name in stored for found in INNER.findall(name)):
+    for what in dict.fromkeys(part for name in stored for part in INNER.findall(name)):
         rename(lambda name, what=what: name.replace(what, ""), what)
     while stored and (
         common := next((p for p in prefixes if all(name.startswith(p) or name == MARKER for name in stored)), None)
@@ -137,14 +137,14 @@ def _beside(weight: str, names: Mapping[str, Any]) -> list[str]:
     return [stem + kind for kind in (*SCALES, *UNUSED) if stem + kind in names]
 
 
-def _scale(found: Variant, name: str, tensor: Any, scale: Any) -> np.ndarray:
+def _scale(variant: Variant, name: str, tensor: Any, scale: Any) -> np.ndarray:
     """float32, of a shape that fits the tensor's: one number, or one for each row."""
     shape = tuple(tensor.shape)
     if math.prod(scale.shape) == 1:
         return np.asarray(scale).astype(np.float32).reshape(())
     if not shape or math.prod(scale.shape) != shape[0] or shape[0] not in scale.shape:
         raise ValueError(
-            f"{found.origin(name)} holds a scale of shape {tuple(scale.shape)} for {name!r} of shape {shape}; only one scale "
+            f"{variant.origin(name)} holds a scale of shape {tuple(scale.shape)} for {name!r} of shape {shape}; only one scale "
             "for a tensor, or for each of its rows, can be read."
         )
     return np.asarray(scale).astype(np.float32).reshape(-1, *[1] * (len(shape) - 1))

@@ -57,9 +57,9 @@ class Task:
     images: tuple[Path, ...] = ()
 
 
-def first(names: Iterable[str], found: Collection[str]) -> str | None:
+def first(names: Iterable[str], present: Collection[str]) -> str | None:
     """The first of the names that is among those found."""
-    return next((name for name in names if name in found), None)
+    return next((name for name in names if name in present), None)
 
 
 def is_known(name: str) -> bool:
@@ -85,13 +85,13 @@ def find_pictures(names: Collection[str], where: str) -> tuple[str | None, tuple
     """
     sources: dict[str, list[tuple[int, str]]] = {}
     for name in names:
-        if found := _source(name):
-            sources.setdefault(found[0], []).append((found[1], name))
+        if source := _source(name):
+            sources.setdefault(source[0], []).append((source[1], name))
     if len(sources) > 1:
         one, other = list(sources)[:2]
         sentence = f"Both '{one}' and '{other}' in {where} are pictures to edit; keep one of them."
         raise BadRecord("two-sources", sentence)
-    references = tuple(name for own in sources.values() for _, name in sorted(own))
+    references = tuple(name for numbered_names in sources.values() for _, name in sorted(numbered_names))
     result, picture = first(RESULTS, names), first(PICTURES, names)
     if result and picture and not references:
         references = (picture,)

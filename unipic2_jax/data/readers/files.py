@@ -33,8 +33,8 @@ def find_files(path: Paths, *suffixes: str) -> list[Path]:
 
 def visible_files(folder: str | os.PathLike[str], *suffixes: str) -> list[Path]:
     """The files below a folder that end so, whatever the case, sorted by name; what is hidden by a leading dot is not seen."""
-    found = []
+    files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, n) for n in names if n.lower().endswith(suffixes) and not n.startswith(".")]
-    return sorted(found)
+        files += [Path(parent, n) for n in names if n.lower().endswith(suffixes) and not n.startswith(".")]
+    return sorted(files)

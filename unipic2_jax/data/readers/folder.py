@@ -47,8 +47,8 @@ class FolderRecords:
         self._listed = JSONLRecords(manifests) if manifests else None
         if manifests and self.references:
             raise ValueError(f"{manifests[0]} says what was edited, and so do references; leave one of them out.")
-        own = lambda file: not any(folder != self.path and folder in file.parents for folder in self.references)
-        self._files = [] if manifests else [str(file) for file in visible_files(self.path, *SUFFIXES) if own(file)]
+        is_own = lambda file: not any(folder != self.path and folder in file.parents for folder in self.references)
+        self._files = [] if manifests else [str(file) for file in visible_files(self.path, *SUFFIXES) if is_own(file)]
         self._sources = [_by_name(folder) for folder in self.references]
         if not len(self):
             raise ValueError(f"There is no picture in {path}; name a folder that has some.")
@@ -78,11 +78,11 @@ class FolderRecords:
 
 def _by_name(folder: Path) -> dict[str, list[Path]]:
     """The pictures below a folder by their names, and the numbered ones also by what stands before the number, in order."""
-    found: dict[str, list[Path]] = {}
+    by_name: dict[str, list[Path]] = {}
     numbered: dict[str, list[tuple[int, Path]]] = {}
     for file in visible_files(folder, *SUFFIXES):
         name = file.relative_to(folder).with_suffix("").as_posix()
-        found.setdefault(name, []).append(file)
+        by_name.setdefault(name, []).append(file)
         if match := re.fullmatch(r"(.+)_(\d+)", name):
             numbered.setdefault(match[1], []).append((int(match[2]), file))
-    return {name: [file for _, file in sorted(files)] for name, files in numbered.items()} | found
+    return {name: [file for _, file in sorted(files)] for name, files in numbered.items()} | by_name

@@ -66,10 +66,10 @@ def _check_pictures(line: bytes, where: str) -> None:
 
 def _lines(path: Path) -> np.ndarray:
     """int64 [lines, 2]: number from 1, and byte offset."""
-    found, offset = [], 0
+    starts, offset = [], 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                found.append((number, offset))
+                starts.append((number, offset))
             offset += len(line)
-    return np.asarray(found, np.int64).reshape(-1, 2)
+    return np.asarray(starts, np.int64).reshape(-1, 2)

@@ -55,12 +55,12 @@ class ParquetRecords:
         self._groups: list[tuple[int, int]] = []  # (file, row group)
         counts = []
         for number, file in enumerate(self.files):
-            found = _open(file)
-            if missing := set(self._columns) - set(found.schema_arrow.names):
-                columns = ", ".join(found.schema_arrow.names)
+            opened = _open(file)
+            if missing := set(self._columns) - set(opened.schema_arrow.names):
+                columns = ", ".join(opened.schema_arrow.names)
                 raise ValueError(f"{file} has no column '{missing.pop()}'; name one of {columns}.")
-            self._groups += [(number, group) for group in range(found.num_row_groups)]
-            counts += [found.metadata.row_group(group).num_rows for group in range(found.num_row_groups)]
+            self._groups += [(number, group) for group in range(opened.num_row_groups)]
+            counts += [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
         if references is None:
             check_columns(pictures, (self.image, *self.references), where)
         self._ends = np.cumsum(counts, dtype=np.int64)

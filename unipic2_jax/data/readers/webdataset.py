@@ -135,13 +135,13 @@ def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     found: dict[str, dict[str, tuple[int, int]]] = {}
     for members in groups.values():
         for key, member in _keyed(members, path):
-            own = found.setdefault(key, {})
-            if member.field in own:
+            member_files = found.setdefault(key, {})
+            if member.field in member_files:
                 raise ValueError(
                     f"The member {member.name} of {path} is not the only one for '{member.field}' of '{key}'; give every example "
                     "a name of its own."
                 )
-            own[member.field] = member.place
+            member_files[member.field] = member.place
     return found
 
 

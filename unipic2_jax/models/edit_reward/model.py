@@ -191,13 +191,13 @@ class EditRewardModel:
         if unknown := [name for name in settings if name not in known]:
             raise ValueError(f"config.settings.{unknown[0]} is no setting of an EditReward; it has {', '.join(known)}.")
         if init is not None:
-            found = cls.load(init, mesh, dtype)
-            spec = dataclasses.replace(found.spec, **settings)
-            if len(spec.targets) != len(found.spec.targets):
+            model = cls.load(init, mesh, dtype)
+            spec = dataclasses.replace(model.spec, **settings)
+            if len(spec.targets) != len(model.spec.targets):
                 raise ValueError(
-                    f"The EditReward {init} gives {found.spec.targets} and not {spec.targets}; ask for as many."
+                    f"The EditReward {init} gives {model.spec.targets} and not {spec.targets}; ask for as many."
                 )
-            return dataclasses.replace(found, spec=spec)
+            return dataclasses.replace(model, spec=spec)
         if not vlm:
             raise ValueError("An EditReward stands on a Qwen2.5-VL; name its folder, as in --config.vlm=DIR.")
         return cls.create(Spec(base=vlm, **settings), mesh, dtype)
@@ -284,8 +284,8 @@ class EditRewardModel:
         if self.spec.base is None:
             vlm, rules = folder / "vlm", qwen.rules(config)
             if dtype is None and changed is not None and self.vlm_files is not None:
-                own = {path.removeprefix("vlm/") for path in changed}
-                tensors = native.with_changes(self.vlm_files, rules, self.params["vlm"], own)
+                changed_leaves = {path.removeprefix("vlm/") for path in changed}
+                tensors = native.with_changes(self.vlm_files, rules, self.params["vlm"], changed_leaves)
             else:
                 tensors = table.to_torch(rules, self.params["vlm"], dtype)
             io.write_folder(vlm, io.TRANSFORMERS_STEM, tensors)
@@ -340,8 +340,8 @@ class EditRewardModel:
                 asked = [(sources[i], edited[i], instructions[i]) for i in part]
                 asked += [asked[-1] if asked else blank] * (size - len(asked))
                 given = to_bucket(self.prepare(*zip(*asked)))
-                found = self._apply(self.params, shard_batch(given, mesh, local=True))
-                made.append(rows_to_host(found, mesh)[: len(part)])
+                scores = self._apply(self.params, shard_batch(given, mesh, local=True))
+                made.append(rows_to_host(scores, mesh)[: len(part)])
         return np.concatenate([*made, np.zeros((0, len(self.spec.targets)))]).astype(np.float64)
 
 

@@ -312,8 +312,8 @@ class Qwen2_5_VL(nn.Module):
         if vision is None:
             return x
         tokens = vision.tokens[..., None]
-        found = vision.features if isinstance(vision, VisionTokens) else self.visual(vision)
-        images = jnp.take_along_axis(found, jnp.maximum(tokens, 0), axis=1)
+        features = vision.features if isinstance(vision, VisionTokens) else self.visual(vision)
+        images = jnp.take_along_axis(features, jnp.maximum(tokens, 0), axis=1)
         return jnp.where(tokens >= 0, images.astype(x.dtype), x)
 
     def decode(

@@ -91,9 +91,9 @@ class VLMProcessor:
                 f"The tokenizer has {len(self.tokenizer)} tokens but the model knows {self.config.vocab_size}; use the "
                 "tokenizer that belongs to the model."
             )
-        if (found := self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) != self.config.image_token_id:
+        if (token := self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)) != self.config.image_token_id:
             raise ValueError(
-                f"The tokenizer's {IMAGE_TOKEN} is token {found} but the model's image_token_id is "
+                f"The tokenizer's {IMAGE_TOKEN} is token {token} but the model's image_token_id is "
                 f"{self.config.image_token_id}; use the tokenizer that belongs to the model."
             )
         tower, pictures = self.config.vision_config, self.image_processor
@@ -188,9 +188,9 @@ class VLMProcessor:
                 raise ValueError(
                     f"A prompt has {len(rest)} image token(s) for {len(row)} image(s); leave {IMAGE_TOKEN} out of texts."
                 )
-            own = [next(counts) for _ in rest]
-            room = max(room, sum(own))
-            prompts.append(first + "".join(IMAGE_TOKEN * count + part for count, part in zip(own, rest)))
+            rest_counts = [next(counts) for _ in rest]
+            room = max(room, sum(rest_counts))
+            prompts.append(first + "".join(IMAGE_TOKEN * count + part for count, part in zip(rest_counts, rest)))
         spell = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]
         # Apart, since that is how they meet when an answer is written.
         written = [[] for _ in prompts] if answers is None else [spell(answer + END_OF_TURN) for answer in answers]
@@ -250,5 +250,5 @@ class VLMProcessor:
     def stop_tokens(self) -> tuple[int, ...]:
         """Tokens that end an answer: the tokenizer's end, and the end of a turn or of text where it has them."""
         names = (END_OF_TURN, "<|endoftext|>")
-        found = {self.tokenizer.convert_tokens_to_ids(name) for name in names} | {self.tokenizer.eos_token_id}
-        return tuple(sorted(found - {None, self.tokenizer.unk_token_id}))
+        tokens = {self.tokenizer.convert_tokens_to_ids(name) for name in names} | {self.tokenizer.eos_token_id}
+        return tuple(sorted(tokens - {None, self.tokenizer.unk_token_id}))

@@ -40,10 +40,10 @@ def is_target(path: Sequence[str], targets: Sequence[str]) -> bool:
         if re.fullmatch(r"[\w.]+", target):
             for theirs, ours in DIFFUSERS_NAMES:
                 target = re.sub(theirs, ours, target)
-            found = f".{dotted}".endswith(f".{target}")
+            matches = f".{dotted}".endswith(f".{target}")
         else:
-            found = re.search(target, dotted) is not None
-        if found:
+            matches = re.search(target, dotted) is not None
+        if matches:
             return True
     return False
 

@@ -103,7 +103,7 @@ class Adapter:
         for component, layers in self.updates.items():
             ranks, scales = ({f"{getattr(u, what):g}" for u in layers.values()} for what in ("rank", "scale"))
             dora = ", DoRA" if any(u.magnitude is not None for u in layers.values()) else ""
-            ranks, scales = (", ".join(sorted(found, key=float)) for found in (ranks, scales))
+            ranks, scales = (", ".join(sorted(numbers, key=float)) for numbers in (ranks, scales))
             parts.append(f"{component}: {len(layers)} matrices, rank {ranks}, scale {scales}{dora}")
         return "; ".join(parts)
 
@@ -113,7 +113,7 @@ def is_lora_file(source: str | os.PathLike) -> bool:
     source = Path(source)
     if source.is_dir():
         return any(is_lora_file(file) for file in source.glob("*.safetensors"))
-    return any((found := _END.search(name)) and found.lastgroup == "down" for name in io.read_header(source)[0])
+    return any((match := _END.search(name)) and match.lastgroup == "down" for name in io.read_header(source)[0])
 
 
 def find_file(source: str | os.PathLike) -> Path:
@@ -130,11 +130,11 @@ def find_file(source: str | os.PathLike) -> Path:
     for name in (FILE_NAME, PEFT_FILE):
         if (source / name).is_file():
             return source / name
-    found = sorted(file for file in source.glob("*.safetensors") if is_lora_file(file))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"{source} holds {len(found)} LoRA files, {found[0].name} first; name one of them.")
+    files = sorted(file for file in source.glob("*.safetensors") if is_lora_file(file))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise ValueError(f"{source} holds {len(files)} LoRA files, {files[0].name} first; name one of them.")
     raise FileNotFoundError(f"{source} holds no LoRA file ({FILE_NAME} or {PEFT_FILE}); check the path.")
 
 
@@ -152,18 +152,18 @@ def read_lora(source: str | os.PathLike, configs: Mapping[str, ModelConfig]) -> 
     fields = _fields(file, checkpoint.metadata)
     shapes = {component: _shapes(config) for component, config in configs.items() if component in PREFIXES}
     places = {component: _places(component, configs[component], own) for component, own in shapes.items()}
-    found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    halves: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for name in checkpoint:
         stem, kind = _parse(name, file)
         component, key = _layer(stem, places, name, file, configs)
-        parts = found.setdefault((component, key), {})
+        parts = halves.setdefault((component, key), {})
         if kind in parts:
             raise ValueError(f"{file} holds {name!r} a second time, under another name; keep one of them.")
         parts[kind] = np.asarray(checkpoint[name][...])
-    if not any("down" in parts for parts in found.values()):
+    if not any("down" in parts for parts in halves.values()):
         raise ValueError(f"{file} holds no LoRA matrices (*.lora_A.weight, *.lora_down.weight); check the file.")
     made: dict[str, dict[str, Update]] = {}
-    for (component, key), parts in found.items():
+    for (component, key), parts in halves.items():
         if missing := [kind for kind in ("down", "up") if kind not in parts]:
             raise ValueError(f"{file} has no '{missing[0]}' matrix for the layer '{key}'; copy or export it again.")
         own, peft = places[component][key], fields.get(component, {})
@@ -182,12 +182,12 @@ def _fields(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]
     if raw := metadata.get(METADATA_KEY):
         try:
             values = json.loads(raw)
-            found: dict[str, dict[str, Any]] = {}
+            by_component: dict[str, dict[str, Any]] = {}
             for key, value in values.items():
                 component, _, field = key.partition(".")
                 known = component in PREFIXES
-                found.setdefault(component if known else "transformer", {})[field if known else key] = value
-            return found
+                by_component.setdefault(component if known else "transformer", {})[field if known else key] = value
+            return by_component
         except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"{file} has an unreadable {METADATA_KEY} in its header ({error}); export it again."
@@ -210,7 +210,7 @@ def _places(
     component: str, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, list[tuple[str, single_file.Piece]]]:
     """A layer's name as some layout writes it -> the layers of the network that it is, and which part of it each is."""
-    found: dict[str, list[tuple[str, single_file.Piece]]] = {}
+    places: dict[str, list[tuple[str, single_file.Piece]]] = {}
     for layer in shapes:
         whole = single_file.Piece(layer)
         # Newer transformers have CLIP's encoder without a name of its own.
@@ -220,8 +220,8 @@ def _places(
             names.setdefault(piece.name.removesuffix(".weight"), piece)
         flat = {name.replace(".", "_"): piece for name, piece in names.items()}
         for name, piece in {**flat, **names}.items():
-            found.setdefault(name, []).append((layer, piece))
-    return found
+            places.setdefault(name, []).append((layer, piece))
+    return places
 
 
 def _layer(
@@ -272,8 +272,8 @@ def _pieces(
     for layer, piece in places:
         rows = np.arange(up.shape[0]).reshape(piece.parts, -1)[piece.part]
         rows = np.roll(rows, len(rows) // 2) if piece.swapped else rows
-        own = magnitude if magnitude is None or magnitude.shape[0] == 1 else magnitude[rows]
-        yield layer, Update(down, up[rows], scale, own)
+        part_magnitude = magnitude if magnitude is None or magnitude.shape[0] == 1 else magnitude[rows]
+        yield layer, Update(down, up[rows], scale, part_magnitude)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -316,26 +316,28 @@ def leaves(layers: Mapping[str, Update], config: ModelConfig, scale: float = 1.0
     The scale is in 'a'. Of a stack all layers are there: smaller ranks, and layers without an update, are filled up with zeros.
     """
     network = registry.NETWORKS[config.CLASS_NAME]
-    found: dict[str, dict[str, np.ndarray]] = {}
+    arrays: dict[str, dict[str, np.ndarray]] = {}
     for rule in network.rules(config):
-        own = [layers.get(name.removesuffix(".weight")) for name, _ in rule.names()] if rule.path else []
-        if rule.transform == "copy" or not any(own):
+        row_updates = [layers.get(name.removesuffix(".weight")) for name, _ in rule.names()] if rule.path else []
+        if rule.transform == "copy" or not any(row_updates):
             continue
-        rows = [_row(rule, update, max(u.rank for u in own if u), own, scale) for update in own]
+        rows = [_row(rule, update, max(u.rank for u in row_updates if u), row_updates, scale) for update in row_updates]
         stacked = {side: np.stack([row[side] for row in rows]) for side in rows[0]}
         path = rule.path.removesuffix("/kernel")
-        found[path] = stacked if rule.layers is not None else {side: x[0] for side, x in stacked.items()}
-    return found
+        arrays[path] = stacked if rule.layers is not None else {side: x[0] for side, x in stacked.items()}
+    return arrays
 
 
-def _row(rule: Rule, update: Update | None, rank: int, own: list[Update | None], scale: float) -> dict[str, np.ndarray]:
+def _row(
+    rule: Rule, update: Update | None, rank: int, row_updates: list[Update | None], scale: float
+) -> dict[str, np.ndarray]:
     """One layer of `leaves`. A magnitude that is not a number leaves the lengths as they are."""
-    like = next(u for u in own if u)
-    columns = any(u is not None and u.magnitude is not None and u.magnitude.shape[0] == 1 for u in own)
+    like = next(u for u in row_updates if u)
+    columns = any(u is not None and u.magnitude is not None and u.magnitude.shape[0] == 1 for u in row_updates)
     axes = np.asarray(table.TRANSFORMS[rule.transform])
     inputs, outputs = math.prod(like.down.shape[1:]), like.up.shape[0]
     row = {"a": np.zeros((inputs, rank), np.float32), "b": np.zeros((rank, outputs), np.float32)}
-    if any(u is not None and u.magnitude is not None for u in own):
+    if any(u is not None and u.magnitude is not None for u in row_updates):
         row["magnitude"] = np.full((inputs, 1) if columns else (1, outputs), np.nan, np.float32)
     if update is not None:
         down = update.down.astype(np.float32)
@@ -348,7 +350,7 @@ def _row(rule: Rule, update: Update | None, rank: int, own: list[Update | None],
     return row
 
 
-def low_rank(found: Mapping[str, Mapping[str, Any]], config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def low_rank(leaves: Mapping[str, Mapping[str, Any]], config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """`leaves` as (the LoRA tree of what a network applies beside its weights, what can only be merged into them).
 
     The MMDiT applies updates of its dense layers; a DoRA, and all updates of other networks, are merged.
@@ -356,16 +358,16 @@ def low_rank(found: Mapping[str, Mapping[str, Any]], config: ModelConfig) -> tup
     dense = {rule.path for rule in registry.NETWORKS[config.CLASS_NAME].rules(config) if rule.transform == "linear"}
     beside = isinstance(config, MMDiTConfig)
     applied = {
-        path: pair for path, pair in found.items() if beside and "magnitude" not in pair and f"{path}/kernel" in dense
+        path: pair for path, pair in leaves.items() if beside and "magnitude" not in pair and f"{path}/kernel" in dense
     }
     tree = table.unflatten({f"{path}/{side}": x for path, pair in applied.items() for side, x in pair.items()})
-    return tree, {path: pair for path, pair in found.items() if path not in applied}
+    return tree, {path: pair for path, pair in leaves.items() if path not in applied}
 
 
-def merge(params: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], dtype: Any = None) -> dict[str, Any]:
+def merge(params: Mapping[str, Any], leaves: Mapping[str, Mapping[str, Any]], dtype: Any = None) -> dict[str, Any]:
     """Parameters of a network with `leaves` in them, summed in float32; kernels in `dtype`, or each in its own."""
     flat = table.flatten(params)
-    for path, pair in found.items():
+    for path, pair in leaves.items():
         kernel = flat[f"{path}/kernel"]
         new = _merged(kernel, pair["a"], pair["b"], pair.get("magnitude"))
         flat[f"{path}/kernel"] = new.astype(dtype or kernel.dtype)

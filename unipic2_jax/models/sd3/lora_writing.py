@@ -22,7 +22,7 @@ from unipic2_jax.weights import io, table
 
 def updates(lora: Mapping[str, Any], alpha: float, config: MMDiTConfig, dtype: Any = None) -> dict[str, Update]:
     """A LoRA tree of training, whose update is a b x alpha / rank, by layer."""
-    flat, found = table.flatten(lora), {}
+    flat, layers = table.flatten(lora), {}
     for rule in registry.NETWORKS[config.CLASS_NAME].rules(config):
         path = rule.path.removesuffix("/kernel")
         if rule.transform != "linear" or f"{path}/a" not in flat:
@@ -30,8 +30,8 @@ def updates(lora: Mapping[str, Any], alpha: float, config: MMDiTConfig, dtype: A
         a, b = (np.asarray(flat[f"{path}/{side}"], None if dtype is None else np.dtype(dtype)) for side in "ab")
         for name, index in rule.names():
             down, up = (x.T if index is None else x[index].T for x in (a, b))
-            found[name.removesuffix(".weight")] = Update(down, up, alpha / down.shape[0])
-    return found
+            layers[name.removesuffix(".weight")] = Update(down, up, alpha / down.shape[0])
+    return layers
 
 
 def save_lora(
@@ -137,13 +137,13 @@ def _kohya(adapter: Adapter, configs: Mapping[str, ModelConfig]) -> tuple[dict[s
 def _fused(members: list[tuple[single_file.Piece, Update]], stored: str, origin: str) -> Update:
     """One update of what is stored together. Parts with matrices of their own are put beside each other: their ranks add up."""
     piece, first = members[0]
-    own = [update for _, update in members]
+    member_updates = [update for _, update in members]
     if piece.parts == 1:
         rows = np.roll(np.arange(first.up.shape[0]), first.up.shape[0] // 2 if piece.swapped else 0)
         length = first.magnitude
         length = length if length is None or length.shape[0] == 1 else length[rows]
         return dataclasses.replace(first, up=first.up[rows], magnitude=length)
-    doras = [update.magnitude for update in own]
+    doras = [update.magnitude for update in member_updates]
     if any(length is not None for length in doras) and (
         len(members) < piece.parts or any(length is None or length.shape[0] == 1 for length in doras)
     ):
@@ -152,13 +152,13 @@ def _fused(members: list[tuple[single_file.Piece, Update]], stored: str, origin:
         )
     magnitude = None if doras[0] is None else np.concatenate(doras)
     outputs = first.up.shape[0]
-    shared = all(np.array_equal(u.down, first.down) and u.scale == first.scale for u in own)
-    rank = first.rank if shared else sum(update.rank for update in own)
+    shared = all(np.array_equal(u.down, first.down) and u.scale == first.scale for u in member_updates)
+    rank = first.rank if shared else sum(update.rank for update in member_updates)
     up, start = np.zeros((piece.parts * outputs, rank), first.up.dtype), 0
     for part, update in members:
         rows = slice(part.part * outputs, (part.part + 1) * outputs)
         columns = slice(0, rank) if shared else slice(start, start + update.rank)
         up[rows, columns] = update.up if shared else update.up * np.asarray(update.scale, update.up.dtype)
         start += update.rank
-    down = first.down if shared else np.concatenate([update.down for update in own])
+    down = first.down if shared else np.concatenate([update.down for update in member_updates])
     return Update(down, up, first.scale if shared else 1.0, magnitude)

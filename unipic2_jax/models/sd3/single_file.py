@@ -178,13 +178,13 @@ class Views(dict):
 def prefixes(source: Iterable[str]) -> dict[str, str]:
     """The components that a file holds, with the prefix of their names."""
     names = set(source)
-    found = {}
+    by_component = {}
     for component, candidates in PREFIXES.items():
         for prefix in candidates:
             if prefix + PROBES[component] in names:
-                found[component] = prefix
+                by_component[component] = prefix
                 break
-    return found
+    return by_component
 
 
 def split(
@@ -202,17 +202,17 @@ def split(
 
     Raises ValueError in one sentence for a missing or an extra tensor.
     """
-    found, used, filled, out = prefixes(source), set(), [], {}
+    prefix_of, used, filled, out = prefixes(source), set(), [], {}
     for component, names in wanted.items():
         views = Views(source)
         for name in names:
             piece = PIECES[component](name, configs[component])
-            stored = found[component] + piece.name
+            stored = prefix_of[component] + piece.name
             if stored not in source:
                 if component == "text_encoder" and name == PROJECTION:
                     # Files made for other tools leave CLIP-L's projection out and mean the identity.
                     width = configs[component].projection_dim
-                    like = source[found[component] + PROBES[component]].dtype
+                    like = source[prefix_of[component] + PROBES[component]].dtype
                     views[name] = np.eye(width, dtype=like)
                     filled.append(f"{component}/{name}")
                     continue
@@ -223,7 +223,7 @@ def split(
         out[component] = views
     unused = [name for name in source if name not in used and UNUSED.fullmatch(name)]
     if extra := sorted(set(source) - used - set(unused)):
-        known = [found[c] + PIECES[c](name, configs[c]).name for c, names in wanted.items() for name in names]
+        known = [prefix_of[c] + PIECES[c](name, configs[c]).name for c, names in wanted.items() for name in names]
         raise ValueError(
             f"{source.origin()} holds the tensor {extra[0]!r} among {len(extra)} that this layout does not have"
             f"{closest(extra[0], known)}."
@@ -245,19 +245,19 @@ def _view(tensor: Any, piece: Piece) -> View:
 def join(
     sources: Mapping[str, Mapping[str, Any]],
     configs: Mapping[str, ModelConfig],
-    found: Mapping[str, str] | None = None,
+    prefix_of: Mapping[str, str] | None = None,
     filled: Iterable[str] = (),
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of the single file, from each component's diffusers-named lazy tensors.
 
     Args:
       sources: component -> tensors. configs: component -> config.
-      found: component -> prefix; None takes the usual ones.
+      prefix_of: component -> prefix; None takes the usual ones.
       filled: 'component/name' of tensors to leave out.
     """
     filled = set(filled)
     for component, source in sources.items():
-        prefix = (found or {}).get(component, PREFIXES[component][0])
+        prefix = (prefix_of or {}).get(component, PREFIXES[component][0])
         groups: dict[str, list[tuple[Piece, str]]] = {}
         for name in source:
             if f"{component}/{name}" not in filled:

@@ -71,9 +71,9 @@ class VAEConfig(ModelConfig):
             "up_block_types": [UP_BLOCK_TYPE] * blocks,
         }
         for name, wanted in supported.items():
-            found = values.get(name, wanted)
-            if (list(found) if isinstance(found, tuple) else found) != wanted:
-                raise ValueError(f"The AutoencoderKL config has {name}={found!r}; only {wanted!r} is supported.")
+            stated = values.get(name, wanted)
+            if (list(stated) if isinstance(stated, tuple) else stated) != wanted:
+                raise ValueError(f"The AutoencoderKL config has {name}={stated!r}; only {wanted!r} is supported.")
         return values
 
     def to_dict(self) -> dict[str, Any]:

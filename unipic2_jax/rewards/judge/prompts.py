@@ -124,14 +124,14 @@ def read_marks(answer: str, is_edit: bool, count: int | None = None) -> list[dic
     return [_marks(entry, is_edit) for entry in found]
 
 
-def _marks(found: Any, is_edit: bool) -> dict[str, float]:
+def _marks(answer: Any, is_edit: bool) -> dict[str, float]:
     wanted = aspects(is_edit)
-    if not isinstance(found, dict) or found.keys() != set(wanted):
-        raise ValueError(f"The judge wrote {excerpt(json.dumps(found))} instead of marks for {', '.join(wanted)}.")
-    marks = {name: as_number(found[name]) for name in wanted}
+    if not isinstance(answer, dict) or answer.keys() != set(wanted):
+        raise ValueError(f"The judge wrote {excerpt(json.dumps(answer))} instead of marks for {', '.join(wanted)}.")
+    marks = {name: as_number(answer[name]) for name in wanted}
     for name, mark in marks.items():
         if mark is None or not 0 <= mark <= TOP_MARK:
-            raise ValueError(f"The judge marked {name} with {excerpt(json.dumps(found[name]))}, which is not 0 to 10.")
+            raise ValueError(f"The judge marked {name} with {excerpt(json.dumps(answer[name]))}, which is not 0 to 10.")
     return marks
 
 

@@ -133,8 +133,8 @@ class JudgeReward(Reward):
             except RewardError as error:
                 errors |= dict.fromkeys(part, error)
                 continue
-            for i, own in zip(part, marks, strict=True):
-                values[i], found = to_scores(own)
+            for i, given in zip(part, marks, strict=True):
+                values[i], found = to_scores(given)
                 for name, number in (found | {"tokens": tokens / len(part)}).items():
                     details.setdefault(name, np.full(len(images), np.nan))[i] = number
         if errors and len(errors) == len(images):

@@ -80,17 +80,17 @@ def read_answer(answer: Any, count: int, only_strict: bool) -> Scores:
 
 def _column(answer: dict[Any, Any], key: str, count: int) -> np.ndarray:
     """float64 [count]."""
-    found = answer.get(key)
-    if isinstance(found, _Array):
-        found = found.value
-    if isinstance(found, np.ndarray) and found.ndim == 1:
-        found = found.tolist()
-    if not isinstance(found, (list, tuple)) or len(found) != count:
-        amount = len(found) if isinstance(found, (list, tuple)) else "no list of"
+    column = answer.get(key)
+    if isinstance(column, _Array):
+        column = column.value
+    if isinstance(column, np.ndarray) and column.ndim == 1:
+        column = column.tolist()
+    if not isinstance(column, (list, tuple)) or len(column) != count:
+        amount = len(column) if isinstance(column, (list, tuple)) else "no list of"
         raise ValueError(f"sent {amount} {key} for {count} pictures")
-    numbers = [as_number(float(value) if isinstance(value, bool) else value) for value in found]
+    numbers = [as_number(float(value) if isinstance(value, bool) else value) for value in column]
     if None in numbers:
-        value = found[numbers.index(None)]
+        value = column[numbers.index(None)]
         shown = repr(value) if isinstance(value, (str, float)) else type(value).__name__
         raise ValueError(f"sent {key} with {excerpt(shown)}, which is no finite number")
     return np.asarray(numbers, np.float64)
@@ -153,10 +153,10 @@ class _Array:
 
 
 def _numeric(text: Any) -> np.dtype:
-    found = np.dtype(text) if isinstance(text, str) and len(text) < 8 and text.isalnum() else None
-    if found is None or found.kind not in _KINDS:
+    dtype = np.dtype(text) if isinstance(text, str) and len(text) < 8 and text.isalnum() else None
+    if dtype is None or dtype.kind not in _KINDS:
         raise _Forbidden("sent an array of something else than numbers, which is not allowed")
-    return found
+    return dtype
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:

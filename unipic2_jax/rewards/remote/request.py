@@ -156,10 +156,10 @@ def retry_after(text: str) -> float | None:
 def _message(answer: bytes) -> str | bytes:
     """What an error's JSON says, in OpenAI's form or plainly; otherwise the body."""
     try:
-        found = read_json(answer)
+        body = read_json(answer)
     except ValueError:
         return answer
-    error = found.get("error") if isinstance(found, dict) else None
+    error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else error
     return message if isinstance(message, str) else answer
 

@@ -108,7 +108,7 @@ def _column(name: str, numbers: Any, count: int) -> np.ndarray:
     if not isinstance(numbers, list) or len(numbers) != count:
         amount = f"{len(numbers)}" if isinstance(numbers, list) else "no list of"
         raise ValueError(f"sent {amount} {name} for {count} pictures")
-    found = [np.nan if number is None else as_number(number) for number in numbers]
-    if None in found:
-        raise ValueError(f"sent {name} with {excerpt(json.dumps(numbers[found.index(None)]))}, which is no number")
-    return np.asarray(found, np.float64)
+    values = [np.nan if number is None else as_number(number) for number in numbers]
+    if None in values:
+        raise ValueError(f"sent {name} with {excerpt(json.dumps(numbers[values.index(None)]))}, which is no number")
+    return np.asarray(values, np.float64)

@@ -95,7 +95,7 @@ class Mask2Former:
         inputs = self.processor(list(images), return_tensors="pt", input_data_format="channels_last")
         with torch.no_grad():
             output = self.network(inputs["pixel_values"].to(self.device), inputs["pixel_mask"].to(self.device))
-        found = []
+        detections = []
         for i, (image, threshold) in enumerate(zip(images, thresholds)):
             covered = inputs["pixel_mask"][i]
             seen = instances(
@@ -106,8 +106,8 @@ class Mask2Former:
                 image.shape[:2],
                 threshold,
             )
-            found.append([detection(self.names[number], confidence, mask) for number, confidence, mask in seen])
-        return found
+            detections.append([detection(self.names[number], confidence, mask) for number, confidence, mask in seen])
+        return detections
 
 
 load_mask2former = once(Mask2Former)
@@ -153,10 +153,10 @@ class Mask2FormerDetector(Detector):
     def detect(self, images: Sequence[np.ndarray], wanted: Sequence[Wanted]) -> list[list[Detection]]:
         self.check(wanted)
         network = load_mask2former(self.model, self.device)
-        found: list[list[Detection]] = []
+        detections: list[list[Detection]] = []
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
-            found += network(images[part], [one.threshold for one in wanted[part]])
+            detections += network(images[part], [one.threshold for one in wanted[part]])
         if not any(one.colors for one in wanted):
-            return found
-        return add_colors(images, found, wanted, load_colors(self.clip, self.device), self.batch_size)
+            return detections
+        return add_colors(images, detections, wanted, load_colors(self.clip, self.device), self.batch_size)

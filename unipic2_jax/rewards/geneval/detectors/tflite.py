@@ -79,13 +79,13 @@ class TFLiteModel:
             self.interpreter.invoke()
             boxes, classes, scores, count = (self.interpreter.get_tensor(o["index"])[0] for o in self.outputs)
         tall, wide = image.shape[:2]
-        found = []
+        detections = []
         for (top, left, bottom, right), number, score in zip(boxes[: int(count)], classes, scores):
             x0, x1 = (min(max(float(edge) * wide, 0.0), float(wide)) for edge in (left, right))
             y0, y1 = (min(max(float(edge) * tall, 0.0), float(tall)) for edge in (top, bottom))
             if score > threshold and x1 > x0 and y1 > y0:
-                found.append(Detection(self.names[int(number)], (x0, y0, x1, y1), confidence=float(score)))
-        return found
+                detections.append(Detection(self.names[int(number)], (x0, y0, x1, y1), confidence=float(score)))
+        return detections
 
 
 load_tflite = once(TFLiteModel)
@@ -136,7 +136,7 @@ class TFLiteDetector(Detector):
     def detect(self, images: Sequence[np.ndarray], wanted: Sequence[Wanted]) -> list[list[Detection]]:
         self.check(wanted)
         network = load_tflite(self.model, self.labels, self.threads)
-        found = [network(image, one.threshold) for image, one in zip(images, wanted, strict=True)]
+        detections = [network(image, one.threshold) for image, one in zip(images, wanted, strict=True)]
         if not any(one.colors for one in wanted):
-            return found
-        return add_colors(images, found, wanted, load_colors(self.clip, self.device), self.batch_size)
+            return detections
+        return add_colors(images, detections, wanted, load_colors(self.clip, self.device), self.batch_size)
