@@ -51,7 +51,7 @@ format: $(VENV)/.dev
 	$(RUN) -m ruff format .
 
 # Each step continues where it was interrupted; the gates fail loudly, and only then the checkpoints are replaced.
-# The language model is rounded to what ships before anything reads it, so that it stays as it is, bit for bit.
+# The vision-language model is rounded to what ships before anything reads it, so that it stays as it is, bit for bit.
 TRAIN := $(RUN) -m launch.train --cpu_devices=2
 EVALUATE := $(RUN) -m launch.evaluate --gates
 ASSETS := unipic2_jax/assets

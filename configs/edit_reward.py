@@ -1,13 +1,13 @@
 """EditReward: Qwen2.5-VL-7B learns to score edits as a judge did (paper, section 3.2: regression on 333k edits).
 
-`configs/edit_reward.py` wants the language model and the folders that `launch.score_edits` wrote:
+`configs/edit_reward.py` wants the vision-language model and the folders that `launch.score_edits` wrote:
 
     --config.vlm=DIR --config.stages.reward.data=OUT/train --config.stages.reward.heldout=OUT/heldout
 
-It trains all of the language model; `configs/edit_reward.py:lora` a low-rank update of its decoder. The paper says no more than
+It trains all of the vision-language model; `configs/edit_reward.py:lora` a low-rank update of its decoder. The paper says no more than
 "supervised learning with regression loss", so the numbers are the usual ones for fine-tuning a model of this size.
 
-`configs/edit_reward.py:tiny` is the LoRA on the language model of the shipped UniPic2-Tiny-MetaQuery, in the shapes world, where
+`configs/edit_reward.py:tiny` is the LoRA on the vision-language model of the shipped UniPic2-Tiny-MetaQuery, in the shapes world, where
 the judge is the exact verifier. Reinforcement soon finds what it does not see; `tiny,again` goes on with it on edits by models that
 it has reinforced. `make tiny-edit-reward` does all of that and makes the data; `smoke` takes a few steps.
 """
@@ -29,7 +29,7 @@ GATE = 0.8
 
 
 def full_stage(lora: bool) -> dict:
-    """All of the language model, or its LoRA, once through 333k edits."""
+    """All of the vision-language model, or its LoRA, once through 333k edits."""
     return {
         "kind": "regression",
         "steps": 2600,

@@ -9,7 +9,7 @@ from typing import Any
 from configs.shapes import evaluations
 from unipic2_jax.core.assets import TINY, TINY_METAQUERY
 
-# What a stage trains, as a regex on names of parameters; the language model and the autoencoder never are.
+# What a stage trains, as a regex on names of parameters; the vision-language model and the autoencoder never are.
 TRANSFORMER = "^transformer/"
 CONNECTOR = "^conditioner/conditioner/"  # with the queries
 BOTH = "^(conditioner/conditioner|transformer)/"

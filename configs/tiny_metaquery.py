@@ -1,7 +1,7 @@
-"""UniPic2-Tiny-MetaQuery: the language model of configs/tiny_vlm.py conditions the transformer of UniPic2-Tiny.
+"""UniPic2-Tiny-MetaQuery: the vision-language model of configs/tiny_vlm.py conditions the transformer of UniPic2-Tiny.
 
 First queries and connector are aligned with the transformer frozen, then both are trained together (paper, section 3.1); the
-language model stays as it is. `--config.parts.vlm=DIR` names its folder.
+vision-language model stays as it is. `--config.parts.vlm=DIR` names its folder.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The language model of UniPic2-Tiny-MetaQuery, from nothing: questions about scenes of the shapes world.
+"""The vision-language model of UniPic2-Tiny-MetaQuery, from nothing: questions about scenes of the shapes world.
 
 `single` shows one object at a time: what it is, how large, and where; beside others sizes are hardly learned at all. `several` is
 everything, token by token, so that captions and lists count most, which need all of a scene. `answers` is the same with every

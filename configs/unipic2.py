@@ -8,7 +8,7 @@ The connector is aligned with the text-to-image transformer; Kontext continues t
 model called `text`; `unified` puts what both have trained together. Any other order is a flag:
 `--config.schedule="('kontext','connector','unified')"`.
 
-`configs/unipic2.py:tiny` does all of it in the shapes world from nothing but an autoencoder and a language model, after `base`,
+`configs/unipic2.py:tiny` does all of it in the shapes world from nothing but an autoencoder and a vision-language model, after `base`,
 which stands for SD3.5-Medium: text encoders and a transformer learn text-to-image.
 """
 

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 def _score_answers() -> list[str]:
     if _LORA.value:
         raise ValueError(
-            "--suite=shapes-vqa asks the language model, which no LoRA of the transformer changes; leave --lora out."
+            "--suite=shapes-vqa asks the vision-language model, which no LoRA of the transformer changes; leave --lora out."
         )
     from unipic2_jax.data.questions import make_questions
     from unipic2_jax.evaluation import vqa

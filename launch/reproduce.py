@@ -42,7 +42,7 @@ flags.mark_flags_as_required(["table"])
 
 
 def words(run: str, folder: Path) -> str:
-    """Of configs/ablations.py, for a run."""
+    """The argument of configs/ablations.py for a run."""
     return ",".join([run, str(folder), *(["smoke"] if _SCALE.value == "smoke" else [])])
 
 

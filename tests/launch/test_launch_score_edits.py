@@ -71,7 +71,7 @@ def test_mistakes_are_one_sentence(edits, tmp_path):
     for stage in config.stages.values():
         stage.data = stage.heldout = str(edits / "train")
     config.vlm = str(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match=r"The language model .* was not found"):
+    with pytest.raises(FileNotFoundError, match=r"The vision-language model .* was not found"):
         loop.run(config, tmp_path / "run", mesh=make_mesh(jax.devices()[:1]))
     config.settings.colour = "red"
     with pytest.raises(ConfigError, match=r"config\.settings\.colour is no setting of an EditReward"):

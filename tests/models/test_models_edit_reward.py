@@ -80,7 +80,7 @@ def test_a_folder_is_read_as_it_was_written(model, tmp_path, full):
     if full:  # stands alone
         shutil.move(tmp_path / "out", moved)
         shutil.rmtree(tmp_path / "vlm")
-    else:  # finds its language model by a relative path
+    else:  # finds its vision-language model by a relative path
         moved.mkdir()
         shutil.move(tmp_path / "out", moved / "out")
         shutil.move(tmp_path / "vlm", moved / "vlm")
@@ -134,7 +134,7 @@ def test_what_is_no_edit_reward_is_said(model, tmp_path):
     with pytest.raises(ValueError, match="shape"):
         EditRewardModel.check(out)
     (out / "config.json").write_text(json.dumps({**config, "base": "../gone"}))
-    with pytest.raises(FileNotFoundError, match=r"language model \.\./gone of the EditReward .* was not found"):
+    with pytest.raises(FileNotFoundError, match=r"vision-language model \.\./gone of the EditReward .* was not found"):
         EditRewardModel.check(out)
     (out / "config.json").write_text(json.dumps(config))
     (out / "adapter_model.safetensors").unlink()

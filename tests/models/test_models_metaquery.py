@@ -103,7 +103,7 @@ def test_parts_of_different_models_are_refused():
     with pytest.raises(ValueError, match="image_token_id is 7"):
         VLMProcessor(dataclasses.replace(CONFIG, image_token_id=7), PROCESSOR.tokenizer, PROCESSOR.image_processor)
     connector = MetaQuery(dataclasses.replace(CONNECTOR, llm_hidden_size=32))
-    with pytest.raises(ValueError, match="reads states of 32 channels but the language model gives 64"):
+    with pytest.raises(ValueError, match="reads states of 32 channels but the vision-language model gives 64"):
         MetaQueryConditioner(Qwen2_5_VL(CONFIG), connector, PROCESSOR)
     with pytest.raises(ValueError, match="positions is '2d'"):
         conditioner("2d")
@@ -200,7 +200,7 @@ def test_the_pipeline_takes_either_conditioner(folder):
     first, again, other = (pipe(p, **options).images for p in ("a cat", "a cat", "a dog"))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-4
-    # The language model sees the picture: another one changes the edit through the context, too.
+    # The vision-language model sees the picture: another one changes the edit through the context, too.
     edits = [pipe("red", image=picture(16, 16, seed), **options).images for seed in (0, 1)]
     assert np.abs(edits[0] - edits[1]).max() > 1e-4
     plain = pipe("red", image=picture(16, 16, 0), negative_prompt="", **options).images
@@ -258,17 +258,17 @@ def test_a_model_is_put_together_from_parts(folder, tmp_path):
     assert not given["conditioner"]["conditioner"]["projector_3"]["kernel"].any()
     other = bundles.init_bundle(SIZES, seed=3, parts=parts, zero_projectors=False).params["conditioner"]["conditioner"]
     assert other["projector_3"]["kernel"].any()
-    # The tokenizer comes with the language model.
+    # The tokenizer comes with the vision-language model.
     assert (new.conditioner.tokenize(["a"]).input_ids == made.conditioner.tokenize(["a"]).input_ids).all()
     with pytest.raises(ValueError, match="has no part 'text_encoder'; it has transformer, vae, conditioner, vlm"):
         bundles.init_bundle(SIZES, parts={"text_encoder": folder / "vlm"})
     with pytest.raises(FileNotFoundError, match=r"nowhere has no config\.json; name the folder of one network"):
         bundles.init_bundle(SIZES, parts={"vlm": tmp_path / "nowhere"})
-    # A language model of another width than the conditioner reads.
+    # A vision-language model of another width than the conditioner reads.
     wide = tmp_path / "wide"
     shutil.copytree(folder / "vlm", wide)
     config = json.loads((wide / "config.json").read_text())
     config["vision_config"]["out_hidden_size"] = 128
     (wide / "config.json").write_text(json.dumps({**config, "hidden_size": 128, "num_attention_heads": 8}))
-    with pytest.raises(ValueError, match="the language model gives 128; they are from different models"):
+    with pytest.raises(ValueError, match="the vision-language model gives 128; they are from different models"):
         bundles.init_bundle(SIZES, parts={"vlm": wide})

@@ -55,11 +55,11 @@ ABSTRACT = """
 
 def test_the_model_is_split_over_devices_without_being_allocated():
     whole, held, arguments = run(ABSTRACT)
-    # bfloat16 for the 8.3e9 parameters of the language model and the 3.5e9 of transformer, autoencoder and connector.
+    # bfloat16 for the 8.3e9 parameters of the vision-language model and the 3.5e9 of transformer, autoencoder and connector.
     assert 23e9 < whole < 24e9, whole
     # What is whole everywhere is little: the autoencoder above all.
     assert held < whole / 8 * 1.1
-    # What a device of the compiled conditioner is given: its eighth of the language model, and of the connector.
+    # What a device of the compiled conditioner is given: its eighth of the vision-language model, and of the connector.
     assert 8.3e9 * 2 / 8 < arguments < held
     print(f"{whole / 1e9:.1f} GB in all, {held / 1e9:.2f} GB a device, {arguments / 1e9:.2f} GB for the conditioner")
 

@@ -1,4 +1,4 @@
-"""Where the pictures of an edit go: to the language model, as latents into the transformer, or to both (paper, Table 2)."""
+"""Where the pictures of an edit go: to the vision-language model, as latents into the transformer, or to both (paper, Table 2)."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def test_the_transformer_attends_to_the_picture_or_not(bundle):
         options = {"num_inference_steps": 2, "guidance_scale": 1.0, "seed": 0, "height": 48, "width": 48}
         made[path] = [np.asarray(pipe(EDIT, image=picture, **options).images[0], int) for picture in PICTURES]
     differs = {path: np.abs(one - two).mean() for path, (one, two) in made.items()}
-    # Every path shows the two pictures apart, the latents more clearly than what the language model says of them.
+    # Every path shows the two pictures apart, the latents more clearly than what the vision-language model says of them.
     assert all(value > 0 for value in differs.values())
     assert differs["dit"] > differs["mllm"] and differs["both"] > differs["mllm"]
     assert not np.array_equal(made["both"][0], made["mllm"][0]) and not np.array_equal(made["both"][0], made["dit"][0])

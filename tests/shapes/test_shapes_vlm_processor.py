@@ -1,4 +1,4 @@
-"""The tiny language model's tokenizer."""
+"""The tiny vision-language model's tokenizer."""
 
 import numpy as np
 from PIL import Image

@@ -29,7 +29,7 @@ def draw(tree, seed=0, scale=1.0):
 
 
 def make_model(folder, seed=0, targets=SPEC.targets):
-    """A small EditReward on a language model that is written to `folder`."""
+    """A small EditReward on a vision-language model that is written to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     params = draw(NETWORK.abstract(SMALL), seed)
     io.write_folder(folder, io.TRANSFORMERS_STEM, table.to_torch(qwen.rules(SMALL), params))

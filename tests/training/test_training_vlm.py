@@ -1,4 +1,4 @@
-"""Teaching the language model to answer: the loss against transformers', and a stage that learns."""
+"""Teaching the vision-language model to answer: the loss against transformers', and a stage that learns."""
 
 import dataclasses
 import types

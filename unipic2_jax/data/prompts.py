@@ -165,7 +165,7 @@ class JSONLSource:
         return {"prompt": task_of_row.prompt, "image": image, "metadata": {"index": number, **metadata}, "where": where}
 
     def place(self, row: int) -> str:
-        """Of a row in the file, for messages: 'Line 3 of train.jsonl'."""
+        """The place of a row in the file, for messages: 'Line 3 of train.jsonl'."""
         return f"Line {row + 1} of {self.path}"
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What a language model learns to answer: numbered questions about pictures and texts."""
+"""What a vision-language model learns to answer: numbered questions about pictures and texts."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ CHUNK = 1024  # rows of the table of pairs that are in memory at a time
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Of predictions with a judge's scores. A number that has no value, since one side is constant, is NaN.
+    """How far predictions agree with a judge's scores. A number that has no value, since one side is constant, is NaN.
 
     Attributes:
       pearson, spearman: correlations, of values and of ranks (ties share their mean rank).
@@ -39,7 +39,7 @@ class Agreement:
 
 
 def agreement(predicted: np.ndarray, scores: np.ndarray, groups: Sequence[Hashable] = ()) -> Agreement:
-    """Of predictions and scores [N] in [0, 1].
+    """How far predictions [N] agree with scores [N], both in [0, 1].
 
     Args:
       groups: [N] keys; none: no pairs within groups.

@@ -1,4 +1,4 @@
-"""Exact-match accuracy of a language model that answers questions about pictures."""
+"""Exact-match accuracy of a vision-language model that answers questions about pictures."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def init_bundle(
       sizes: the networks' sizes, or the name of some (`models.registry.SIZES`).
       seed: a number or a PRNG key.
       tokenizers: as the family's conditioner takes them, or a folder that holds them (`tokenizer/` ..., `vlm/`). None takes those
-        that belong to the sizes, or the language model's own where that is one of the parts.
+        that belong to the sizes, or the vision-language model's own where that is one of the parts.
       mesh: parameters are on it as `parallel.rules` says; None: the default device.
       dtype: of parameters and arithmetic, float32 by default; or a `Precision`, and all networks are held as frozen ones.
       parts: networks that are read, by folder name: 'transformer', 'vae', 'vlm' (with its tokenizer) ... -> the folder of
@@ -235,7 +235,7 @@ def load_bundle(
       dtype: of parameters and arithmetic: float32 (default), bfloat16 or float16, whatever the files hold; or a `Precision`,
         and all networks are held as frozen ones.
       mesh: parameters are on it as `parallel.rules` says; None: the default device.
-      vlm: where a MetaQuery model's language model is, folder or hub id; None: `vlm/` in the model folder.
+      vlm: where a MetaQuery model's vision-language model is, folder or hub id; None: `vlm/` in the model folder.
 
     Raises:
       FileNotFoundError: the folder or a part of it is missing.
@@ -276,7 +276,7 @@ def read_configs(
 
 
 def _read_config(name: str, folder: Path) -> ModelConfig:
-    """Of the class that config.json states, or where it states none, of the only one that there is for such a folder."""
+    """The config of the class that config.json states. Where it states none, a folder of this name has only one class."""
     if (stated := class_name(folder)) in NETWORKS:
         return NETWORKS[stated].config.read(folder)
     (known, *_) = (family.networks[name] for family in FAMILIES.values() if name in family.networks)
@@ -307,7 +307,7 @@ def save_bundle(
 
     Args:
       dtype: of the files: float32, float16 or bfloat16; None keeps each parameter's own.
-      with_vlm: write a MetaQuery model's language model, too, which no training changes.
+      with_vlm: write a MetaQuery model's vision-language model, too, which no training changes.
       changed: with `dtype` None: which leaves ('transformer/path/to/leaf') are not what was read. All others are copied from
         `bundle.files` bit for bit, and these get the dtypes that their files have; a new network has no files and keeps its own.
 
@@ -427,7 +427,9 @@ def _component_folders(folder: Path, family: Family, vlm: str | os.PathLike | No
     folders = {name: folder / name for name in names}
     if vlm is not None:
         if not family.reader:
-            raise ValueError(f"The model folder {folder} has text encoders and takes no language model; leave vlm out.")
+            raise ValueError(
+                f"The model folder {folder} has text encoders and takes no vision-language model; leave vlm out."
+            )
         folders[family.reader] = find_model(vlm, VLM_PATTERNS)
     for name, at in folders.items():
         if not (at / "config.json").is_file():

@@ -53,7 +53,7 @@ class Network:
 
     @property
     def stem(self) -> str:
-        """Of the names of its safetensors."""
+        """The stem of the names of its safetensors."""
         return LIBRARIES[self.library]
 
     def config_values(self, config: ModelConfig, dtype: str = "") -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout, where there is one."""
+    """The commit of the checkout, where there is one."""
     run = lambda *line: subprocess.run(["git", *line], cwd=ROOT, capture_output=True, text=True)
     try:
         head, changed = run("rev-parse", "HEAD"), run("status", "--porcelain", "--untracked-files=no")
@@ -243,7 +243,7 @@ class _Prepared:
         self.runners = runners
 
     def runner(self, work: str) -> bench.Runner:
-        """Of a work."""
+        """The runner of a work."""
         return self.runners[work]
 
 

@@ -59,7 +59,7 @@ def find_cases(size: str, metaquery: str, height: int, width: int, batch: int) -
     """All that differ, of the networks of two sizes in bfloat16, in the order of a run. Nothing is computed.
 
     Args:
-      size: a model with text encoders; metaquery: one with a language model (`models.registry`).
+      size: a model with text encoders; metaquery: one with a vision-language model (`models.registry`).
       height, width: of the pictures, pixels.
       batch: prompts.
     """
@@ -136,7 +136,7 @@ def worth_measuring(cases: list[Case]) -> list[Case]:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Of one kernel on one case.
+    """What one kernel did on one case.
 
     Attributes:
       value, gradient: relative errors against XLA in float32, the largest one of query, key and value; None: not trained.
@@ -182,13 +182,13 @@ def _both(kernel: str, *arrays: jax.Array | None) -> tuple[jax.Array, tuple[jax.
 
 
 def functions(case: Case, kernel: str) -> dict[str, Any]:
-    """Of the arrays of `draw`, jitted: 'forward', a pass, and where the case is trained 'both', a pass with gradients."""
+    """Jitted functions of the arrays of `draw`: 'forward', a pass, and where the case is trained 'both', a pass with gradients."""
     made = {"forward": jax.jit(functools.partial(_forward, kernel))}
     return made | ({"both": jax.jit(functools.partial(_both, kernel))} if case.trained else {})
 
 
 def truth_function(case: Case) -> Any:
-    """Of the same arrays, jitted: XLA's attention of the first sample in float32, with gradients where the case is trained."""
+    """A jitted function of the same arrays: XLA's attention of the first sample in float32, with gradients where the case is trained."""
 
     @jax.jit
     def truth(*arrays: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -201,7 +201,7 @@ def truth_function(case: Case) -> Any:
 
 
 def outcome(compiled: Mapping[str, Any], arrays: tuple[jax.Array | None, ...], truth: Any) -> Outcome:
-    """Of compiled `functions`; `truth` is what `truth_function` gave."""
+    """The outcome of compiled `functions`; `truth` is what `truth_function` gave."""
     wanted, gradients = truth
     value, gradient, both = relative_error(compiled["forward"](*arrays)[:1], wanted), None, None
     if "both" in compiled:
@@ -218,7 +218,7 @@ def relative_error(found: jax.Array, wanted: jax.Array) -> float:
 
 
 def seconds(function: Any, arguments: tuple[Any, ...], repeats: int = 3) -> float:
-    """Of a call, when many follow each other: the median of a few rows of them."""
+    """Seconds of a call, when many follow each other: the median of a few rows of them."""
     jax.block_until_ready(function(*arguments))
     found = []
     for _ in range(repeats):
@@ -238,7 +238,7 @@ def kernel_lines(cases: list[Case]) -> Iterator[str]:
 
 
 def outcome_heading(kernels: list[str]) -> str:
-    """Of the table whose rows are `outcome_line`'s."""
+    """The heading of the table whose rows are `outcome_line`'s."""
     cells = ["network", "samples x queries x keys"]
     for kernel in kernels:
         cells += [f"{kernel}: error of values", "of gradients", "forward, ms", "with gradients, ms"]

@@ -34,7 +34,7 @@ class Size:
 
     Attributes:
       settings: of the programs; flow steps and passes take its batch, the update its micro_batch at a time.
-      metaquery: the size of `models.registry` whose language model is looked at.
+      metaquery: the size of `models.registry` whose vision-language model is looked at.
       steps: of the pictures that are made for their latency.
     """
 
@@ -147,7 +147,7 @@ class Check:
 
     @functools.cached_property
     def inputs(self) -> Inputs:
-        """Of all programs."""
+        """The inputs of all programs."""
         return bench.make_inputs(self.settings)
 
     @functools.cached_property
@@ -237,7 +237,7 @@ def _one(shape: Sequence[int]) -> jax.ShapeDtypeStruct:
 
 
 def autoencoder(settings: Settings) -> AutoencoderKL:
-    """Of the settings' size."""
+    """The VAE of the settings' size."""
     dtype = jnp.dtype(settings.dtype)
     return AutoencoderKL(SIZES[settings.size].networks["vae"], dtype=dtype, param_dtype=dtype)
 

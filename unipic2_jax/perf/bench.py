@@ -127,13 +127,13 @@ class Settings:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """Of the batch, [B, h, w, C]."""
+        """The shape of the batch, [B, h, w, C]."""
         height, width = self.height // DOWNSAMPLING, self.width // DOWNSAMPLING
         return self.batch, height, width, self.transformer.in_channels
 
     @property
     def tokens(self) -> int:
-        """Of one picture."""
+        """The tokens of one picture."""
         return self.height * self.width // (DOWNSAMPLING * self.transformer.patch_size) ** 2
 
     @property
@@ -148,7 +148,7 @@ class Settings:
 
     @property
     def product_shape(self) -> tuple[int, int, int]:
-        """Of the matrices that are multiplied, [n, k] x [k, m]: those into the feed-forward layers' hidden units."""
+        """The shape of the matrices that are multiplied, [n, k] x [k, m]: those into the feed-forward layers' hidden units."""
         tokens = self.batch * self.tokens * (1 + self.references)
         return tokens, self.transformer.width, 4 * self.transformer.width
 
@@ -211,7 +211,7 @@ def weight_shapes(config: MMDiTConfig) -> Any:
 
 
 def draw_weights(config: MMDiTConfig, dtype: Any = jnp.float32) -> Any:
-    """Of a transformer, as `draw_like`; its position table is the real one."""
+    """A transformer's weights, drawn as `draw_like` draws; its position table is the real one."""
     params = draw_like(weight_shapes(config), dtype)
     table = position_table(config.width, config.pos_embed_max_size, config.sample_size // config.patch_size)
     return {**params, "pos_embed": {**params["pos_embed"], "pos_embed": table.astype(dtype)}}
@@ -340,7 +340,7 @@ class Ours:
         )
 
     def runner(self, work: str) -> Runner:
-        """Of one of WORKS."""
+        """The runner of one of WORKS."""
         return self.work(work).runner(self.inputs)
 
     def work(self, name: str) -> Work:

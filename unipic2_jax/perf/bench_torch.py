@@ -42,7 +42,7 @@ class Theirs:
         )
 
     def runner(self, work: str) -> Runner:
-        """Of one of WORKS."""
+        """The runner of one of WORKS."""
         return getattr(self, work)()
 
     def _tensor(self, array: Any) -> torch.Tensor:
@@ -172,7 +172,7 @@ class Theirs:
     def _mean_std(
         self, velocity: torch.Tensor, x: torch.Tensor, index: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the step with this number: mean [B, C, h, w], standard deviation and diffusion, scalars."""
+        """The step with this number: mean [B, C, h, w], standard deviation and diffusion, scalars."""
         sigma, dt = self.sigmas[index], self.sigmas[index + 1] - self.sigmas[index]
         below_one = self.sigmas[1] if index == 0 else sigma
         s = torch.sqrt(sigma / (1 - below_one)) * self.grpo.sde.noise_level

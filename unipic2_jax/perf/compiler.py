@@ -55,7 +55,7 @@ class Cache:
         self.folder = Path(folder) if folder else None
 
     def key(self, text: str, topology: Topology) -> str:
-        """Of a lowered program and everything else that decides how it is compiled."""
+        """The key of a lowered program and everything else that decides how it is compiled."""
         libraries = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", *COMPILERS)]
         parts = [str(CACHE_FORMAT), str(topology), json.dumps(EFFORT), *libraries, text]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

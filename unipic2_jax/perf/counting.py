@@ -40,7 +40,7 @@ def is_single(eqn: core.JaxprEqn) -> bool:
 
 
 def _inside(eqn: core.JaxprEqn, chosen: Chosen) -> float:
-    """Of everything that a primitive calls once."""
+    """FLOPs of everything that a primitive calls once."""
     return sum(jaxpr_flops(jaxpr, chosen) for jaxpr in inner_jaxprs(eqn.params.values()))
 
 
@@ -87,7 +87,7 @@ def _kernel(eqn: core.JaxprEqn, chosen: Chosen) -> float:
 
 
 def _cudnn(products: int) -> Callable[[core.JaxprEqn], float]:
-    """Of cuDNN's attention on [B, Q, N, D] and [B, K, N, D]: the backward pass computes the logits again."""
+    """FLOPs of cuDNN's attention on [B, Q, N, D] and [B, K, N, D]: the backward pass computes the logits again."""
 
     def count(eqn: core.JaxprEqn) -> float:
         query, key = (v.aval.shape for v in eqn.invars[:2])

@@ -158,7 +158,7 @@ def local_bytes(tree: Any, mesh: Mesh | AbstractMesh) -> float:
 
 
 def local(leaf: Any, mesh: Mesh | AbstractMesh) -> float:
-    """Of one array; an axis that this mesh does not divide is whole, as in `parallel.rules`."""
+    """Bytes of one array on one device; an axis that this mesh does not divide is whole, as in `parallel.rules`."""
     sharding, shape = getattr(leaf, "sharding", None), leaf.shape
     if sharding is not None:
         spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))

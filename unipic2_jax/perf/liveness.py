@@ -44,7 +44,7 @@ FLASH_CHANNELS = 256  # of a head, at most
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one chip, in bytes.
+    """What one chip holds and moves, in bytes.
 
     Attributes:
       held: at the worst moment, beside arguments and results.
@@ -186,7 +186,7 @@ class _Counter:
         return whole_size(aval) * self.shares.get(aval.shape, 1.0)
 
     def of(self, jaxpr: core.Jaxpr, consts: Sequence[Value], given: Sequence[Value], results_given: bool) -> Work:
-        """Of a jaxpr on these arguments. `results_given`: its results have their place already."""
+        """What a jaxpr holds and moves on these arguments. `results_given`: its results have their place already."""
         operations: list[Operation] = []
         results = self._flatten(jaxpr, consts, given, operations)
         wanted = {value for value in results if value is not None}
@@ -285,7 +285,7 @@ class _Counter:
         return Work(worst, moved, gathered)
 
     def _inner(self, operation: Operation) -> Work:
-        """Of a loop's body, all turns together, or of the larger branch."""
+        """The work of a loop's body, all turns together, or of the larger branch."""
         params, inputs = operation.params, operation.inputs
         if operation.name == "scan":
             (body,), length = inner_jaxprs(params.values()), params["length"]

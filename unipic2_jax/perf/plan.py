@@ -51,7 +51,7 @@ def _flops(traced: jax.stages.Traced, chips: int) -> dict[str, float]:
 def compiled_cost(
     planned: Planned, program: Program, mesh: Mesh, topology: Topology, cache: Cache, log: Callable[[str], None]
 ) -> Cost:
-    """Of a program compiled for the devices that its arguments are described on."""
+    """The cost of a program compiled for the devices that its arguments are described on."""
     traced = program.function.trace(*program.arguments, **program.keywords)
     said = compile_program(traced, mesh, topology, cache, log)
     parameters, optimizer, batch = held(planned, program, mesh)
@@ -81,7 +81,7 @@ def counted_cost(
     flash: bool,
     at_once: bool,
 ) -> Cost:
-    """Of a program that was built and traced for one chip's rows, by arithmetic.
+    """The cost, by arithmetic, of a program that was built and traced for one chip's rows, by arithmetic.
 
     Args:
       mesh: of all chips.

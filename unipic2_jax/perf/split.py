@@ -151,7 +151,7 @@ def _reinforces(config: ConfigDict) -> bool:
 
 
 def _ordered(options: Sequence[Split]) -> list[Split]:
-    """Of splits that are equally fast, to a percent, those whose copies are inside of a node come first, then those with the most
+    """The fastest split comes first. Among splits that are equally fast, to a percent, those whose copies are inside of a node come first, then those with the most
     room; of those that do not fit the smallest."""
     best = min((split.seconds for split in options if split.fits), default=0.0)
 

@@ -48,7 +48,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatModel:
-    """A language model that sees, ready to answer.
+    """A vision-language model, ready to answer.
 
     Attributes:
       module, params: the network and its parameters.
@@ -73,7 +73,7 @@ class ChatModel:
 
         Raises:
           FileNotFoundError: when there is none, or a part of it is missing.
-          ValueError: when the folder holds a model without a language model, or a file is damaged.
+          ValueError: when the folder holds a model without a vision-language model, or a file is damaged.
         """
         folder = find_model(source, VLM_PATTERNS)
         if is_part := (folder / "vlm").is_dir():

@@ -106,7 +106,7 @@ class Budget:
             )
 
     def price(self, spent: Mapping[str, int]) -> float:
-        """Of what was spent."""
+        """The price of what was spent."""
         million = spent["prompt_tokens"] * self.prompt_price + spent["completion_tokens"] * self.completion_price
         return million / 1e6
 

@@ -108,7 +108,7 @@ class Reward:
     transport: tuple[str, ...] = ()
 
     def deciding(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Of the options that it was made with, those that decide its scores, and `identity`."""
+        """The options it was made with that decide its scores, and `identity`."""
         return {name: value for name, value in options.items() if name not in self.transport} | dict(self.identity)
 
     def longest_wait(self, calls: Calls, count: int) -> float:

@@ -26,7 +26,7 @@ class EditRewardReward(Reward):
       model: folder of an EditReward.
       batch_size: edits judged at a time, on all devices together; one program serves all batches.
       combine: 'geometric' or 'mean' of the targets, or the name of one of them.
-      precision: what the language model is kept and computed in: the run's, or another by name.
+      precision: what the vision-language model is kept and computed in: the run's, or another by name.
       mesh: what it computes on; None: all devices.
 
     Raises:
@@ -70,7 +70,7 @@ class EditRewardReward(Reward):
             )
 
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
-        """Of edits; see `EditRewardModel.score` about several processes.
+        """Scores edits; see `EditRewardModel.score` about several processes.
 
         Raises:
           ValueError: for a record without a source picture.

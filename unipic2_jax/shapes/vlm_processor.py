@@ -1,4 +1,4 @@
-"""Builds a tokenizer in Qwen2.5-VL's format from a list of words, and with it the processor of a tiny language model."""
+"""Builds a tokenizer in Qwen2.5-VL's format from a list of words, and with it the processor of a tiny vision-language model."""
 
 from __future__ import annotations
 

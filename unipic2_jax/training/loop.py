@@ -100,7 +100,7 @@ def run(
     if mesh is None:
         config = shared(config, split)
         mesh = config_mesh(config)
-    # A language model that came from a folder of its own stays there.
+    # A vision-language model that came from a folder of its own stays there.
     with_vlm = config_lib.model_config(config, config.stages[config.schedule[-1]].model).vlm is None
     save = save or functools.partial(save_bundle, with_vlm=with_vlm, precision=PRECISIONS[config.precision])
     try:

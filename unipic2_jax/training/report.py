@@ -52,7 +52,7 @@ def table(comparisons: dict[str, dict[str, Comparison]]) -> str:
 
 
 def rewards_apart(workdir: Path) -> list[dict[str, Any]]:
-    """Of stages with rewards that are only watched (weight 0): each reward's mean in the rollouts of the first and the last tenth.
+    """For stages with rewards that are only watched (weight 0), the mean of each reward in the rollouts of the first and the last tenth.
 
     Returns:
       Rows of 'stage', 'reward', 'trained' (whether it has a weight), 'before', 'after', 'noise' (what the difference would

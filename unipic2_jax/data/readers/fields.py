@@ -76,7 +76,7 @@ def _source(name: str) -> tuple[str, int] | None:
 
 
 def find_pictures(names: Collection[str], where: str) -> tuple[str | None, tuple[str, ...]]:
-    """Of the fields that hold pictures, that of the picture to learn and those of what was edited, in order.
+    """Which field holds the picture to learn, and which hold the pictures that were edited, in order.
 
     A picture beside a result is what was edited, and a picture beside what was edited is the result.
 

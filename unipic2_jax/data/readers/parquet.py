@@ -112,7 +112,7 @@ class ParquetRecords:
 
 
 class _Cache:
-    """Of one process."""
+    """The cache of one process."""
 
     def __init__(self):
         self.process, self.lock, self.tables = os.getpid(), threading.Lock(), {}

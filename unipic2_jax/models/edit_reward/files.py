@@ -76,7 +76,7 @@ def load_lora(
     """(LoRA tree, alpha) of a folder.
 
     Raises:
-      ValueError, FileNotFoundError: one sentence about a file that is missing or does not fit the language model.
+      ValueError, FileNotFoundError: one sentence about a file that is missing or does not fit the vision-language model.
     """
     checkpoint, fields = _open(folder)
     abstract = abstract_lora(config, fields["r"])

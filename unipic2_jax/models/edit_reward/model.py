@@ -1,11 +1,11 @@
 """EditReward as a folder and as a function of pictures.
 
-    config.json                                       targets, the language model, how a question is put
+    config.json                                       targets, the vision-language model, how a question is put
     adapter_model.safetensors, adapter_config.json    LoRA, see models/edit_reward/files.py; absent when all was trained
     head.safetensors
-    vlm/                                              the language model itself, when all was trained
+    vlm/                                              the vision-language model itself, when all was trained
 
-`base` in config.json is the language model's folder, relative to this one, or its id on the hub.
+`base` in config.json is the vision-language model's folder, relative to this one, or its id on the hub.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from unipic2_jax.weights import io, native, table
 from unipic2_jax.weights.precision import as_precision, check_dtype
 
 MODEL_TYPE = "edit_reward"
-WORDS = "lm_head"  # of the language model: makes words of its states, which a score does not need
+WORDS = "lm_head"  # of the vision-language model: makes words of its states, which a score does not need
 # What a question is made of, in any order. Instruction first: what is looked for is known when the pictures are looked at.
 PARTS = ("instruction", "source", "edited")
 TEMPLATE = (
@@ -81,7 +81,7 @@ class Spec:
 
     Attributes:
       targets: names of the scores.
-      base: folder or hub id of the language model; None: it belongs to this model and lies in its folder.
+      base: folder or hub id of the vision-language model; None: it belongs to this model and lies in its folder.
       template: of a question, with '{instruction}', '{source}' and '{edited}'.
       pixels: that both pictures are resized to about; None: the image processor's own limits.
     """
@@ -105,7 +105,7 @@ class Spec:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Self:
-        """Of an EditReward's folder.
+        """What the config.json of an EditReward's folder says.
 
         Raises:
           FileNotFoundError: there is no such folder, or it has no config.json.
@@ -155,7 +155,7 @@ class EditRewardModel:
     Attributes:
       params: {'vlm', 'head'} and, unless all was trained, 'lora'.
       alpha: of the LoRA that was read or begun; None: there was none.
-      vlm_files: where the language model was read from.
+      vlm_files: where the vision-language model was read from.
     """
 
     module: EditReward
@@ -167,7 +167,7 @@ class EditRewardModel:
 
     @classmethod
     def create(cls, spec: Spec, mesh: Mesh | None = None, dtype: Any = None) -> Self:
-        """The language model `spec.base` with a head that gives 0.5 to everything.
+        """The vision-language model `spec.base` with a head that gives 0.5 to everything.
 
         Raises:
           FileNotFoundError, ValueError: as `load`.
@@ -179,7 +179,7 @@ class EditRewardModel:
     def start(
         cls, init: str | None, vlm: str | None, settings: dict[str, Any], mesh: Mesh | None = None, dtype: Any = None
     ) -> Self:
-        """What a training starts from: the EditReward in the folder `init`, or a new one on the language model `vlm`.
+        """What a training starts from: the EditReward in the folder `init`, or a new one on the vision-language model `vlm`.
 
         Args:
           settings: fields of `Spec` beside its base; they overrule those of `init`.
@@ -210,11 +210,11 @@ class EditRewardModel:
 
         Args:
           mesh: parameters are on it as `parallel.rules` says; None: the default device.
-          dtype: of the language model's weights and arithmetic, or a `Precision`; None: float32. Head and LoRA are float32.
+          dtype: of the vision-language model's weights and arithmetic, or a `Precision`; None: float32. Head and LoRA are float32.
           scoring: read only what `score` needs, frozen: no weights that make words of states.
 
         Raises:
-          FileNotFoundError: the folder, its language model or a file of either is missing.
+          FileNotFoundError: the folder, its vision-language model or a file of either is missing.
           ValueError: it is no EditReward, or its parts do not fit each other.
         """
         spec = cls.check(folder)
@@ -272,7 +272,7 @@ class EditRewardModel:
 
         Args:
           dtype: of the files: float32, float16 or bfloat16; None keeps each parameter's own.
-          changed: with `dtype` None: which leaves ('vlm/path/to/leaf') are not what was read. All others of the language model
+          changed: with `dtype` None: which leaves ('vlm/path/to/leaf') are not what was read. All others of the vision-language model
             are copied from its files bit for bit, and these get the dtypes that the files have.
         """
         folder, config = Path(folder), self.module.config
@@ -386,13 +386,13 @@ def pad_to(given: VLMInput, tokens: int, windows: int) -> VLMInput:
 
 
 def _vlm_folder(folder: Path, spec: Spec) -> tuple[Path, Qwen2_5_VLConfig]:
-    """Where the language model is, and its sizes."""
+    """Where the vision-language model is, and its sizes."""
     try:
         vlm = folder / "vlm" if spec.base is None else find_model(spec.base, VLM_PATTERNS)
         name = registry.class_name(vlm)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"The language model {spec.base or folder / 'vlm'} of the EditReward {folder} was not found ({error})"
+            f"The vision-language model {spec.base or folder / 'vlm'} of the EditReward {folder} was not found ({error})"
         ) from error
     if name != Qwen2_5_VL.__name__ and name != Qwen2_5_VLConfig.CLASS_NAME:
         raise ValueError(f"{vlm} holds {name or 'a model without a class'}; an EditReward stands on a Qwen2.5-VL.")

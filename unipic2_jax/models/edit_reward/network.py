@@ -27,7 +27,7 @@ class EditReward(nn.Module):
 
     Attributes:
       targets: how many scores.
-      dtype, param_dtype: of the language model; the head computes in float32.
+      dtype, param_dtype: of the vision-language model; the head computes in float32.
       remat: as of `Qwen2_5_VL`.
       lora_alpha: of the LoRA; its update is scaled by lora_alpha / rank.
     """

@@ -40,14 +40,14 @@ class MetaQueryConditioner:
     the names of the folders.
 
     Attributes:
-      vlm: the language model, which only reads.
+      vlm: the vision-language model, which only reads.
       connector: queries and connector.
       processor: prepares conversations.
       positions: '1d', as the released weights are used, or 'mrope', as the training code of their lineage does.
       vision_scale: edges of what the tower sees, in parts of the image's.
       max_sequence_length: room for a prompt's text with its template; None: the next of a few sizes.
       edit_negative: what an edit's unconditional branch is told; by default what the published script says.
-      reference_path: where the pictures of an edit go: to the language model ('mllm'), as latents into the transformer ('dit'),
+      reference_path: where the pictures of an edit go: to the vision-language model ('mllm'), as latents into the transformer ('dit'),
         or, as in the released model, to 'both'.
     """
 
@@ -73,7 +73,7 @@ class MetaQueryConditioner:
         ours, theirs = self.connector.config.llm_hidden_size, self.vlm.config.hidden_size
         if ours != theirs:
             raise ValueError(
-                f"The conditioner reads states of {ours} channels but the language model gives {theirs}; they are from "
+                f"The conditioner reads states of {ours} channels but the vision-language model gives {theirs}; they are from "
                 "different models."
             )
         if self.positions not in POSITIONS:
@@ -103,7 +103,7 @@ class MetaQueryConditioner:
 
     @property
     def description(self) -> str:
-        """The language model's and the connector's sizes."""
+        """The vision-language model's and the connector's sizes."""
         layers, queries = self.vlm.config.num_hidden_layers, self.context_length
         return f"MetaQuery (Qwen2.5-VL of {layers} layers, {queries} queries)"
 

@@ -1,4 +1,4 @@
-"""MetaQuery's learnable queries and connector: a language model's last states become what the MMDiT is conditioned on.
+"""MetaQuery's learnable queries and connector: a vision-language model's last states become what the MMDiT is conditioned on.
 
 Original: `StableDiffusion3Conditioner` of UniPic 2.0 (report, section 3.1.2).
 """
@@ -78,7 +78,7 @@ class ConnectorLayer(nn.Module):
 
 
 class MetaQuery(nn.Module):
-    """The queries that a language model reads behind its prompt, and the way from its states there to the MMDiT.
+    """The queries that a vision-language model reads behind its prompt, and the way from its states there to the MMDiT.
 
     Attributes:
       zero_projectors: a new model's projections onto the MMDiT are zero, so that it starts from an unconditioned one.
@@ -111,7 +111,7 @@ class MetaQuery(nn.Module):
         self.projector_3 = nn.Dense(c.joint_attention_dim, **kinds, **start)
 
     def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The language model's last states at the queries [B, Q, llm_hidden_size] to context [B, Q, J], pooled [B, P]."""
+        """The vision-language model's last states at the queries [B, Q, llm_hidden_size] to context [B, Q, J], pooled [B, P]."""
         x, _ = self.layers(self.projector_1(hidden))
         return self.projector_3(x), self.projector_2(x.mean(axis=1))
 

@@ -32,7 +32,7 @@ def make_conditioner(
 
 
 def load_processor(folder: Path | None, configs: Mapping[str, Any], folders: Mapping[str, Path]) -> VLMProcessor:
-    """See `Family.load_tokenizers`: the language model's folder holds them."""
+    """See `Family.load_tokenizers`: the vision-language model's folder holds them."""
     return VLMProcessor.load(folders["vlm"] if "vlm" in folders else folder / "vlm", configs["vlm"])
 
 
@@ -62,7 +62,7 @@ FAMILIES.register("metaquery")(
     )
 )
 
-# UniPic2-MetaQuery, and the same on the smaller language model.
+# UniPic2-MetaQuery, and the same on the smaller vision-language model.
 SIZES.register("unipic2_metaquery")(
     ModelSizes(
         "metaquery",

@@ -67,7 +67,7 @@ FOREIGN = {"hada_": "a LoHa", "lokr_": "a LoKr", "lora_mid": "a LoCon with a mid
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """Of one layer's weight [out, in] or [out, in, h, w], in PyTorch's order of axes.
+    """The update of one layer's weight [out, in] or [out, in, h, w], in PyTorch's order of axes.
 
     Attributes:
       down: [r, in] or [r, in, h, w]; up: [out, r]; of the file's dtype.
@@ -82,7 +82,7 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """Of the product."""
+        """The shape of the product."""
         return self.down.shape[0]
 
 

@@ -1,4 +1,4 @@
-"""Teaching a language model that sees to score edits as a judge did: EditReward (paper, section 3.2)."""
+"""Teaching a vision-language model to score edits as a judge did: EditReward (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PREPARE_BATCH = 256
 
 
 class RegressionState(NamedTuple):
-    """What changes: the head, and the LoRA or the whole language model."""
+    """What changes: the head, and the LoRA or the whole vision-language model."""
 
     trained: Any
     opt_state: Any
@@ -76,7 +76,7 @@ class RegressionStage(Stage):
         config.in_memory = False  # prepare all questions once and keep them; with LoRA the vision tower sees them once
         config.batch_size = 64
         config.remat = "full"
-        config.lora = ConfigDict({"rank": 32, "alpha": 64.0})  # rank 0: the whole language model is trained
+        config.lora = ConfigDict({"rank": 32, "alpha": 64.0})  # rank 0: the whole vision-language model is trained
         del config.optimizer["trainable"]
         return config
 
@@ -90,7 +90,7 @@ class RegressionStage(Stage):
         check_policy(config.remat)
         if config.lora.rank < 0:
             raise ConfigError(
-                f"lora.rank is {config.lora.rank}; use 1 or more, or 0 to train the whole language model."
+                f"lora.rank is {config.lora.rank}; use 1 or more, or 0 to train the whole vision-language model."
             )
         make_optimizer(config.optimizer, config.steps)
         check_rows(config.batch_size, mesh)

@@ -1,4 +1,4 @@
-"""Teaching a language model to answer questions about pictures; the first stage of the tiny MetaQuery model."""
+"""Teaching a vision-language model to answer questions about pictures; the first stage of the tiny MetaQuery model."""
 
 from __future__ import annotations
 

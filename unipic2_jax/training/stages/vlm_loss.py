@@ -1,4 +1,4 @@
-"""The loss of a language model on the answers it should give."""
+"""The loss of a vision-language model on the answers it should give."""
 
 from __future__ import annotations
 
