@@ -64,9 +64,9 @@ def prepare_pictures(manifest: Path, out: Path, workers: int) -> None:
 
 def prepared_batches(folder: Path, batch_size: int) -> Iterator[np.ndarray]:
     """Batches uint8 [B, H, W, 3] without end, through the loader that training uses."""
+    from unipic2_jax.data.batches import BatchPlan
     from unipic2_jax.data.examples import make_examples
     from unipic2_jax.data.loader import Loader
-    from unipic2_jax.data.plan import BatchPlan
 
     source = make_examples({"kind": "prepared", "path": str(folder)}, seed=0, task="t2i")
     phases = [(0, RESOLUTION.value)]

@@ -9,7 +9,6 @@ Activations are not in it: they depend on the mesh and on how many parts a batch
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,10 +19,10 @@ from configs import unipic2
 from unipic2_jax.data.buckets import bucket_size
 from unipic2_jax.flow.loss import flow_step_flops
 from unipic2_jax.models.bundle import init_params, make_modules
-from unipic2_jax.models.registry import SIZES
-from unipic2_jax.models.sd3.family import TOKENIZERS
+from unipic2_jax.models.registry import SIZES, backbone_of
 from unipic2_jax.models.sd3.flops import forward_flops
 from unipic2_jax.optim.optimizer import split_params
+from unipic2_jax.perf.blank_model import blank_tokenizers
 from unipic2_jax.weights.precision import PRECISIONS
 
 PRECISION = PRECISIONS["mixed"]
@@ -33,8 +32,7 @@ CONTEXT = {"sd35_medium": 77 + 256, "unipic2_metaquery": 256}  # tokens
 def abstract_params(model: str) -> dict[str, Any]:
     """Shapes and dtypes of a model's parameters, held as frozen ones are at full size."""
     sizes = SIZES[model]
-    tokenizer = type("Tokenizer", (SimpleNamespace,), {"__len__": lambda self: 1})(model_max_length=77)
-    modules = make_modules(sizes.networks, dict.fromkeys(TOKENIZERS, tokenizer), sizes.settings, PRECISION)
+    modules = make_modules(sizes.networks, blank_tokenizers(sizes.networks), sizes.settings, PRECISION)
     return jax.eval_shape(lambda key: PRECISION.hold(init_params(*modules, key)), jax.random.key(0))
 
 
@@ -70,7 +68,8 @@ def main(argv: list[str]) -> None:
     for name in ("connector", "kontext", "unified"):
         stage = config.stages[name]
         model = "sd35_medium" if stage.model == "text" else "unipic2_metaquery"
-        trained, frozen = split_params(params[model], stage.optimizer.trainable)
+        never = backbone_of(SIZES[model].networks["transformer"]).never_trained
+        trained, frozen = split_params(params[model], stage.optimizer.trainable, never)
         (many, size), (others, held) = count(jax.eval_shape(PRECISION.lift, trained)), count(frozen)
         starts = [part for part, _ in stage.resolutions] + [1.0]
         phases = [(resolution, step_flops(model, stage, resolution)) for _, resolution in stage.resolutions]

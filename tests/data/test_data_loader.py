@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from prepared_files import BUCKETS, number_of, write_prepared
 
+from unipic2_jax.data.batches import BLOCK, BatchPlan
 from unipic2_jax.data.buckets import ASPECTS, Bucket, bucket_size, crop_to, nearest_aspect
 from unipic2_jax.data.examples import make_examples
 from unipic2_jax.data.loader import Loader
-from unipic2_jax.data.plan import BLOCK, BatchPlan
 from unipic2_jax.data.prepared import INDEX, PreparedIndex
 
 SHARES = {

@@ -10,9 +10,9 @@ import grain
 import numpy as np
 from PIL import Image
 
+from unipic2_jax.data.batches import BatchPlan, BatchShape
 from unipic2_jax.data.buckets import crop_to
 from unipic2_jax.data.examples import Example, ExampleSource
-from unipic2_jax.data.plan import BatchPlan, BatchShape
 
 
 class Loader:

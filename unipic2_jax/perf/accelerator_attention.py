@@ -17,8 +17,8 @@ from PIL import Image
 from unipic2_jax.models.attention import KERNELS, Call, attention, recorded
 from unipic2_jax.models.bundle import init_params, make_modules
 from unipic2_jax.models.registry import SIZES
-from unipic2_jax.models.sd3.family import TOKENIZERS
-from unipic2_jax.perf.blank_model import BlankProcessor, BlankTokenizer
+from unipic2_jax.models.sampling import velocity_fn
+from unipic2_jax.perf.blank_model import blank_tokenizers
 
 # Relative errors of 16 bits are a few thousandths; a kernel that is wrong is wrong by far more.
 TOLERANCE = 2e-2
@@ -88,8 +88,10 @@ def find_cases(size: str, metaquery: str, height: int, width: int, batch: int) -
         sizes = jax.ShapeDtypeStruct((batch, 1, 2), jnp.int32)
         uses = {"text to image": (), "edit": (references,), "edit, references of several sizes": (references, sizes)}
 
-        def denoise(params: Any, *given: Any, transformer: Any = transformer) -> Any:
-            return transformer.apply({"params": params["transformer"]}, *given)
+        def denoise(
+            params: Any, x: Any, sigma: Any, context: Any, pooled: Any, *more: Any, net: Any = transformer
+        ) -> Any:
+            return velocity_fn(net, params["transformer"], (context, pooled), *more)(x, sigma)
 
         for use, more in uses.items():
             given = (latents, _floats(batch), *text, *more)
@@ -103,11 +105,7 @@ def find_cases(size: str, metaquery: str, height: int, width: int, batch: int) -
 def _modules(size: str) -> tuple[Any, Any, Any]:
     """(transformer, VAE, conditioner), computing in bfloat16, with tokenizers that know no words."""
     sizes = SIZES[size]
-    if "vlm" in sizes.networks:
-        tokenizers = BlankProcessor(sizes.networks["vlm"])
-    else:
-        tokenizers = dict.fromkeys(TOKENIZERS, BlankTokenizer(sizes.networks["text_encoder"].max_position_embeddings))
-    return make_modules(sizes.networks, tokenizers, dict(sizes.settings), jnp.bfloat16)
+    return make_modules(sizes.networks, blank_tokenizers(sizes.networks), dict(sizes.settings), jnp.bfloat16)
 
 
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,14 @@ class BlankProcessor:
         return VLMInput(ids, positions, np.ones(ids.shape, bool), vision)
 
 
+def blank_tokenizers(configs: Mapping[str, Any]) -> Any:
+    """What `make_modules` takes as the tokenizers of the networks with these configs, by folder."""
+    family = family_of(configs)
+    if family.reader:
+        return BlankProcessor(configs[family.reader])
+    return dict.fromkeys(family.tokenizer_folders, BlankTokenizer(configs["text_encoder"].max_position_embeddings))
+
+
 def abstract_bundle(config: ConfigDict, mesh: Mesh) -> Bundle:
     """The model of a run's configuration with descriptions of parameters, all of them held as frozen ones are, where they
     would be on the mesh.
@@ -95,15 +103,8 @@ def abstract_bundle(config: ConfigDict, mesh: Mesh) -> Bundle:
         if os.fspath(folder):
             configs |= read_configs({name: Path(folder)})
     precision = as_precision(config.precision)
-    family = family_of(configs)
-    if family.reader:
-        tokenizers = BlankProcessor(configs[family.reader])
-    else:
-        tokenizers = dict.fromkeys(
-            family.tokenizer_folders, BlankTokenizer(configs["text_encoder"].max_position_embeddings)
-        )
     settings = {**sizes.settings, **config.settings.to_dict()}
-    transformer, *others = make_modules(configs, tokenizers, settings, precision)
+    transformer, *others = make_modules(configs, blank_tokenizers(configs), settings, precision)
     modules = (transformer.clone(attention_implementation=config.attention), *others)
     new = lambda key: precision.hold(init_params(*modules, key))
     params = jax.eval_shape(new, jax.eval_shape(lambda: jax.random.key(0)))

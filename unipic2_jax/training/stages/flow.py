@@ -20,9 +20,9 @@ from ml_collections import ConfigDict, config_dict
 from tqdm import tqdm
 
 from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.data.batches import BatchPlan, BatchShape
 from unipic2_jax.data.examples import Example, ExampleSource, make_examples
 from unipic2_jax.data.loader import Loader
-from unipic2_jax.data.plan import BatchPlan, BatchShape
 from unipic2_jax.data.prompts import PromptSource
 from unipic2_jax.evaluation.evaluator import check_evaluation, evaluation_sources, make_evaluators
 from unipic2_jax.flow.loss import draw_corruption, flow_losses, flow_step_flops, loss_by_noise
