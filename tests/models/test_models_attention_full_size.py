@@ -9,7 +9,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from unipic2_jax.models import attention
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.perf import plan
+from unipic2_jax.perf import described
 from unipic2_jax.training.config import validate
 
 
@@ -21,7 +21,7 @@ def traced(name, arg, devices, *programs):
     platform = mock.patch.object(attention, "_platform", return_value="gpu")
     version = mock.patch.object(cudnn, "check_cudnn_version", return_value=91000)
     with jax.set_mesh(mesh), platform, version, attention.recorded() as calls:
-        for planned in plan.stages(config, mesh, shards=devices):
+        for planned in described.stages(config, mesh, shards=devices):
             for program in planned.programs:
                 if program.name.startswith(programs):
                     program.function.trace(*program.arguments, **program.keywords)

@@ -19,7 +19,7 @@ from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.models import attention
 from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.perf import plan, plan_report
+from unipic2_jax.perf import described, plan, plan_report
 from unipic2_jax.perf.counting import jaxpr_flops
 from unipic2_jax.perf.liveness import measure
 from unipic2_jax.perf.topology import SLICES, has_compiler, read_topology
@@ -91,8 +91,8 @@ def test_a_step_on_gpus_by_arithmetic(counted):
     assert len(said) == 2 and all("counted" in sentence for sentence in said)
     mesh = make_mesh(jax.devices()[:1])
     edit = costs["kontext"][0]
-    trained, moments, averages = (plan.local_bytes(x, mesh) for x in planned.state().values())
-    frozen = plan.local_bytes(planned.parameters, mesh)
+    trained, moments, averages = (described.local_bytes(x, mesh) for x in planned.state().values())
+    frozen = described.local_bytes(planned.parameters, mesh)
     # All but biases, norms and the VAE is split in eight.
     assert (trained + frozen) / 8 < edit.parameters < (trained + frozen) / 3
     assert (moments + averages) / 8 < edit.optimizer < (moments + averages) / 5
