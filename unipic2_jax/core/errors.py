@@ -24,8 +24,8 @@ def closest(name: str, names: Iterable[str]) -> str:
     return f" (nearest: {match[0]!r})" if match else ""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: '; did you mean 'x'?', or the list of what there is."""
+def nearest(name: str, known: Iterable[str], otherwise: str = "it has") -> str:
+    """The end of a sentence about an unknown name: '; did you mean 'x'?', or the list of what there is behind `otherwise`."""
     known = sorted(known)
     match = difflib.get_close_matches(name, known, 1, 0.6)
-    return f"; did you mean '{match[0]}'?" if match else f"; it has {', '.join(known) or 'nothing'}."
+    return f"; did you mean '{match[0]}'?" if match else f"; {otherwise} {', '.join(known) or 'nothing'}."

@@ -13,6 +13,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
+from unipic2_jax.core.errors import nearest
+
 T = TypeVar("T")
 
 PACKAGE = Path(__file__).parents[1]
@@ -60,7 +62,7 @@ class Registry(MutableMapping[str, Any]):
           ValueError: when there is nothing.
         """
         if name not in self:
-            raise ValueError(f"The {self.what} {name!r} does not exist; choose one of {', '.join(sorted(self))}.")
+            raise ValueError(f"The {self.what} {name!r} does not exist{nearest(str(name), self, 'choose one of')}")
         return self[name]
 
     def make(self, config: Mapping[str, Any], **given: Any) -> Any:

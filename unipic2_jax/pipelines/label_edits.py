@@ -29,7 +29,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tqdm import tqdm
 
-from unipic2_jax.core.files import to_text, write_text
+from unipic2_jax.core.files import append_rows, read_rows, to_text, write_text
 from unipic2_jax.data.buckets import Bucket, nearest_aspect
 from unipic2_jax.data.prepared import INDEX, PreparedExample, PreparedIndex, Shard, pack
 from unipic2_jax.data.prompts import PromptRecord, PromptSource
@@ -149,8 +149,10 @@ class EditLabels:
             (self.out / "pictures").mkdir(parents=True, exist_ok=True)
             write_text(begun, to_text(settings))
         (self.out / "pictures").mkdir(exist_ok=True)
-        self.made = {row["number"]: row for row in _read_lines(self.out / "made.jsonl")}
-        self.scores = {row["key"]: row["marks"] for row in _read_lines(self.out / "scores.jsonl")}
+        for file in filter(Path.is_file, (self.out / "made.jsonl", self.out / "scores.jsonl")):
+            append_rows(file, ())  # cuts off what was being written when a run was killed
+        self.made = {row["number"]: row for row in read_rows(self.out / "made.jsonl")}
+        self.scores = {row["key"]: row["marks"] for row in read_rows(self.out / "scores.jsonl")}
         if (self.out / "spent.json").is_file():
             self.spent = json.loads((self.out / "spent.json").read_text(encoding="utf-8"))
 
@@ -230,7 +232,7 @@ class EditLabels:
             record = records[i // variety.samples]
             rows.append(self._row(numbers[i], record, edited.get(i, record.image), how[i]))
         new = [row for row in rows if row["number"] not in self.made]
-        _append(self.out / "made.jsonl", new)
+        append_rows(self.out / "made.jsonl", new)
         self.made |= {row["number"]: row for row in new}
 
     def _how(self, number: int, records: Sequence[PromptRecord], variety: Variety) -> dict[str, Any]:
@@ -274,7 +276,7 @@ class EditLabels:
             marks = {SCORE: scored.values[name][i], **{d: column[i] for d, column in scored.details[name].items()}}
             if not np.isnan(marks[SCORE]):
                 lines.append({"key": row["key"], "marks": {k: float(v) for k, v in marks.items() if not np.isnan(v)}})
-        _append(self.out / "scores.jsonl", lines)
+        append_rows(self.out / "scores.jsonl", lines)
         self.scores |= {line["key"]: line["marks"] for line in lines}
         used = {what: after - before[what] for what, after in _tokens(entry.reward).items()}
         self.spent = {what: self.spent[what] + ({"calls": len(rows)} | used)[what] for what in self.spent}
@@ -339,22 +341,3 @@ def _digest(*parts: bytes) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a list; what was being written when a run was killed is cut off."""
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
