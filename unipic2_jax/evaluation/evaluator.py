@@ -1,24 +1,18 @@
-"""Scoring a model on held-out prompts with fixed seeds; stages of training and `launch.evaluate` share it."""
+"""Scoring a model on held-out prompts with fixed seeds, in the middle of a run; benchmarks of pictures read the same fields."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict, config_dict
-from PIL import Image
 
 from unipic2_jax.core.errors import ConfigError, nearest
 from unipic2_jax.data.prompts import PromptRecord, PromptSource, make_source
-from unipic2_jax.models import sampling
-from unipic2_jax.models.conditioner import tokenize_negative
-from unipic2_jax.parallel.mesh import batch_shards, shard_batch
-from unipic2_jax.parallel.processes import gather_json, own_share, to_host
-from unipic2_jax.pictures import resize as pictures
-from unipic2_jax.pictures.sheet import contact_sheet
+from unipic2_jax.evaluation import marks
+from unipic2_jax.evaluation.maker import PictureMaker
 from unipic2_jax.rewards.scoring import Scorer, check_tasks, make_entries
 from unipic2_jax.weights.precision import PRECISIONS, Precision
 
@@ -96,37 +90,17 @@ def is_wanted(config: ConfigDict) -> bool:
     return config.num_prompts > 0 and config.source.get("path") != ""
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Decoded images [B, H, W, 3], about [-1, 1], as uint8."""
-    return (pictures.to_unit(images) * 255).round().astype(np.uint8)
-
-
-def source_pictures(records: list[PromptRecord], height: int, width: int) -> list[list[Image.Image]] | None:
-    """What each record edits, as a list of one picture of this size, or None when they edit nothing.
-
-    Raises:
-      ConfigError: when only some have one.
+def held_out(config: ConfigDict) -> list[PromptRecord]:
+    """The prompts of an evaluation. A file is gone through once at most: the same prompt with the same seeds would be no further
+    evidence.
     """
-    missing = [record.image is None for record in records]
-    if all(missing):
-        return None
-    if any(missing):
-        raise ConfigError("Some prompts of a batch have an image and some have none; use one source for each kind.")
-    return [[pictures.resized(Image.fromarray(record.image), height, width)] for record in records]
-
-
-def stack_sources(sources: list[list[Image.Image]] | None) -> np.ndarray | None:
-    """`source_pictures` as float32 [N, H, W, 3] in [-1, 1], or None."""
-    if sources is None:
-        return None
-    return pictures.to_model([row[0] for row in sources], *sources[0][0].size[::-1])
+    source = make_source(config.source, config.seed)
+    count = min(config.num_prompts, len(source)) if isinstance(source, Sized) else config.num_prompts
+    return source.batch(0, count)
 
 
 class Evaluator:
-    """Generates with given parameters and scores: one compiled program, always the same prompts and noise.
-
-    Sample j of prompt i has the seed `config.seed + i * samples + j`, whatever the batch size or number of devices.
-    """
+    """Generates with given parameters and scores: always the same prompts and noise; `PictureMaker` has the seeds."""
 
     def __init__(
         self,
@@ -136,63 +110,14 @@ class Evaluator:
         mesh: jax.sharding.Mesh,
         precision: Precision = PRECISIONS["float32"],
     ):
-        self.name, self.config, self.bundle, self.mesh = name, config, bundle, mesh
-        source = make_source(config.source, config.seed)
-        # A file is gone through once at most: the same prompt with the same seeds would be no further evidence.
-        self.count = min(config.num_prompts, len(source)) if isinstance(source, Sized) else config.num_prompts
-        self.records = source.batch(0, self.count)
+        self.name, self.config, self.mesh = name, config, mesh
+        self.records = held_out(config)
         self.scorer = Scorer(make_entries(config.rewards, mesh, precision))
-        factor = bundle.vae.config.downsampling
-        pictures.check_size(config.height, config.width, factor * bundle.transformer.config.patch_size)
-        self.shape = (config.height // factor, config.width // factor, bundle.transformer.config.in_channels)
-        self.sigmas = bundle.scheduler.sigmas(config.num_steps)
-        devices = batch_shards(mesh)
-        self.batch = math.ceil(min(config.batch_size, self.count * config.samples) / devices) * devices
-        self._sample = jax.jit(self._images)
-
-    def _images(self, params, lora, tokens, negative, seeds, sources):
-        keys = sampling.image_keys(seeds)
-        return sampling.sample_images(
-            self.bundle,
-            params,
-            tokens,
-            sampling.initial_noise(keys, self.shape),
-            self.sigmas,
-            negative_tokens=negative,
-            guidance_scale=self.config.guidance_scale,
-            reference_images=sources,
-            reference_keys=keys,
-            lora=lora,
-        )
+        self.maker = PictureMaker(config, self.records, bundle, mesh)
 
     def generate(self, params: Any, lora: Any = None) -> np.ndarray:
         """uint8 [prompts * samples, H, W, 3], the samples of a prompt next to each other."""
-        config = self.config
-        total = self.count * config.samples
-        conditioner = self.bundle.conditioner
-        edited = source_pictures(self.records, config.height, config.width)
-        sources = stack_sources(edited)
-        tokens = conditioner.tokenize([record.prompt for record in self.records], edited)
-        guided = config.guidance_scale > 1
-        negative = tokenize_negative(conditioner, config.negative_prompt, edited) if guided else None
-        # One row serves all prompts, unless it is read together with their images.
-        own_negative = negative if conditioner.reads_images and edited is not None else None
-        made = []
-        for start in range(0, total, self.batch):
-            # A short last batch is filled up, so that it does not cost another compilation.
-            index = np.minimum(np.arange(start, start + self.batch), total - 1)
-            prompts = index // config.samples
-            rows = {
-                "tokens": tokens,
-                "negative": own_negative,
-                "sources": None if sources is None else sources[:, None],
-            }
-            batch = shard_batch(jax.tree.map(lambda x, prompts=prompts: x[prompts], rows), self.mesh)
-            seeds = shard_batch((config.seed + index).astype(np.uint32), self.mesh)
-            unconditional = negative if own_negative is None else batch["negative"]
-            images = self._sample(params, lora, batch["tokens"], unconditional, seeds, batch["sources"])
-            made.append(to_uint8(to_host(images)))
-        return np.concatenate(made)[:total]
+        return np.concatenate([made for _, made in self.maker.make(params, lora)])
 
     def run(self, params: Any, lora: Any = None) -> dict[str, Any]:
         """Metrics, scores [prompts, samples] and a contact sheet, as `Stage.evaluate` returns them.
@@ -200,59 +125,18 @@ class Evaluator:
         Names are '{evaluation}/{reward}', '{evaluation}/{reward}_{detail}', and for metrics '.../{tag}' too when the
         prompts have tags.
         """
-        config = self.config
         images = self.generate({name: tree for name, tree in params.items() if name != "lora"}, lora)
-        repeated = [record for record in self.records for _ in range(config.samples)]
-        metrics, scores = {}, {}
-        for title, column in self._scores(images, repeated).items():
-            table = column.reshape(self.count, config.samples)
-            scores[f"{self.name}/{title}"] = table
-            metrics |= self._means(f"{self.name}/{title}", table)
-        for name, entry in self.scorer.entries.items():
-            unscored = np.isnan(scores[f"{self.name}/{name}"]).ravel()
-            if failed := sum(bad and entry.is_about(record) for bad, record in zip(unscored, repeated)):
-                metrics[f"{self.name}/{name}_failed"] = failed
-        return {"metrics": metrics, "scores": scores, "images": {self.name: self._sheet(images)}}
-
-    def _scores(self, images: np.ndarray, records: list[PromptRecord]) -> dict[str, np.ndarray]:
-        """'{reward}' and '{reward}_{detail}' -> [prompts * samples]; each process scores its share of the prompts."""
-        own = own_share(self.count, self.mesh)
-        rows = slice(own.start * self.config.samples, own.stop * self.config.samples)
-        scored = self.scorer.score(list(images[rows]), records[rows])
-        columns = {}
-        for name, values in scored.values.items():
-            columns |= {name: values, **{f"{name}_{detail}": row for detail, row in scored.details[name].items()}}
-        found = [len(images[rows]), {title: column.tolist() for title, column in columns.items()}]
-        shares = gather_json(found, self.mesh)
-        titles = dict.fromkeys(title for _, found in shares for title in found)
-        # A process all of whose calls failed knows no details.
-        return {
-            title: np.concatenate([found.get(title, [np.nan] * count) for count, found in shares]) for title in titles
+        shape = (len(self.records), self.config.samples)
+        found, _ = marks.columns(self.scorer, images, self.records, self.mesh)
+        tables = {title: column.reshape(shape) for title, column in found.items()}
+        metrics = {
+            **marks.means(tables, self.records),
+            **marks.failures(tables, self.records, self.scorer.entries),
         }
-
-    def _means(self, title: str, table: np.ndarray) -> dict[str, float]:
-        """The mean, and that of every tag; a mean over nothing is left out."""
-        tags = np.array([str(record.metadata.get("tag", "")) for record in self.records])
-        rows = {
-            title: np.ones(len(tags), bool),
-            **{f"{title}/{tag}": tags == tag for tag in dict.fromkeys(tags) if tag},
-        }
-        valid = {name: table[row][~np.isnan(table[row])] for name, row in rows.items()}
-        return {name: float(values.mean()) for name, values in valid.items() if values.size}
-
-    def _sheet(self, images: np.ndarray) -> Image.Image:
-        """The samples of a prompt side by side, its source picture first when there is one; a row holds whole prompts."""
-        shown, captions = [], []
-        samples = min(4, self.config.samples)
-        for number, record in enumerate(self.records[: self.config.pictures]):
-            if record.image is not None:
-                shown.append(record.image)
-                captions.append("source")
-            first = number * self.config.samples
-            shown += list(images[first : first + samples])
-            captions += [record.prompt] * samples
-        together = samples + (self.records[0].image is not None)
-        return contact_sheet(shown, captions, columns=together * max(1, 6 // together))
+        shown = slice(self.config.pictures)
+        sheet = marks.sheet(images.reshape(*shape, *images.shape[1:])[shown], self.records[shown])
+        named = lambda values: {f"{self.name}/{title}": value for title, value in values.items()}
+        return {"metrics": named(metrics), "scores": named(tables), "images": {self.name: sheet}}
 
 
 def make_evaluators(

@@ -218,11 +218,6 @@ def sample_images(
     return decode_latents(bundle.vae, params["vae"], latents)
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
-    """Decoded images, about [-1, 1], as the 8-bit pictures that they stand for."""
-    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
-
-
 def from_uint8(images: jax.Array) -> jax.Array:
-    """The inverse of `to_uint8`, float32 in [-1, 1]."""
+    """The inverse of `pictures.resize.to_uint8`, float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1

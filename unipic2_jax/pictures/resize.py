@@ -65,6 +65,15 @@ def to_unit(images: Any) -> np.ndarray:
     return np.clip(np.asarray(images, np.float32) / 2 + np.float32(0.5), 0, 1)
 
 
+def to_uint8(images: Any) -> Any:
+    """Decoded images [B, H, W, 3], about [-1, 1], as the 8-bit pictures that they stand for; of NumPy or, inside a program too, of JAX.
+
+    The one rounding of the house, diffusers' own: clipped to [0, 1], then the nearest of 255 steps.
+    """
+    unit = (images.astype(np.float32) / 2 + np.float32(0.5)).clip(0, 1)
+    return (unit * 255).round().astype(np.uint8)
+
+
 def to_pictures(unit: np.ndarray) -> list[Image.Image]:
     """Images [B, H, W, 3] in [0, 1] -> PIL pictures."""
     return [Image.fromarray(image) for image in (unit * 255).round().astype(np.uint8)]

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.data.examples import make_examples
-from unipic2_jax.models.sampling import encode_moments, from_uint8, to_uint8
+from unipic2_jax.models.sampling import encode_moments, from_uint8
 from unipic2_jax.optim.optimizer import make_optimizer
 from unipic2_jax.parallel.mesh import check_rows, shard_batch
+from unipic2_jax.pictures.resize import to_uint8
 from unipic2_jax.pictures.sheet import contact_sheet
 from unipic2_jax.training.stage import STAGES, Stage, StageContext, stage_fields
 from unipic2_jax.training.stages.autoencoder_loss import autoencoder_loss

@@ -17,15 +17,8 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict, config_dict
 
 from unipic2_jax.core.errors import ConfigError, TrainingPaused
-from unipic2_jax.data.prompts import UNREAD, PromptRecord, PromptSource, make_source
-from unipic2_jax.evaluation.evaluator import (
-    check_evaluation,
-    evaluation_sources,
-    make_evaluators,
-    source_pictures,
-    stack_sources,
-    to_uint8,
-)
+from unipic2_jax.data.prompts import UNREAD, PromptRecord, PromptSource, make_source, source_pictures, stack_sources
+from unipic2_jax.evaluation.evaluator import check_evaluation, evaluation_sources, make_evaluators
 from unipic2_jax.flow.sde import SDEConfig
 from unipic2_jax.models import sampling
 from unipic2_jax.models.conditioner import tokenize_negative
@@ -43,6 +36,7 @@ from unipic2_jax.parallel.mesh import (
 from unipic2_jax.parallel.processes import gather_json, gather_rows, local_rows, row_owners, rows_to_host
 from unipic2_jax.parallel.rules import RULES, described, gathered
 from unipic2_jax.pictures import resize as pictures
+from unipic2_jax.pictures.resize import to_uint8
 from unipic2_jax.rewards.audit import write_audit
 from unipic2_jax.rewards.combine import combine_rewards, normalize
 from unipic2_jax.rewards.scoring import Scored, Scorer, check_tasks, make_entries
