@@ -26,8 +26,8 @@ import math
 
 from ml_collections import ConfigDict
 
-from configs.shapes import SIZE, evaluations
 from unipic2_jax.core.assets import TINY, TINY_EDIT_REWARD, TINY_METAQUERY
+from unipic2_jax.shapes.heldout import SIZE, evaluations
 from unipic2_jax.training.config import make_config
 
 # The rewards that can be chosen at full size. Flags reach their fields by their names, as in

@@ -6,8 +6,8 @@ where it learns edits. At tiny scale it reads the shapes world.
 
 from typing import Any
 
-from configs.shapes import evaluations
 from unipic2_jax.core.assets import TINY, TINY_METAQUERY
+from unipic2_jax.shapes.heldout import evaluations
 
 # What a stage trains, as a regex on names of parameters; the vision-language model and the autoencoder never are.
 TRANSFORMER = "^transformer/"

@@ -8,7 +8,7 @@ and draws more of what is still wrong: positions, colour binding, moves, and mov
 from ml_collections import ConfigDict
 
 from configs import pretraining
-from configs.shapes import evaluations
+from unipic2_jax.shapes.heldout import evaluations
 from unipic2_jax.training.config import make_config
 
 # What is learned last.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging as python_logging
 import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -155,21 +156,37 @@ def is_user_error(error: BaseException) -> bool:
     return isinstance(error, ValueError) and bool(frames) and frames[-1].filename.startswith(OURS)
 
 
-def run(main: Callable[[Sequence[str]], Any]) -> None:
-    """Runs `main(argv)` under absl; an error of input ends with its sentence on stderr and exit code 2."""
+def run(main: Callable[[Sequence[str]], Any], prepare: Callable[[Sequence[str]], None] | None = None) -> None:
+    """Runs `main(argv)` under absl; an error of input ends with its sentence on stderr and exit code 2.
+
+    Args:
+      prepare: called with the command line before it is parsed, to define flags that depend on it.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
-        quiet()
-        try:
+        with _sentences():
             if len(argv) > 1:
                 raise ValueError(f"Unexpected argument {argv[1]!r}: every value needs its flag; see --help.")
             main(argv)
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except (OSError, ValueError) as error:
-            if flags.FLAGS.traceback or not is_user_error(error):
-                raise
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
 
-    app.run(guarded)
+    def parse(argv: Sequence[str]) -> list[str]:
+        with _sentences():
+            prepare(argv)
+        return app.parse_flags_with_usage(argv)
+
+    app.run(guarded, flags_parser=parse if prepare else app.parse_flags_with_usage)
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """Ends the process where what the user passed is wrong, with the sentence that says so."""
+    quiet()
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError) as error:
+        if (flags.FLAGS.is_parsed() and flags.FLAGS.traceback) or not is_user_error(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,140 +1,109 @@
-"""Scores a model.
+"""Measures a model by a benchmark.
 
-python -m launch.evaluate --suite=shapes [--model=DIR] [--reconstruct] [--gates] [--baseline=JSON] [--out=DIR]    # draws and edits
-python -m launch.evaluate --suite=shapes-vqa --model=DIR [--gates] [--out=DIR]                  # understands
+    python -m launch.evaluate --suite=shapes [--model=DIR] [--reconstruct] [--gates] [--baseline=JSON] [--out=DIR]    # draws and edits
+    python -m launch.evaluate --suite=shapes-vqa --model=DIR [--gates] [--out=DIR]                                    # understands
+    python -m launch.evaluate --suite=shapes --generate_only --out=A        # and then, with no model, also elsewhere:
+    python -m launch.evaluate --suite=shapes --score_only --works=A/works --out=B
+
+A suite's options are flags as well, which --help shows: --suite=shapes --prompts=20 --samples=2. With --out the same command goes on
+where an interrupted one stopped.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from launch import cli
 from unipic2_jax.core.assets import TINY
 
-_SUITE = flags.DEFINE_enum("suite", "shapes", ["shapes", "shapes-vqa"], "What to measure.")
+_SUITE = flags.DEFINE_list("suite", ["shapes"], "What to measure; several with commas between them.")
 _MODEL = flags.DEFINE_string("model", str(TINY), "Folder of the model in diffusers layout, or a hub id.")
 _LORA = cli.lora_flag()
-_OUT = flags.DEFINE_string("out", None, "Folder that receives scores.json, and contact sheets or answers.jsonl.")
-_RECONSTRUCT = flags.DEFINE_bool("reconstruct", False, "Measure the autoencoder alone: which scenes stay readable.")
+_OUT = flags.DEFINE_string(
+    "out", None, "Folder that receives works, marks, scores.json, and contact sheets or answers."
+)
+_WORKS = flags.DEFINE_string("works", None, "Folder of works to score, instead of OUT/works; with --score_only.")
+_GENERATE_ONLY = flags.DEFINE_bool("generate_only", False, "Make the works, and leave scoring for later.")
+_SCORE_ONLY = flags.DEFINE_bool("score_only", False, "Score works that are there, and use no model.")
+_RECONSTRUCT = flags.DEFINE_bool("reconstruct", False, "Short for --suite=NAME:reconstruct, the autoencoder alone.")
 _GATES = flags.DEFINE_bool("gates", False, "Exit with 1 unless the scores lie where a checkpoint for RL must lie.")
 _BASELINE = flags.DEFINE_string(
     "baseline", None, "scores.json of another model (from its --out): the gates are then to be no worse."
 )
-_QUESTIONS = flags.DEFINE_integer("questions", 600, "Held-out questions of shapes-vqa.", lower_bound=1)
-_PROMPTS = flags.DEFINE_integer("prompts", 200, "Held-out prompts per task.", lower_bound=1)
-_SAMPLES = flags.DEFINE_integer("samples", 4, "Pictures per prompt.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 20, "Sampling steps.", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Guidance scale; 1 switches guidance off.")
+_DEFINERS = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
+
+
+def define_options(argv: Sequence[str]) -> None:
+    """A flag for each option of the suites that the command line names."""
+    from unipic2_jax.evaluation.benchmark import options_of
+
+    asked, ours = suites(argv), set(flags.FLAGS)
+    for name in asked:
+        for option, found in options_of(name).items():
+            if option in ours:
+                raise ValueError(
+                    f"The benchmark '{name}' has an option '{option}', which is a flag already; rename it."
+                )
+            if option not in flags.FLAGS:
+                define = _DEFINERS.get(found.type, flags.DEFINE_string)
+                define(option, None, f"Of --suite={name}: {found.about or option} ({found.default!r} if not given)")
+
+
+def suites(argv: Sequence[str]) -> list[str]:
+    """The names that a command line asks for, before it is parsed."""
+    line = " ".join(argv)
+    found = re.findall(r"(?:^| )--?suite[ =](\S+)", line)
+    names = found[-1].split(",") if found else list(_SUITE.default)
+    return [f"{name}:reconstruct" for name in names] if re.search(r" --?reconstruct(=true)?( |$)", line) else names
 
 
 def main(argv: list[str]) -> None:
     """Prints the scores, and the gates that they miss."""
     del argv
-    missed = _score_answers() if _SUITE.value == "shapes-vqa" else _score_pictures()
+    from unipic2_jax.evaluation import benchmark as library
+
+    names = [f"{name}:reconstruct" if _RECONSTRUCT.value else name for name in _SUITE.value]
+    check_flags(names)
+    made = {name: library.make_benchmark(name, options(library.options_of(name))) for name in names}
+    baseline = made[names[0]].read_baseline(_BASELINE.value) if _BASELINE.value else None
+    subject = library.Subject(_MODEL.value, tuple(_LORA.value))
+    steps = {"works": _WORKS.value, "generate": not _SCORE_ONLY.value, "score": not _GENERATE_ONLY.value}
+    missed: list[str] = []
+    for name, benchmark in made.items():
+        out = Path(_OUT.value, *([name.replace(":", "-")] if len(names) > 1 else [])) if _OUT.value else None
+        report = library.run(benchmark, subject, out, **steps)
+        if report:
+            print(report.text)
+            missed += benchmark.missed(report, baseline)
+            for sentence in report.failed:
+                print(f"no mark: {sentence}", file=sys.stderr)
     if _GATES.value:
         print("\n".join(["", *missed]) if missed else "\nall gates passed")
         sys.exit(1 if missed else 0)
 
 
-def _score_answers() -> list[str]:
-    if _LORA.value:
-        raise ValueError(
-            "--suite=shapes-vqa asks the vision-language model, which no LoRA of the transformer changes; leave --lora out."
-        )
-    from unipic2_jax.data.questions import make_questions
-    from unipic2_jax.evaluation import vqa
-    from unipic2_jax.pipelines.chat import ChatModel
-
-    source = make_questions({"kind": "shapes", "split": "heldout"}, vqa.HELD_OUT_SEED)
-    questions = [source.question(index) for index in range(_QUESTIONS.value)]
-    answers = vqa.answer_questions(ChatModel.load(_MODEL.value), questions)
-    _, shares = vqa.score_answers(questions, answers)
-    print(f"shapes-vqa: {len(questions)} held-out questions, exact answers")
-    for tag, share in shares.items():
-        print(f"{tag:16}{share:10.3f}")
-    if _OUT.value:
-        out = Path(_OUT.value)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "scores.json").write_text(json.dumps(shares, indent=2) + "\n")
-        with (out / "answers.jsonl").open("w") as f:
-            for q, answer in zip(questions, answers, strict=True):
-                f.write(json.dumps({"tag": q.tag, "question": q.question, "right": q.answer, "answer": answer}) + "\n")
-    low = vqa.ACCURACY_GATE
-    return [] if shares["overall"] >= low else [f"Exact answers are {shares['overall']:.3f}, below {low}."]
+def options(known: Iterable[str]) -> dict[str, Any]:
+    """Those of a suite's options that the command line gives."""
+    return {name: flags.FLAGS[name].value for name in known if flags.FLAGS[name].present}
 
 
-def _score_pictures() -> list[str]:
-    from unipic2_jax.models.bundle import load_bundle
-    from unipic2_jax.pipelines import adapters
-    from unipic2_jax.shapes import benchmark as shapes
-
-    baseline = _read_baseline()
-    loras = adapters.located(_LORA.value)
-    bundle, _ = adapters.load_fused(load_bundle(_MODEL.value), loras)
-    missed: list[str] = []
-    if _RECONSTRUCT.value:
-        found = shapes.readability(bundle)
-        print(f"held-out scenes              {found.scenes}")
-        print(f"read back from clean renders {found.clean:.3f}")
-        print(
-            f"read back after the VAE      {found.decoded:.3f}   (objects {found.objects:.4f}, PSNR {found.psnr:.1f} dB)"
-        )
-        if found.clean < 1:
-            missed.append(f"The verifier reads {found.clean:.3f} of clean renders, not all.")
-        if found.decoded < shapes.READABLE_GATE:
-            missed.append(f"The VAE keeps {found.decoded:.3f} of scenes readable, fewer than {shapes.READABLE_GATE}.")
-    else:
-        missed = _score_tasks(bundle, baseline)
-    return missed
-
-
-def _read_baseline() -> dict | None:
-    if _BASELINE.value is None:
-        return None
-    try:
-        scores = json.loads(Path(_BASELINE.value).read_text())
-        return {task: dict(scores[task]) for task in ("t2i", "edit")}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{_BASELINE.value} holds no scores of both tasks; give the scores.json that --out of another model wrote."
-        ) from error
-
-
-def _score_tasks(bundle, baseline: dict | None) -> list[str]:
-    from configs.shapes import evaluations
-    from unipic2_jax.evaluation.evaluator import Evaluator, read_evaluation
-    from unipic2_jax.parallel.mesh import make_mesh
-    from unipic2_jax.shapes import benchmark as shapes
-
-    out = Path(_OUT.value) if _OUT.value else None
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-    missed, table = [], {}
-    configs = evaluations(_PROMPTS.value, _SAMPLES.value, _STEPS.value, _GUIDANCE.value)
-    for task, fields in configs.items():
-        result = Evaluator(task, read_evaluation(task, fields), bundle, make_mesh()).run(bundle.params)
-        table[task] = result["metrics"]
-        strict = shapes.summarize(task, result["metrics"], "correct")
-        gated = strict if task == "t2i" else shapes.summarize(task, result["metrics"], "instruction")
-        print(f"\n{task}: {_PROMPTS.value} held-out prompts x {_SAMPLES.value} samples")
-        print(f"{'':16}{'correct':>10}" + (f"{'instruction':>13}" if task == "edit" else ""))
-        for tag, value in strict.items():
-            print(f"{tag:16}{value:10.3f}" + (f"{gated[tag]:13.3f}" if task == "edit" else ""))
-        if baseline is None:
-            missed += shapes.failed_gates(gated, "GenEval-shapes" if task == "t2i" else "Instruction success")
-        elif strict["overall"] < (other := shapes.summarize(task, baseline[task], "correct")["overall"]):
-            missed.append(f"{task} is {strict['overall']:.3f}, below the baseline's {other:.3f}.")
-        if out:
-            for name, picture in result["images"].items():
-                picture.save(out / f"{name}.png")
-    if out:
-        (out / "scores.json").write_text(json.dumps(table, indent=2) + "\n")
-    return missed
+def check_flags(names: Sequence[str]) -> None:
+    """Refuses flags that do not go together."""
+    if _GENERATE_ONLY.value and (_SCORE_ONLY.value or _GATES.value or not _OUT.value):
+        raise ValueError("--generate_only needs --out, and neither --score_only nor --gates goes with it.")
+    if _WORKS.value and not _SCORE_ONLY.value:
+        raise ValueError("--works names works that are there already; give --score_only with it.")
+    if _SCORE_ONLY.value and not (_WORKS.value or _OUT.value):
+        raise ValueError("--score_only needs the folder with the works; give --works or --out.")
+    if len(names) > 1 and (_WORKS.value or _BASELINE.value):
+        raise ValueError("--works and --baseline are for one suite; ask for the suites one after the other.")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_options)

@@ -30,7 +30,9 @@ def test_scores_gates_and_baselines(tmp_path):
     assert worse.returncode == 1 and "below the baseline's 1.000" in worse.stdout
     (tmp_path / "scores.json").write_text("{}")
     done = evaluate(*small, "gates", f"baseline={tmp_path / 'scores.json'}")
-    assert done.returncode == 2 and "holds no scores of both tasks" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "holds no scores of this benchmark" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 def test_questions_are_answered_and_written_down(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,6 @@ from unipic2_jax.pipelines.chat import ChatModel
 
 # Held-out questions are numbered by this seed, which training never uses.
 HELD_OUT_SEED = 2**31 + 1
-# A model that understands answers at least this share of held-out questions.
-ACCURACY_GATE = 0.9
 
 
 def conversation(question: Question) -> list[dict[str, Any]]:
@@ -29,13 +27,19 @@ def answer_questions(
     model: ChatModel, questions: Sequence[Question], *, batch_size: int = 64, max_new_tokens: int = 48
 ) -> list[str]:
     """The model's likeliest answers, in order."""
-    answers: list[str] = []
+    made = answers_by_batch(model, questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return [answer for part in made for answer in part]
+
+
+def answers_by_batch(
+    model: ChatModel, questions: Sequence[Question], *, batch_size: int = 64, max_new_tokens: int = 48
+) -> Iterator[list[str]]:
+    """The answers to the next questions, as they come."""
     for start in tqdm(range(0, len(questions), batch_size), desc="answering", disable=None):
         part = list(questions[start : start + batch_size])
         # A short last batch is filled up, so that it does not cost another compilation.
         asked = part + [part[-1]] * (min(batch_size, len(questions)) - len(part))
-        answers += model([conversation(q) for q in asked], max_new_tokens=max_new_tokens)[: len(part)]
-    return answers
+        yield model([conversation(q) for q in asked], max_new_tokens=max_new_tokens)[: len(part)]
 
 
 def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> tuple[np.ndarray, dict[str, float]]:

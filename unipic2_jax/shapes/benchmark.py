@@ -1,4 +1,4 @@
-"""The shapes suite: both tasks on held-out combinations, and what the autoencoder leaves readable."""
+"""The suite 'shapes': drawing and editing, on combinations that no training example shows."""
 
 from __future__ import annotations
 
@@ -6,66 +6,61 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from unipic2_jax.models.sampling import decode_latents, encode_images, from_uint8, to_uint8
-from unipic2_jax.shapes.verify import read_scenes
-from unipic2_jax.shapes.world import Scene, random_scene, render
+from unipic2_jax.evaluation.benchmark import BENCHMARKS
+from unipic2_jax.evaluation.picture_benchmark import PictureBenchmark
+from unipic2_jax.shapes.heldout import evaluations
 
 # What the shipped checkpoint must reach before reinforcement: room above it, something to stand on below.
 OVERALL_GATE = (0.5, 0.85)
 TAG_GATE = 0.2
-READABLE_GATE = 0.97
-# Scenes are numbered by seed; training never uses this one.
-HELD_OUT_SEED = 2**31
+# Task -> (the detail that gates ask for, what it is called).
+GATED = {"t2i": ("correct", "GenEval-shapes"), "edit": ("instruction", "Instruction success")}
 
 
+@BENCHMARKS.register("shapes")
 @dataclasses.dataclass(frozen=True)
-class Readability:
-    """How well the verifier reads scenes back.
+class ShapesBenchmark(PictureBenchmark):
+    """Both tasks on held-out prompts, read by the verifier.
 
     Attributes:
-      scenes: how many were tried.
-      clean: share read back unchanged from the render itself (1, or the verifier is broken).
-      decoded: share read back unchanged after the autoencoder.
-      objects: share of objects read back unchanged after the autoencoder.
-      psnr: of the reconstruction, dB.
+      prompts: held-out prompts per task.
+      samples: pictures per prompt.
+      steps: sampling steps.
+      guidance: guidance scale; 1 switches guidance off.
     """
 
-    scenes: int
-    clean: float
-    decoded: float
-    objects: float
-    psnr: float
+    prompts: int = 200
+    samples: int = 4
+    steps: int = 20
+    guidance: float = 1.0
 
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        return evaluations(self.prompts, self.samples, self.steps, self.guidance)
 
-def readability(bundle: Any, scenes: int = 1000, batch_size: int = 100) -> Readability:
-    """Renders held-out scenes of one to four objects, encodes and decodes them (the mode), and reads both."""
-    rng = np.random.default_rng(HELD_OUT_SEED)
-    truth = [random_scene(rng, int(rng.integers(1, 5))) for _ in range(scenes)]
-    images = np.stack([render(scene) for scene in truth])
+    def headline(self, scores: Mapping[str, Any]) -> dict[str, float]:
+        return {task: summarize(task, dict(scores[task]), "correct")["overall"] for task in GATED}
 
-    @jax.jit
-    def reconstruct(params, images):
-        return to_uint8(decode_latents(bundle.vae, params, encode_images(bundle.vae, params, from_uint8(images))))
+    def text(self, scores: Mapping[str, Any]) -> str:
+        lines = []
+        for task, found in scores.items():
+            strict, loose = summarize(task, found, "correct"), {}
+            if task == "edit":
+                loose = summarize(task, found, "instruction")
+            asked = f"{min(self.limit or self.prompts, self.prompts)} held-out prompts x {self.samples} samples"
+            lines += ["", f"{task}: {asked}", f"{'':16}{'correct':>10}" + (f"{'instruction':>13}" if loose else "")]
+            lines += [
+                f"{tag:16}{value:10.3f}" + (f"{loose[tag]:13.3f}" if loose else "") for tag, value in strict.items()
+            ]
+        return "\n".join(lines)
 
-    parts = np.array_split(images, max(1, scenes // batch_size))
-    decoded = np.concatenate([np.asarray(reconstruct(bundle.params["vae"], part)) for part in parts])
-    clean, seen = read_scenes(images), read_scenes(decoded)
-    same = [_kept_objects(a, b) for a, b in zip(truth, seen)]
-    error = np.mean((images.astype(np.float64) - decoded) ** 2)
-    return Readability(
-        scenes=scenes,
-        clean=float(np.mean([a == b for a, b in zip(truth, clean)])),
-        decoded=float(np.mean([a == b for a, b in zip(truth, seen)])),
-        objects=sum(same) / sum(len(scene.things) for scene in truth),
-        psnr=float(10 * np.log10(255**2 / error)),
-    )
-
-
-def _kept_objects(truth: Scene, seen: Scene) -> int:
-    return sum(seen.at(thing.cell) == thing for thing in truth.things)
+    def gates(self, scores: Mapping[str, Any]) -> list[str]:
+        return [
+            sentence
+            for task, (detail, what) in GATED.items()
+            for sentence in failed_gates(summarize(task, scores[task], detail), what)
+        ]
 
 
 def summarize(name: str, metrics: Mapping[str, float], detail: str) -> dict[str, float]:

@@ -1,9 +1,15 @@
-"""What the recipes over the shapes world share: how a model is measured there."""
+"""How a model is measured in the shapes world: what recipes evaluate and `launch.evaluate --suite=shapes` asks. Imports no network."""
 
-SIZE = {"height": 48, "width": 48}
+from __future__ import annotations
+
+from typing import Any
+
+from unipic2_jax.shapes.world import IMAGE_SIZE
+
+SIZE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 
 
-def evaluations(num_prompts: int, samples: int, num_steps: int = 20, guidance_scale: float = 1.0) -> dict:
+def evaluations(num_prompts: int, samples: int, num_steps: int = 20, guidance_scale: float = 1.0) -> dict[str, Any]:
     """Both tasks on held-out combinations with fixed seeds, without guidance: it would hide much of what there is to learn."""
     shared = {**SIZE, "num_prompts": num_prompts, "samples": samples, "num_steps": num_steps, "seed": 1000}
     return {
