@@ -1,5 +1,6 @@
 """The seam for benchmarks: nothing is made or marked twice, nothing that failed is a number, and a stranger's suite is a command."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -177,6 +178,20 @@ def test_unknown_names_get_the_nearest_one():
         library.make_benchmark("shapes", {"promts": 3})
     with pytest.raises(ValueError, match="samples is 0; use 1 or more"):
         library.make_benchmark("shapes", {"samples": 0})
+
+
+def test_the_example_of_the_walk_through(tmp_path, monkeypatch):
+    page = (ROOT / "docs/extending/benchmark.md").read_text()
+    (code,) = (part.split("```")[0] for part in page.split("```python") if "class CountingBenchmark" in part)
+    (tmp_path / "counting_of_the_page.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("counting_of_the_page")
+    benchmark = library.make_benchmark("shapes-counting", {"questions": 5, "most": 2})
+    del library.BENCHMARKS["shapes-counting"]
+    question = benchmark.items()[0].task
+    assert question.question.startswith("how many") and benchmark.correct(question, question.answer) == 1
+    near = {"zero": "one", "one": "two", "two": "one"}[question.answer]
+    assert benchmark.correct(question, near) == 0.5 and benchmark.correct(question, "many") == 0
 
 
 def evaluate(*arguments):

@@ -65,15 +65,15 @@ def test_a_reward_s_server_and_its_client(key):
 
 
 def test_a_reward_of_one_s_own_is_imported_and_served(tmp_path, monkeypatch):
-    """As docs/rl.md has it."""
-    page = (ROOT / "docs/rl.md").read_text()
-    (example,) = (part.split("```")[0] for part in page.split("```python") if "REWARDS[" in part)
+    """As docs/extending/reward.md has it."""
+    page = (ROOT / "docs/extending/reward.md").read_text()
+    (example,) = (part.split("```")[0] for part in page.split("```python") if '@REWARDS.register("bright")' in part)
     (tmp_path / "my_rewards.py").write_text(example)
     (tmp_path / "more.py").write_text("")
     monkeypatch.setenv("MORE_PATH", str(tmp_path))
     with serving("serve_reward", "import=more", "import=my_rewards", "reward=bright", 'options={"target": 1}') as url:
         found = make_reward("remote", url=url).score([np.full((4, 4, 3), 51, np.uint8)], [PromptRecord("a")])
-    assert found.values == pytest.approx([-0.8]) and found.details["brightness"] == pytest.approx([0.2])
+    assert found.values == pytest.approx([0.2]) and found.details["brightness"] == pytest.approx([0.2])
 
 
 def test_a_judge_asks_the_vlm_s_server(key, tmp_path):

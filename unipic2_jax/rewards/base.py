@@ -87,7 +87,7 @@ class Calls:
 
 
 class Reward:
-    """Scores images. A subclass has `score`; `docs/rl.md` shows one in ten lines.
+    """Scores images. A subclass has `score`; docs/extending/reward.md walks through one.
 
     Attributes:
       groupwise: a call gets the images of one group, all for the same record, and may compare them.
