@@ -46,6 +46,7 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-logo --no-cache
+	$(RUN) -m mypy
 
 format: $(VENV)/.dev
 	$(RUN) -m ruff check --fix .
@@ -110,4 +111,4 @@ plan-check: $(VENV)/.compilers
 	$(RUN) -m launch.plan_check
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info
