@@ -15,7 +15,7 @@ UV := $(RUN) -m uv pip install --quiet --compile-bytecode --python $(RUN)
 help:
 	@echo "make demo       reinforce the shipped tiny model: editing, then text-to-image (about 10 minutes on 2 cores)"
 	@echo "make test       the default test suite        make test-slow  the long tests"
-	@echo "make lint       ruff                          make tiny       retrain the shipped tiny models (2 to 3 hours)"
+	@echo "make lint       style, imports and types      make tiny       retrain the shipped tiny models (2 to 3 hours)"
 	@echo "make plan-check compile every full-size program for GPUs and TPUs (hours on 2 cores; cached)"
 	@echo "make tiny-edit-reward                         retrain the shipped tiny EditReward (two hours)"
 
@@ -45,6 +45,8 @@ test-slow: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
+	$(RUN) -m mypy
 
 format: $(VENV)/.dev
 	$(RUN) -m ruff check --fix .
@@ -109,4 +111,4 @@ plan-check: $(VENV)/.compilers
 	$(RUN) -m launch.plan_check
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,1 +1,3 @@
-"""What everything else may use: JSON as its standard has it, and what it may hold. No JAX."""
+"""Errors, the one registry, files that are whole or not there, strict JSON and checked fields; it loads no JAX and imports no
+other room.
+"""

@@ -21,11 +21,15 @@ _PLAIN = {
 _SEVERAL = {"a whole number": "whole numbers", "a finite number": "finite numbers", "a text": "texts"}
 
 
-@functools.cache
 def hints(cls: type, names: Sequence[str] | None = None) -> Mapping[str, Any]:
     """Annotations of a dataclass's fields, or of these."""
-    types = typing.get_type_hints(cls)
-    return {name: types[name] for name in (names or [field.name for field in dataclasses.fields(cls)])}
+    return _hints(cls, None if names is None else tuple(names))
+
+
+@functools.cache
+def _hints(cls: type, names: tuple[str, ...] | None) -> Mapping[str, Any]:
+    annotations = typing.get_type_hints(cls)
+    return {name: annotations[name] for name in (names or [field.name for field in dataclasses.fields(cls)])}
 
 
 def check_fields(wanted: Mapping[str, Any], values: Mapping[str, Any], where: str = "") -> None:
@@ -51,7 +55,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, one) for one in typing.get_args(hint))
     if origin is tuple:
         return isinstance(value, (list, tuple)) and all(_fits(one, typing.get_args(hint)[0]) for one in value)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return isinstance(value, (Mapping, hint))
     return isinstance(value, origin or hint)
 

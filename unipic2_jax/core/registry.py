@@ -44,7 +44,8 @@ class Registry(MutableMapping[str, Any]):
     """
 
     def __init__(self, what: str):
-        self.what, self._entries = what, {}
+        self.what = what
+        self._entries: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """A decorator that registers what it decorates."""

@@ -1,0 +1,1 @@
+"""Records, readers, buckets, mixtures and preparation; it imports flow, optim, parallel, core and pictures."""

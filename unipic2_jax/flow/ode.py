@@ -28,7 +28,7 @@ def sample_ode(velocity_fn: VelocityFn, initial_noise: jax.Array, sigmas: jax.Ar
     """
     sigmas = jnp.asarray(sigmas, jnp.float32)
 
-    def step(x, levels):
+    def step(x: jax.Array, levels: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         sigma, sigma_next = levels
         return euler_step(velocity_fn(x, sigma), x, sigma, sigma_next), None
 

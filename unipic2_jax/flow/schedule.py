@@ -30,7 +30,7 @@ _MUST_BE = {
 FILE_NAME, CLASS_NAME = "scheduler_config.json", "FlowMatchEulerDiscreteScheduler"
 
 
-def shift_sigma(sigma: Any, shift: float) -> Any:
+def shift_sigma(sigma: Any, shift: float | np.floating) -> Any:
     """Moves noise levels in [0, 1] towards 1: `shift * sigma / (1 + (shift - 1) * sigma)`. Works on numpy and JAX."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
@@ -46,7 +46,7 @@ class FlowMatchConfig:
     num_train_timesteps: int = 1000
     shift: float = 3.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; the schedule needs at least 1.")
         if not self.shift > 0:

@@ -32,7 +32,7 @@ class SDEConfig:
     kind: str = "flow_grpo"
     noise_level: float = 0.7
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"SDE kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}.")
         if not (math.isfinite(self.noise_level) and self.noise_level > 0):

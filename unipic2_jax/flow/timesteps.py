@@ -34,7 +34,7 @@ class TimestepSampling:
     std: float = 1.0
     shift: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"Timestep sampling {self.kind!r} is unknown; choose one of {', '.join(KINDS)}.")
         if not self.std > 0:

@@ -114,7 +114,8 @@ def attention(
     if (calls := _RECORD.get()) is not None:
         describe = lambda x: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
         operands = {"query": describe(query), "key": describe(key), "mask": describe(mask), "bias": describe(bias)}
-        call = Call(network, *query.shape[2:], query.shape[1], key.shape[1], implementation, reason, operands)
+        heads, width = query.shape[2:]
+        call = Call(network, heads, width, query.shape[1], key.shape[1], implementation, reason, operands)
         if call not in calls:
             calls.append(call)
     if keys is not None and implementation != "cudnn":

@@ -130,7 +130,7 @@ def for_training(bundle: Bundle, remat: str = "full") -> Bundle:
         return module.clone(remat=remat) if isinstance(module, nn.Module) and hasattr(module, "remat") else module
 
     def fields(holder: Any) -> Any:
-        if not dataclasses.is_dataclass(holder):
+        if not dataclasses.is_dataclass(holder) or isinstance(holder, type):
             return holder
         values = {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder) if field.init}
         return dataclasses.replace(holder, **{name: with_changes(value) for name, value in values.items()})
@@ -191,24 +191,24 @@ def init_bundle(
         tokenizers = family.load_tokenizers(Path(tokenizers), sizes.networks, {})
     elif tokenizers is None and family.reader in folders:
         tokenizers = family.load_tokenizers(None, configs, folders)
-    elif tokenizers is None and sizes.tokenizers is None:
+    elif tokenizers is None and sizes.tokenizers is not None:
+        tokenizers = sizes.tokenizers(sizes.networks)
+    elif tokenizers is None:
         raise ValueError(
             "A new model of this size has no tokenizers of its own; start from a model folder (init), "
             + (f"or name the folder of its '{family.reader}' among the parts." if family.reader else "which has some.")
         )
-    elif tokenizers is None:
-        tokenizers = sizes.tokenizers(sizes.networks)
     precision = as_precision(dtype)
     modules = make_modules(configs, tokenizers, sizes.settings, precision)
     if not zero_projectors:
-        *others, conditioner = modules
+        transformer, vae, conditioner = modules
         if (connector := getattr(conditioner, "connector", None)) is None:
             raise ValueError("A model with text encoders has no projectors; leave zero_projectors as it is.")
         connector = connector.clone(zero_projectors=False)
-        modules = (*others, dataclasses.replace(conditioner, connector=connector))
+        modules = (transformer, vae, dataclasses.replace(conditioner, connector=connector))
     key = jax.random.key(folded(seed)) if isinstance(seed, (int, np.integer)) else seed
 
-    def fresh(key):
+    def fresh(key: jax.Array) -> dict[str, Any]:
         made = _by_folder(precision.hold(init_params(*modules, key)))
         return {name: tree for name, tree in made.items() if name not in folders}
 
@@ -255,7 +255,7 @@ def load_bundle(
     return Bundle(*modules, scheduler, _by_group(loaded), folders)
 
 
-def _check_settings(conditioner: type, settings: Mapping[str, Any], file: Path) -> None:
+def _check_settings(conditioner: type[Conditioner], settings: Mapping[str, Any], file: Path) -> None:
     """Raises ValueError in one sentence for a setting that this class has not, or of another type."""
     if unknown := [name for name in settings if name not in conditioner.SETTINGS]:
         raise ValueError(f"{file} has the field {unknown[0]!r}; a model of this kind knows {conditioner.SETTINGS}.")
@@ -284,7 +284,11 @@ def _read_config(name: str, folder: Path) -> ModelConfig:
 
 
 def _load_folders(
-    folders: Mapping[str, Path], configs: Mapping[str, Any], modules: Any, mesh: Mesh | None, precision: Precision
+    folders: Mapping[str, Path],
+    configs: Mapping[str, Any],
+    modules: tuple[Any, Any, Any],
+    mesh: Mesh | None,
+    precision: Precision,
 ) -> dict[str, Any]:
     """Parameters of these networks, by folder name."""
     abstract = _by_folder(jax.eval_shape(lambda key: init_params(*modules, key), jax.random.key(0)))
@@ -395,7 +399,9 @@ def _kinds(dtype: Any) -> dict[str, Any]:
     return {"dtype": precision.compute, "param_dtype": precision.trained}
 
 
-def make_modules(configs: Mapping[str, Any], tokenizers: Any, settings: Mapping[str, Any], dtype: Any):
+def make_modules(
+    configs: Mapping[str, Any], tokenizers: Any, settings: Mapping[str, Any], dtype: Any
+) -> tuple[Any, Any, Any]:
     """(transformer, vae, conditioner) of the networks with these configs, by folder name.
 
     Args:

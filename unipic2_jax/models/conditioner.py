@@ -27,9 +27,13 @@ class Conditioner(Protocol):
     """
 
     reads_images: ClassVar[bool]
-    latent_references: bool
     SETTINGS: ClassVar[tuple[str, ...]]
-    joint_attention_dim: int
+
+    @property
+    def latent_references(self) -> bool: ...
+
+    @property
+    def joint_attention_dim(self) -> int: ...
 
     @property
     def context_length(self) -> int: ...
@@ -51,6 +55,10 @@ class Conditioner(Protocol):
 
     def tokenize(self, prompts: Sequence[str] | str, images: Sequence[Sequence[Any]] | None = None) -> Any:
         """Tokens for the prompts; `images` holds the pictures that each of them edits."""
+        ...
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh parameters of all networks."""
         ...
 
     def apply(self, params: dict[str, Any], tokens: Any) -> tuple[jax.Array, jax.Array]: ...

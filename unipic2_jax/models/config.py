@@ -18,10 +18,12 @@ FILE_NAME = "config.json"
 class ModelConfig:
     """Base of the frozen size dataclasses. Field names are those of the original's `config.json`.
 
-    `CLASS_NAME` is what the original writes as `_class_name` (diffusers) or `architectures` (transformers).
+    `CLASS_NAME` is what the original writes as `_class_name` (diffusers) or `architectures` (transformers), `MODEL_TYPE` what
+    transformers writes as `model_type`.
     """
 
     CLASS_NAME = ""
+    MODEL_TYPE = ""
     # Fields of files that `adapted` reads besides the class's own, with their types.
     FOREIGN: ClassVar[Mapping[str, Any]] = {}
 
@@ -54,7 +56,9 @@ class ModelConfig:
         check_fields({**wanted, **cls.FOREIGN}, values, where)
         values = cls.adapted(values)
         check_fields(wanted, values, where)
-        kept = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in wanted}
+        kept: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in wanted
+        }
         for name, hint in wanted.items():
             if isinstance(hint, type) and issubclass(hint, ModelConfig) and isinstance(kept.get(name), Mapping):
                 kept[name] = hint.from_dict(kept[name], f"{where}{name}.")

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from unipic2_jax.core.errors import closest
 from unipic2_jax.core.files import write_json
@@ -107,7 +107,12 @@ def _folder_from_torch(src: Path, out: Path, base: Path | None) -> list[str]:
 
 
 def _component_from_torch(src: Path, out: Path) -> str:
-    return _network_from_torch(variants.open_folder(src), io.weight_stem(src), src, out)
+    return _network_from_torch(variants.open_folder(src), _stem(src), src, out)
+
+
+def _stem(folder: Path) -> str:
+    """Of the weights in a folder that has been opened, and so has some."""
+    return cast(str, io.weight_stem(folder))
 
 
 def _network_from_torch(source: variants.Variant, stem: str, configured: Path, out: Path) -> str:
@@ -129,7 +134,7 @@ def _component_to_torch(src: Path, out: Path, max_shard_bytes: int) -> str:
     else:
         checkpoint = variants.open_folder(src)
         table.check(rules, checkpoint, network.abstract(config))
-        stem, metadata = io.weight_stem(src), checkpoint.metadata
+        stem, metadata = _stem(src), checkpoint.metadata
         tensors = ((name, tensor[...]) for name, tensor in checkpoint.items())
     files = io.write_folder(out, stem, tensors, max_shard_bytes, metadata)
     _copy_files(src, out)

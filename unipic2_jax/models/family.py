@@ -78,10 +78,10 @@ class Backbone(Network):
         models that the original can load.
     """
 
-    velocity: Callable[..., jax.Array] = None
-    flops: Callable[..., int] = None
+    velocity: Callable[..., jax.Array] = dataclasses.field(kw_only=True)
+    flops: Callable[..., int] = dataclasses.field(kw_only=True)
     lora_targets: tuple[str, ...] = ()
-    init_lora: Callable[..., dict[str, Any]] = None
+    init_lora: Callable[..., dict[str, Any]] = dataclasses.field(kw_only=True)
     never_trained: str = "(?!)"
 
 

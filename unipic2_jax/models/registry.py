@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from unipic2_jax.core.errors import closest
 from unipic2_jax.core.fields import check_fields
@@ -26,7 +27,7 @@ def network_of(config: ModelConfig) -> Network:
 
 def backbone_of(config: ModelConfig) -> Backbone:
     """The same of a transformer's config."""
-    return network_of(config)
+    return cast(Backbone, network_of(config))
 
 
 def find_sizes(name: str) -> ModelSizes:

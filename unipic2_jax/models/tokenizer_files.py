@@ -7,6 +7,7 @@ which diffusers asks for, read `vocab.json` and `merges.txt`.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ ONLY_IN_5 = (BACKEND, "is_local", "local_files_only")
 CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "T5Tokenizer": "T5TokenizerFast"}
 
 
-def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
     """Writes a tokenizer of transformers: the files that it was read from as they are, where version 4 wrote them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""Optimizers, schedules of their rates, and the moving average; it imports core."""

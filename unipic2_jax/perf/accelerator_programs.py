@@ -62,7 +62,10 @@ SIZE = {
         "unipic2_metaquery",
         50,
     ),
-    "tiny": Size(
+}
+# The tiny sizes belong to the shapes world.
+if "tiny" in SIZES:
+    SIZE["tiny"] = Size(
         Settings(
             size="tiny",
             height=48,
@@ -78,8 +81,7 @@ SIZE = {
         ),
         "tiny_metaquery",
         4,
-    ),
-}
+    )
 
 
 def sentence(error: BaseException) -> str:

@@ -1,0 +1,1 @@
+"""Reading, resizing and laying out pictures; it imports core."""

@@ -1,4 +1,7 @@
-"""Text and images in, pictures out: `pipe = load(folder)`, then `pipe("a red circle").images[0]`."""
+"""Text and images in, pictures or text out; it imports rewards and what is below them.
+
+`pipe = load(folder)`, then `pipe("a red circle").images[0]`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a run's configuration holds, and one-sentence answers to what it must not hold."""
+"""What a run's configuration holds, and one-sentence answers to what it must not hold.
+
+Recipes import this file, and importing a recipe loads no JAX: what needs it is imported where it is asked.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from ml_collections import ConfigDict, config_dict
 from unipic2_jax.core.errors import ConfigError, nearest
 from unipic2_jax.core.files import write_text
 from unipic2_jax.flow.seeds import folded
-from unipic2_jax.parallel.mesh import AXES, PRESETS
-from unipic2_jax.weights.precision import PRECISIONS
 
 # A preset that stands for the fastest one that fits, see perf.split.
 AUTO = "auto"
@@ -96,6 +97,9 @@ def validate(config: ConfigDict) -> ConfigDict:
     Raises:
       ConfigError: one sentence that names the field and its nearest match or remedy.
     """
+    from unipic2_jax.parallel.mesh import PRESETS
+    from unipic2_jax.weights.precision import PRECISIONS
+
     config = make_config(config)
     _fold_seeds(config, "config")
     if config.precision not in PRECISIONS:
@@ -148,6 +152,8 @@ def _fold_seeds(node: ConfigDict, where: str) -> None:
 
 def mesh_fields(parallel: ConfigDict) -> tuple[str, dict[str, int], int]:
     """Preset, devices along single axes, and slices of `config.parallel`, as `parallel.mesh` takes them."""
+    from unipic2_jax.parallel.mesh import AXES
+
     return parallel.preset, {axis: parallel[axis] for axis in AXES}, parallel.slices
 
 

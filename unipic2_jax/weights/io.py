@@ -263,7 +263,7 @@ class _Shard:
     def add(self, name: str, array: np.ndarray) -> None:
         size = array.dtype.itemsize
         with self._scratch(size).open("ab" if size in self.entries else "wb") as f:
-            f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self.entries.setdefault(size, []).append((name, CODES[array.dtype], array.shape, array.nbytes))
         self.nbytes += array.nbytes
 

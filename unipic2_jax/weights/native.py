@@ -237,7 +237,8 @@ def tensors(folder: str | os.PathLike, rules: Iterable[Rule]) -> tuple[Manifest,
 
 def _batches(rules: Iterable[Rule], shapes: Mapping[str, Any]) -> Iterator[list[Rule]]:
     """Rules whose leaves are read together: Orbax takes long to open, whatever it then reads."""
-    batch, nbytes = [], 0
+    batch: list[Rule] = []
+    nbytes = 0
     for rule in rules:
         size = int(np.prod(shapes[rule.path].shape)) * shapes[rule.path].dtype.itemsize
         if batch and nbytes + size > BATCH_BYTES:

@@ -45,7 +45,7 @@ class Rule:
     layers: range | None = None
     aliases: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.transform not in TRANSFORMS:
             raise ValueError(
                 f"Rule {self.torch!r} asks for transform {self.transform!r}; take one of {list(TRANSFORMS)}."
@@ -151,7 +151,7 @@ class _Renamed(Mapping[str, Any]):
 
     def origin(self, name: str | None = None) -> str:
         """As `io.Checkpoint.origin`."""
-        return _origin(self._source)(self._stored.get(name, name))
+        return _origin(self._source)(None if name is None else self._stored.get(name, name))
 
 
 def _origin(source: Mapping[str, Any]) -> Callable[..., str]:
@@ -276,7 +276,7 @@ def read_leaf(rule: Rule, source: Mapping[str, Any], index: tuple[slice, ...], o
 def _load_leaf(rule: Rule, source: Mapping[str, Any], shape: tuple[int, ...], sharding: Any, dtype: Any) -> jax.Array:
     dtype = loaded_dtype((source[name].dtype for name, _ in rule.names()), dtype)
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         out = np.empty(tuple(len(range(*s.indices(n))) for s, n in zip(index, shape)), dtype)
         read_leaf(rule, source, index, out)
         return out

@@ -69,11 +69,12 @@ class Variant(dict):
 
     def __init__(self, source: io.Checkpoint, stored: Mapping[str, str]):
         super().__init__()
-        self.metadata, self.notes, self._source, self._stored = source.metadata, [], source, stored
+        self.metadata, self._source, self._stored = source.metadata, source, stored
+        self.notes: list[str] = []
 
     def origin(self, name: str | None = None) -> str:
         """As `io.Checkpoint.origin`."""
-        return self._source.origin(self._stored.get(name, name))
+        return self._source.origin(None if name is None else self._stored.get(name, name))
 
 
 def open_folder(folder: str | os.PathLike) -> Variant:
@@ -92,7 +93,8 @@ def plain(source: io.Checkpoint, prefixes: Iterable[str] = OUTER) -> Variant:
     beside = {name: _beside(name, stored) for name in stored if name == "weight" or name.endswith(".weight")}
     hidden = {other for names in beside.values() for other in names}
     hidden |= {name for name in stored if name.rpartition(".")[2] == MARKER}
-    kinds, scaled = Counter(), False
+    kinds: Counter[Any] = Counter()
+    scaled = False
     for name in stored:
         if name in hidden:
             continue
@@ -114,20 +116,20 @@ def _plain_names(names: Iterable[str], prefixes: tuple[str, ...]) -> tuple[dict[
     """(plain name -> stored name, what was left out)."""
     stored, left_out = {name: name for name in names}, []
 
-    def rename(to: Callable[[str], str], what: str) -> None:
+    def rename(without: Callable[[str, str], str], what: str) -> None:
         nonlocal stored
-        renamed = {to(plain): name for plain, name in stored.items()}
+        renamed = {without(plain, what): name for plain, name in stored.items()}
         if len(renamed) < len(stored):
             raise ValueError(f"Without {what!r} in their names two tensors have the same one; remove one of them.")
         stored = renamed
         left_out.append(what)
 
     for what in dict.fromkeys(part for name in stored for part in INNER.findall(name)):
-        rename(lambda name, what=what: name.replace(what, ""), what)
+        rename(lambda name, what: name.replace(what, ""), what)
     while stored and (
         common := next((p for p in prefixes if all(name.startswith(p) or name == MARKER for name in stored)), None)
     ):
-        rename(lambda name, common=common: name.removeprefix(common), common)
+        rename(str.removeprefix, common)
     return stored, left_out
 
 

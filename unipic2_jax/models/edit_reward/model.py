@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ from unipic2_jax.models.edit_reward.network import DEFAULT_TARGETS, EditReward, 
 from unipic2_jax.models.qwen import names as qwen
 from unipic2_jax.models.qwen.decoder import Qwen2_5_VL, Qwen2_5_VLConfig
 from unipic2_jax.models.qwen.processor import VLMInput, VLMProcessor
+from unipic2_jax.models.qwen.vision import VisionInput
 from unipic2_jax.models.sd3.lora_file import PEFT_FILE
 from unipic2_jax.parallel.compat import use_mesh
 from unipic2_jax.parallel.mesh import batch_shards, make_mesh, shard_batch
@@ -333,7 +334,7 @@ class EditRewardModel:
         size, count = len(local_rows(mesh, batch)), len(edited)
         made = []
         # A process that has nothing left goes on with the others, on a question that nobody asks.
-        blank = (Image.new("RGB", (64, 64)),) * 2 + ("",)
+        blank: tuple[Any, Any, str] = (Image.new("RGB", (64, 64)),) * 2 + ("",)
         with use_mesh(mesh):
             for turn in range(max_over_processes(-(-count // size))):
                 part = range(turn * size, min(count, (turn + 1) * size))
@@ -350,9 +351,13 @@ def to_bucket(given: VLMInput) -> VLMInput:
 
     A function of the batch alone: what was asked before changes no rounding, nor does going on after an interruption.
     """
-    return pad_to(
-        given, *(_bucket(max_over_processes(size)) for size in (given.input_ids.shape[1], given.vision.frames.shape[1]))
-    )
+    tokens, windows = given.input_ids.shape[1], _pictures(given).frames.shape[1]
+    return pad_to(given, _bucket(max_over_processes(tokens)), _bucket(max_over_processes(windows)))
+
+
+def _pictures(given: VLMInput) -> VisionInput:
+    """Those of a question, which always shows two."""
+    return cast(VisionInput, given.vision)
 
 
 def _bucket(size: int) -> int:
@@ -369,16 +374,19 @@ def apply(module: EditReward, params: Any, given: VLMInput) -> jax.Array:
 
 def pad_to(given: VLMInput, tokens: int, windows: int) -> VLMInput:
     """The same questions with more padding: tokens on the left, windows behind."""
-    left, behind = tokens - given.input_ids.shape[1], windows - given.vision.frames.shape[1]
+    pictures = _pictures(given)
+    left, behind = tokens - given.input_ids.shape[1], windows - pictures.frames.shape[1]
 
     def pad(x: Any, axis: int, before: int, after: int, value: int = 0) -> np.ndarray:
         widths = [(0, 0)] * np.ndim(x)
         widths[axis] = (before, after)
         return np.pad(np.asarray(x), widths, constant_values=value)
 
-    vision = type(given.vision)(
-        *(pad(getattr(given.vision, name), 1, 0, behind) for name in ("patches", "places", "frames")),
-        pad(given.vision.tokens, 1, left, 0, -1),
+    vision = VisionInput(
+        pad(pictures.patches, 1, 0, behind),
+        pad(pictures.places, 1, 0, behind),
+        pad(pictures.frames, 1, 0, behind),
+        pad(pictures.tokens, 1, left, 0, -1),
     )
     return VLMInput(
         pad(given.input_ids, 1, left, 0), pad(given.positions, 2, left, 0), pad(given.valid, 1, left, 0), vision
@@ -396,7 +404,7 @@ def _vlm_folder(folder: Path, spec: Spec) -> tuple[Path, Qwen2_5_VLConfig]:
         ) from error
     if name != Qwen2_5_VL.__name__ and name != Qwen2_5_VLConfig.CLASS_NAME:
         raise ValueError(f"{vlm} holds {name or 'a model without a class'}; an EditReward stands on a Qwen2.5-VL.")
-    return vlm, registry.read_network(vlm)[1]
+    return vlm, cast(Qwen2_5_VLConfig, registry.read_network(vlm)[1])
 
 
 def with_lora(model: EditRewardModel, key: jax.Array, rank: int, alpha: float) -> EditRewardModel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 
 from unipic2_jax.models.conditioner import check_prompts
@@ -127,15 +127,15 @@ class MetaQueryConditioner:
           ValueError: when the pictures have several sizes, or a prompt is longer than max_sequence_length.
         """
         prompts = check_prompts(prompts)
-        rows = [[to_pil(picture) for picture in row] for row in images or [()] * len(prompts)]
+        rows = [[to_pil(picture) for picture in row] for row in images or [[]] * len(prompts)]
         if len(rows) != len(prompts):
             raise ValueError(f"There are images for {len(rows)} prompts of {len(prompts)}; give one entry for each.")
         texts = [text if row else T2I_TEMPLATE.format(prompt=text) for row, text in zip(rows, prompts)]
-        rows = rows if self.reference_path != "dit" else [()] * len(prompts)
+        rows = rows if self.reference_path != "dit" else [[] for _ in prompts]
         sizes = {picture.size for row in rows for picture in row}
         if len(sizes) > 1:
             raise ValueError(f"The images of a batch have {len(sizes)} sizes; resize them to the target's first.")
-        pixels = np.prod([edge * self.vision_scale for edge in sizes.pop()]) if sizes else None
+        pixels = math.prod(edge * self.vision_scale for edge in sizes.pop()) if sizes else None
         return self.processor(
             [[user_message(row, text)] for row, text in zip(rows, texts)],
             system_prompt=False,

@@ -147,7 +147,7 @@ def mrope_positions(
     config: Qwen2_5_VLConfig,
     input_ids: np.ndarray,
     valid: np.ndarray,
-    image_grid_thw: Sequence[Sequence[int]] = (),
+    image_grid_thw: Sequence[Sequence[int]] | np.ndarray = (),
     video_grid_thw: Sequence[Sequence[int]] = (),
     second_per_grid_ts: Sequence[float] | None = None,
 ) -> np.ndarray:

@@ -56,18 +56,18 @@ class WritingState(NamedTuple):
     Attributes:
       tokens: int32 [B, T], the prompts, then what has been written.
       valid: bool [B, T], padding left out.
-      index: int32 scalar, the place that is written next.
+      place: int32 scalar, the one that is written next.
       position: int32 [B], its rotary position.
       finished: bool [B], which rows have ended.
       seen: bool [B, V], tokens that a row already has.
       logits: float32 [B, V], of the next token.
-      cache: keys and values of the places before `index`.
+      cache: keys and values of the places before `place`.
       key: random key.
     """
 
     tokens: jax.Array
     valid: jax.Array
-    index: jax.Array
+    place: jax.Array
     position: jax.Array
     finished: jax.Array
     seen: jax.Array
@@ -145,21 +145,21 @@ def write(
     until = jnp.minimum(until, state.tokens.shape[1])
 
     def goes_on(state: WritingState) -> jax.Array:
-        return (state.index < until) & ~state.finished.all()
+        return (state.place < until) & ~state.finished.all()
 
     def step(state: WritingState) -> WritingState:
         key, here = jax.random.split(state.key)
         token = jnp.where(state.finished, pad_token, choose(state.logits, state.seen, here, config))
         finished = state.finished | jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))
-        tokens = jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.index, axis=1)
+        tokens = jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.place, axis=1)
         seen = state.seen.at[jnp.arange(len(token)), token].set(True)
         positions = jnp.broadcast_to(state.position[None, :, None], (3, len(token), 1))
         embeddings = apply(token[:, None], method="embed")
-        hidden, cache = apply(embeddings, positions, state.valid, state.cache, state.index, method="decode")
+        hidden, cache = apply(embeddings, positions, state.valid, state.cache, state.place, method="decode")
         logits = apply(hidden[:, -1], method="logits")
         return state._replace(
             tokens=tokens,
-            index=state.index + 1,
+            place=state.place + 1,
             position=state.position + 1,
             finished=finished,
             seen=seen,
@@ -220,7 +220,7 @@ def generate(
     advance = functools.partial(write, module, params, config=config, stop_tokens=stop_tokens, pad_token=pad_token)
     while done < end:
         state = advance(state, jnp.int32(end if on_tokens is None else min(done + stream_every, end)))
-        before, done = done, int(state.index)
+        before, done = done, int(state.place)
         if on_tokens is not None and done > before:
             on_tokens(np.asarray(state.tokens[:, before:done]))
         if bool(state.finished.all()):

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import jax
 import numpy as np
 from PIL import Image
 
 from unipic2_jax.data.text import check_unicode
 from unipic2_jax.models.qwen.decoder import Qwen2_5_VLConfig, mrope_positions, text_positions
-from unipic2_jax.models.qwen.vision import VisionInput, pack_images
+from unipic2_jax.models.qwen.vision import Array, VisionInput, pack_images
 from unipic2_jax.models.tokenizer_files import save_tokenizer
 from unipic2_jax.pictures.decode import to_pil
 
@@ -38,9 +37,9 @@ class VLMInput(NamedTuple):
     The batch leads every array, so that rows can be taken, repeated and split over devices without knowing which is which.
     """
 
-    input_ids: jax.Array
-    positions: jax.Array
-    valid: jax.Array
+    input_ids: Array
+    positions: Array
+    valid: Array
     vision: VisionInput | None
 
 

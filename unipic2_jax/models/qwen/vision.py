@@ -101,6 +101,10 @@ class Qwen2_5_VLVisionConfig(ModelConfig):
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
 
+# On the host NumPy's, in a program JAX's.
+Array = jax.Array | np.ndarray
+
+
 class VisionInput(NamedTuple):
     """The images and videos of a batch of prompts, laid out in windows: W windows of S slots a prompt.
 
@@ -112,10 +116,10 @@ class VisionInput(NamedTuple):
         W * S / merged of its row; -1: text.
     """
 
-    patches: jax.Array
-    places: jax.Array
-    frames: jax.Array
-    tokens: jax.Array
+    patches: Array
+    places: Array
+    frames: Array
+    tokens: Array
 
 
 class VisionTokens(NamedTuple):
@@ -126,8 +130,8 @@ class VisionTokens(NamedTuple):
       tokens: as of `VisionInput`.
     """
 
-    features: jax.Array
-    tokens: jax.Array
+    features: Array
+    tokens: Array
 
 
 def window_order(config: Qwen2_5_VLVisionConfig, grid: Sequence[int]) -> np.ndarray:
@@ -190,14 +194,16 @@ def _split(config: Qwen2_5_VLVisionConfig, patches: np.ndarray, grids: np.ndarra
 def _pack_row(config: Qwen2_5_VLVisionConfig, row: int, ids: np.ndarray, queues: Mapping[int, Iterator]) -> VisionInput:
     """One prompt's images, one behind the other, without the batch axis."""
     none = np.zeros((0, config.window_slots), np.int32)
-    pieces = [(np.zeros((*none.shape, config.patch_dim), np.float32), np.stack([none, none], axis=-1), none)]
+    pieces: list[tuple[np.ndarray, ...]] = [
+        (np.zeros((*none.shape, config.patch_dim), np.float32), np.stack([none, none], axis=-1), none)
+    ]
     tokens = np.full(len(ids), -1, np.int32)
     placeholders, windows, frames = np.flatnonzero(np.isin(ids, list(queues))), 0, 0
     while len(placeholders):
         first = placeholders[0]
-        patches, grid = next(queues[int(ids[first])], (None, None))
-        if patches is None:
+        if (image := next(queues[int(ids[first])], None)) is None:
             raise ValueError(f"Prompt {row} has more image tokens than images; give one image for each placeholder.")
+        patches, grid = image
         count = len(patches) // config.merged
         run = ids[first : first + count]
         if len(run) < count or (run != ids[first]).any():
@@ -216,13 +222,14 @@ def _pack_row(config: Qwen2_5_VLVisionConfig, row: int, ids: np.ndarray, queues:
         values = (patches.astype(np.float32), patch_places(config, grid), frame)
         pieces.append(tuple(np.where(_like(empty, v), 0, v[source]).astype(v.dtype) for v in values))
         placeholders, windows, frames = placeholders[count:], windows + len(order), frames + grid[0]
-    return VisionInput(*(np.concatenate(parts) for parts in zip(*pieces)), tokens)
+    joined = [np.concatenate(parts) for parts in zip(*pieces)]
+    return VisionInput(joined[0], joined[1], joined[2], tokens)
 
 
 def patch_places(config: Qwen2_5_VLVisionConfig, grid: Sequence[int]) -> np.ndarray:
     """Row and column of every patch of one image or video in the processor's order, where merged patches are neighbours."""
     merge = config.spatial_merge_size
-    places = np.stack(np.mgrid[: grid[1], : grid[2]], axis=-1).astype(np.int32)
+    places = np.stack([*np.mgrid[: grid[1], : grid[2]]], axis=-1).astype(np.int32)
     places = rearrange(places, "(h p) (w q) two -> (h w p q) two", p=merge, q=merge)
     return np.tile(places, (grid[0], 1))
 

@@ -23,5 +23,5 @@ def forward_flops(config: MMDiTConfig, target_tokens: int, text_tokens: int, ref
         total += 16 * d * d * (kept + (0 if last else text))  # feed-forward
         if dual:
             total += 2 * d * d * (2 * image + 2 * kept) + 4 * d * kept * image
-    total += 2 * d * 2 * d + 2 * target_tokens * d * patch * config.out_channels  # output
+    total += 2 * d * 2 * d + 2 * target_tokens * d * patch * config.velocity_channels  # output
     return total

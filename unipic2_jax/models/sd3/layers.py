@@ -111,7 +111,7 @@ class Attention(nn.Module):
                 query = jnp.concatenate([query, added], axis=1)
             key = jnp.concatenate([key, project("add_k_proj", context, "norm_added_k")], axis=1)
             value = jnp.concatenate([value, project("add_v_proj", context, None)], axis=1)
-        keys = key.shape[1] - (0 if context is None else self.padding)
+        keys: int | None = key.shape[1] - (0 if context is None else self.padding)
         if mask is not None:
             mask, keys = mask[..., : key.shape[1]], None
         kernel = self.compute.attention_implementation

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -103,8 +103,8 @@ class Adapter:
         for component, layers in self.updates.items():
             ranks, scales = ({f"{getattr(u, what):g}" for u in layers.values()} for what in ("rank", "scale"))
             dora = ", DoRA" if any(u.magnitude is not None for u in layers.values()) else ""
-            ranks, scales = (", ".join(sorted(numbers, key=float)) for numbers in (ranks, scales))
-            parts.append(f"{component}: {len(layers)} matrices, rank {ranks}, scale {scales}{dora}")
+            rank, scale = (", ".join(sorted(numbers, key=float)) for numbers in (ranks, scales))
+            parts.append(f"{component}: {len(layers)} matrices, rank {rank}, scale {scale}{dora}")
         return "; ".join(parts)
 
 
@@ -203,7 +203,7 @@ def _parse(name: str, file: Path) -> tuple[str, str]:
         foreign = next((what for part, what in FOREIGN.items() if part in name), None)
         what = f"is part of {foreign}, not of a LoRA" if foreign else "is no part of a LoRA"
         raise ValueError(f"{file} holds the tensor {name!r}, which {what}: merge it in the tool that made it.")
-    return plain[: end.start()], end.lastgroup
+    return plain[: end.start()], cast(str, end.lastgroup)  # every way to match is a named group
 
 
 def _places(
@@ -216,7 +216,7 @@ def _places(
         # Newer transformers have CLIP's encoder without a name of its own.
         names = dict.fromkeys((layer, layer.removesuffix(".0"), layer.removeprefix("text_model.")), whole)
         if component == "transformer":
-            piece = single_file.transformer_piece(f"{layer}.weight", config)
+            piece = single_file.PIECES[component](f"{layer}.weight", config)
             names.setdefault(piece.name.removesuffix(".weight"), piece)
         flat = {name.replace(".", "_"): piece for name, piece in names.items()}
         for name, piece in {**flat, **names}.items():
@@ -270,7 +270,7 @@ def _pieces(
         columns = magnitude.ndim == 2 and magnitude.shape[0] == 1  # peft's of a convolution is [1, out, 1, 1]
         magnitude = magnitude.reshape((1, -1) if columns else (-1, 1))
     for layer, piece in places:
-        rows = np.arange(up.shape[0]).reshape(piece.parts, -1)[piece.part]
+        rows = np.arange(len(up)).reshape(piece.parts, -1)[piece.part]
         rows = np.roll(rows, len(rows) // 2) if piece.swapped else rows
         part_magnitude = magnitude if magnitude is None or magnitude.shape[0] == 1 else magnitude[rows]
         yield layer, Update(down, up[rows], scale, part_magnitude)

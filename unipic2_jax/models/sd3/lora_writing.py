@@ -76,7 +76,8 @@ def write_lora(
 
 def _diffusers(adapter: Adapter, configs: Mapping[str, ModelConfig]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     del configs
-    tensors, values = {}, {}
+    tensors: dict[str, np.ndarray] = {}
+    values: dict[str, Any] = {}
     for component, layers in adapter.updates.items():
         for layer, update in layers.items():
             if update.magnitude is not None and update.magnitude.shape[0] == 1:
@@ -128,7 +129,7 @@ def _kohya(adapter: Adapter, configs: Mapping[str, ModelConfig]) -> tuple[dict[s
             name = names[component] + stored.replace(".", "_")
             tensors[f"{name}.lora_down.weight"] = update.down
             tensors[f"{name}.lora_up.weight"] = update.up if update.down.ndim == 2 else update.up[..., None, None]
-            tensors[f"{name}.alpha"] = np.float32(update.scale * update.rank)
+            tensors[f"{name}.alpha"] = np.array(update.scale * update.rank, np.float32)
             if update.magnitude is not None:
                 tensors[f"{name}.dora_scale"] = update.magnitude
     return tensors, {"format": "pt"}
@@ -150,15 +151,16 @@ def _fused(members: list[tuple[single_file.Piece, Update]], stored: str, origin:
         raise ValueError(
             f"{origin} is a DoRA of a part of '{stored}', which kohya's layout has no words for; merge it."
         )
-    magnitude = None if doras[0] is None else np.concatenate(doras)
+    lengths = [length for length in doras if length is not None]
+    magnitude = np.concatenate(lengths) if lengths else None
     outputs = first.up.shape[0]
     shared = all(np.array_equal(u.down, first.down) and u.scale == first.scale for u in member_updates)
     rank = first.rank if shared else sum(update.rank for update in member_updates)
     up, start = np.zeros((piece.parts * outputs, rank), first.up.dtype), 0
     for part, update in members:
-        rows = slice(part.part * outputs, (part.part + 1) * outputs)
+        block = slice(part.part * outputs, (part.part + 1) * outputs)
         columns = slice(0, rank) if shared else slice(start, start + update.rank)
-        up[rows, columns] = update.up if shared else update.up * np.asarray(update.scale, update.up.dtype)
+        up[block, columns] = update.up if shared else update.up * np.asarray(update.scale, update.up.dtype)
         start += update.rank
     down = first.down if shared else np.concatenate([update.down for update in member_updates])
     return Update(down, up, first.scale if shared else 1.0, magnitude)

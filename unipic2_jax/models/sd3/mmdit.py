@@ -71,6 +71,11 @@ class MMDiTConfig(ModelConfig):
         if self.qk_norm not in (None, "rms_norm"):
             raise ValueError(f"qk_norm {self.qk_norm!r} is unknown; use 'rms_norm' or None.")
 
+    @property
+    def velocity_channels(self) -> int:
+        """`out_channels`, which a file may leave out: as many as go in."""
+        return self.in_channels if self.out_channels is None else self.out_channels
+
     @classmethod
     def adapted(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """Files older than SD3.5 lack the two newest fields and mean diffusers' defaults for them."""
@@ -254,7 +259,7 @@ class MMDiT(nn.Module):
             streams, _ = stacked(heads, qk_norm, compute, dual, padding=padding, name=name)(streams, emb, mask)
 
         scale, shift = Modulation(2, compute, name="norm_out")(emb)
-        channels = config.patch_size**2 * config.out_channels
+        channels = config.patch_size**2 * config.velocity_channels
         x = modulate(layer_norm(streams[0]), scale, shift)
         x = dense(channels, compute, kernel_init=nn.initializers.zeros, name="proj_out")(x)
         patch, rows = config.patch_size, latents.shape[1] // config.patch_size

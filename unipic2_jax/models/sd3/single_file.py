@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from unipic2_jax.models.sd3.mmdit import MMDiTConfig
 from unipic2_jax.models.sd3.t5 import T5Config
 from unipic2_jax.models.sd3.vae import VAEConfig
 from unipic2_jax.weights import table
+from unipic2_jax.weights.variants import Variant
 
 # Component -> prefixes of its names in the file (ours first when writing), and a name that is there if it is.
 PREFIXES = {
@@ -188,12 +189,12 @@ def prefixes(source: Iterable[str]) -> dict[str, str]:
 
 
 def split(
-    source: Mapping[str, Any], wanted: Mapping[str, Iterable[str]], configs: Mapping[str, ModelConfig]
+    source: Variant, wanted: Mapping[str, Iterable[str]], configs: Mapping[str, ModelConfig]
 ) -> tuple[dict[str, Views], list[str], list[str]]:
     """Diffusers-named views of the networks in a single file.
 
     Args:
-      source: the file's tensors (`io.Checkpoint`).
+      source: the file's tensors.
       wanted: component -> diffusers names that its network needs, and that it may carry unused.
       configs: component -> config.
 
@@ -211,9 +212,8 @@ def split(
             if stored not in source:
                 if component == "text_encoder" and name == PROJECTION:
                     # Files made for other tools leave CLIP-L's projection out and mean the identity.
-                    width = configs[component].projection_dim
                     like = source[prefix_of[component] + PROBES[component]].dtype
-                    views[name] = np.eye(width, dtype=like)
+                    views[name] = np.eye(cast(CLIPTextConfig, configs[component]).projection_dim, dtype=like)
                     filled.append(f"{component}/{name}")
                     continue
                 near = closest(stored, source)
