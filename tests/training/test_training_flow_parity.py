@@ -88,7 +88,7 @@ def make(networks, task, clip_norm, tmp_path, **fields):
         "transformer": ours_from(networks[0], transformer, mmdit.rules, latents, jnp.zeros(1), *conditioning),
         "vae": ours_from(networks[1], autoencoder, vae.rules, images),
     }
-    bundle = toy_grpo.ToyBundle(transformer, autoencoder, toy_grpo.WordConditioner(), FlowMatchConfig(), params)
+    bundle = Bundle(transformer, autoencoder, toy_grpo.WordConditioner(), FlowMatchConfig(), params)
     mesh = make_mesh(jax.devices()[:1])
     FlowStage.check(config, mesh)
     return FlowStage(config, bundle, StageContext("flow", 0, 0, mesh, tmp_path))
