@@ -21,6 +21,7 @@ from unipic2_jax.core.errors import TrainingError, TrainingPaused
 from unipic2_jax.data.prompts import look_through
 from unipic2_jax.models.attention import check_implementation
 from unipic2_jax.models.model import Model
+from unipic2_jax.parallel.compat import use_mesh
 from unipic2_jax.parallel.processes import end, is_lost_peer, is_main, max_over_processes, tree_to_host, wait_for_all
 from unipic2_jax.training import config as config_lib
 from unipic2_jax.training.checkpoints import Checkpoints
@@ -90,7 +91,7 @@ def run(
         mesh = config_mesh(config)
     load, save = load or load_model, save or functools.partial(save_model, config=config)
     try:
-        with jax.set_mesh(mesh):
+        with use_mesh(mesh):
             return _Run(config, workdir, mesh, load, save, own_process).go()
     except SystemExit as left:
         if own_process:
@@ -104,7 +105,7 @@ def _check(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path) -> None:
     Raises:
       ConfigError: one sentence about the first thing that is.
     """
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh):
         try:
             check_implementation(config.attention)
         except ValueError as error:
