@@ -185,8 +185,8 @@ class _Run:
             stage = self.stage_at(record["stage_index"])
             return stage.init()
 
-        if found := self.checkpoints.restore_newest(like):
-            record, state = found
+        if restored := self.checkpoints.restore_newest(like):
+            record, state = restored
             step = record["step"]
             self.say(f"Continuing after step {step} of stage '{stage.context.name}' in {self.workdir}.")
             self.put_aside(stage.context.index, step)

@@ -114,7 +114,7 @@ class FlowStage(Stage):
         super().__init__(config, bundle.replace(params=params), context)
         if config.pool and "vae" in self.trained:
             raise ConfigError("A pool is encoded once, by a VAE that optimizer.trainable trains here; set pool=0.")
-        self.flow_step = self._made_step(scale)
+        self.flow_step = self._make_step(scale)
         check_rules(config.optimizer.lr_scales, self.trained)
         self._encode = jax.jit(self.flow_step.moments)
         self._train = jax.jit(self.flow_step.train_step, static_argnames="task", donate_argnames="state")
@@ -130,7 +130,7 @@ class FlowStage(Stage):
         self._phases_asked: set[int] = set()  # whose programs were asked for
         self._dropped: dict[str, Any] = {}  # by task, see `_stand_in`
 
-    def _made_step(self, scale: float | None) -> FlowStep:
+    def _make_step(self, scale: float | None) -> FlowStep:
         """What the programs compute."""
         config, context, bundle = self.config, self.context, self.bundle
         sampling = read_timesteps(config, bundle.scheduler.shift)
@@ -177,7 +177,7 @@ class FlowStage(Stage):
         state = described(mesh, jax.eval_shape(self._new_state, self.trained))
         frozen, key = described(mesh, self.frozen), jax.eval_shape(lambda: self.context.key(0))
         starts = [*(first for first, _ in self.plan.phases), self.config.steps]
-        found = []
+        made = []
         for phase, (start, end) in enumerate(itertools.pairwise(starts)):
             shapes = self.plan.shapes(phase)
             for shape in shapes:
@@ -190,8 +190,8 @@ class FlowStage(Stage):
                 arguments = (state, frozen, rows, dropped, key, step)
                 name, task, flops = f"step, {shape}", {"task": shape.task}, self._flops(shape)
                 roles = ("state", "parameters", "batch", "batch", "batch", "batch")
-                found.append(Program(name, self._train, arguments, task, flops, roles, calls, self.config.accumulation))
-        return found
+                made.append(Program(name, self._train, arguments, task, flops, roles, calls, self.config.accumulation))
+        return made
 
     def _stand_in(self, task: str, batch: dict[str, Any]) -> dict[str, Any]:
         """What stands for every dropped caption of a task: a row of 'empty_tokens', or of 'empty_conditioning' where conditioning is
@@ -275,15 +275,15 @@ class FlowStage(Stage):
         sources = make_sources(self.config, config.data, config.seed)
         plan = make_plan(self.config, sources, config.seed, final=True)
         loader = self._loader(sources, plan)
-        found: dict[str, list[np.ndarray]] = {}
+        by_task: dict[str, list[np.ndarray]] = {}
         for step in range(config.batches * len(plan.tasks)):
             shape, batch = loader.batch(step)
             placed = shard_batch(batch, self.context.mesh, local=True)
             key = jax.random.fold_in(jax.random.key(config.seed), step)
             losses = self._validate(params, placed, key, tuple(config.sigmas))
-            found.setdefault(shape.task, []).append(jax.device_get(losses))
+            by_task.setdefault(shape.task, []).append(jax.device_get(losses))
         metrics = {}
-        for task, losses in found.items():
+        for task, losses in by_task.items():
             by_level = np.mean(losses, axis=0)
             metrics[f"validation/{task}"] = float(by_level.mean())
             metrics |= {f"validation/{task}/sigma_{s:g}": float(x) for s, x in zip(config.sigmas, by_level)}
@@ -302,7 +302,7 @@ class FlowStage(Stage):
     def close(self) -> None:
         self.ahead.close()
 
-    def finish(self, state: FlowState) -> Any:
+    def finish(self, state: FlowState) -> Bundle:
         """The averaged weights, a LoRA merged into them."""
         if (scale := self.flow_step.lora_scale) is not None:
             transformer = merged(self.frozen["transformer"], state.ema["lora"], scale, self.context.precision.trained)
