@@ -18,7 +18,7 @@ from absl import flags
 from launch import cli
 
 KIND = flags.DEFINE_string(
-    "kind", None, "What the source is: jsonl, folder, webdataset, parquet, tfds, prepared, shapes."
+    "kind", None, "What the source is: jsonl, folder, webdataset, parquet, tfds ... (docs/data.md), or one of your own."
 )
 PATH = flags.DEFINE_string("path", None, "File or folder of the source.")
 OPTIONS = flags.DEFINE_string("options", "{}", 'More options of the kind as JSON: --options=\'{"split": "train"}\'.')

@@ -70,4 +70,4 @@ def test_settings_that_do_not_exist():
         dataclasses.replace(load_bundle(TINY_METAQUERY).conditioner, reference_path="everywhere")
     config = make_config({"init": str(TINY_METAQUERY), "settings": {"reference_paths": "mllm"}, "schedule": ("x",)})
     with pytest.raises(ConfigError, match="did you mean 'reference_path'"):
-        setup.load_bundle(config, None)
+        setup.load_model(config, None)

@@ -11,6 +11,7 @@ import numpy as np
 
 from unipic2_jax.data.prompts import SOURCES, PromptRecord
 from unipic2_jax.flow.schedule import FlowMatchConfig
+from unipic2_jax.models.bundle import Bundle
 from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 from unipic2_jax.models.sd3.vae import AutoencoderKL, VAEConfig
 from unipic2_jax.rewards.base import REWARDS, Reward, Scores
@@ -20,9 +21,12 @@ from unipic2_jax.weights.precision import PRECISIONS
 SIZE = 4  # pixels; 4 x 4 latents, 4 tokens
 
 
+@dataclasses.dataclass
 class WordConditioner:
     """One embedding per character code."""
 
+    joint_attention_dim: int = 16
+    pooled_dim: int = 8
     context_length = 3
     reads_images = False
     latent_references = True
@@ -35,16 +39,7 @@ class WordConditioner:
 
     def apply(self, params, tokens):
         context = params["table"][tokens["ids"]]
-        return context, context.mean(axis=1)[:, :8]
-
-
-@dataclasses.dataclass(frozen=True)
-class ToyBundle:
-    transformer: Any
-    vae: Any
-    conditioner: Any
-    scheduler: Any
-    params: dict
+        return context, context.mean(axis=1)[:, : self.pooled_dim]
 
 
 class ToySource:
@@ -128,7 +123,7 @@ def load(config=None, mesh=None):
     params = precision.hold(params)
     if mesh is not None:
         params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    return ToyBundle(transformer, vae, WordConditioner(), FlowMatchConfig(), params)
+    return Bundle(transformer, vae, WordConditioner(), FlowMatchConfig(), params)
 
 
 def save(bundle, folder, changed):

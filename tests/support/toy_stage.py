@@ -29,6 +29,9 @@ from unipic2_jax.training.stage import STAGES, Stage, stage_fields
 class ToyBundle:
     params: dict
 
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
 
 def hang(workdir):
     """Never ends and, like a long compilation, lets no other bytecode of this thread run; says that it is here."""
@@ -111,7 +114,7 @@ class ToyStage(Stage):
     def finish(self, state):
         _, frozen = split_params(self.bundle.params["transformer"], self.config.optimizer.trainable)
         params = {**self.bundle.params, "transformer": merge_params(state["trained"], frozen)}
-        return dataclasses.replace(self.bundle, params=params)
+        return self.bundle.replace(params=params)
 
     def close(self):
         if self.ahead:
@@ -170,7 +173,7 @@ def command(flags, trouble, output):
 
     TROUBLE.update(trouble)
     say_in(output)
-    loop.load_bundle, loop.save_bundle = load, save
+    loop.load_model, loop.save_model = load, save
     sys.argv = ["train", *flags]
     app.run(train.main, flags_parser=train.parse_flags)
 

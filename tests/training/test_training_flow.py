@@ -65,7 +65,7 @@ def test_noise_levels_have_the_shift_of_the_models_scheduler(tmp_path):
         config = make_stage({"kind": "flow", "data": {"kind": "toy"}, "batch_size": 8, "timesteps": timesteps})
         FlowStage.check(config, mesh)
         context = StageContext("kontext", 0, 0, mesh, tmp_path, log=said.append)
-        return FlowStage(config, bundle, context).sampling
+        return FlowStage(config, bundle, context).flow_step.sampling
 
     assert sampling() == TimestepSampling("logit_normal", 0.0, 1.0, shift=3.0)
     assert said == ["kontext: noise levels have the shift of the model's scheduler, 3."]
@@ -169,6 +169,20 @@ def test_a_flow_step_moves_nothing_unasked_and_gives_up_the_old_state(tmp_path, 
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, stage.frozen)))
 
 
+@pytest.mark.parametrize("pool", [0, 256])
+def test_what_a_flow_stage_remembers_is_made_again_the_same(tmp_path, pool):
+    """One that begins in the middle computes the bits of one that has seen the steps before."""
+    options = {"pool": pool, "caption_dropout": {"t2i": 0.5, "edit": 0.5}, "latents": "sample"}
+    whole, later = (make("flow", tmp_path, **options) for _ in range(2))
+    state = whole.init()
+    for step in range(3):
+        state, _ = whole.step(state, step)
+    kept = jax.tree.map(np.array, state)
+    (one, _), (other, _) = whole.step(state, 3), later.step(later.place(kept), 3)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
 def test_without_a_pool_no_example_comes_twice(tmp_path, monkeypatch):
     seen = []
 
@@ -212,3 +226,5 @@ def test_what_a_configuration_must_not_say(tmp_path):
         make("flow", tmp_path, optimizer={"trainable": "^nothing/"})
     with pytest.raises(ValueError, match="unknown"):
         make("flow", tmp_path, timesteps={"kind": "beta"})
+    with pytest.raises(ConfigError, match=r"by a VAE that optimizer\.trainable trains"):
+        make("flow", tmp_path, pool=256, optimizer={"trainable": "."})

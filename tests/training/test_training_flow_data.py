@@ -1,5 +1,6 @@
 """Flow stages on prepared files: shapes, parts, precision, stored latents, validation, and going on after a kill."""
 
+import dataclasses
 import multiprocessing
 import signal
 
@@ -85,7 +86,7 @@ def test_bfloat16_computes_and_float32_remembers(folder, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves((b.trained, b.ema))} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(half.frozen)} == {jnp.dtype("bfloat16")}
     assert one["loss"] != two["loss"] and one["loss"] == pytest.approx(two["loss"], rel=0.05)
-    assert half.networks.transformer.dtype == jnp.bfloat16 and full.networks.transformer.dtype == jnp.float32
+    assert half.flow_step.transformer.dtype == jnp.bfloat16 and full.flow_step.transformer.dtype == jnp.float32
 
 
 def test_stored_latents_are_those_that_training_would_compute(folder, tmp_path):
@@ -97,7 +98,9 @@ def test_stored_latents_are_those_that_training_would_compute(folder, tmp_path):
             return {}
         target, reference = (np.asarray(decode(picture(number + 1000 * r, 4, 4))) for r in (0, 1))
         batch = {"images": jnp.asarray(target)[None], "reference_images": jnp.asarray(reference)[None, None]}
-        return {name: np.asarray(x[0]) for name, x in plain._moments(plain.bundle.params["vae"], batch).items()}
+        return {
+            name: np.asarray(x[0]) for name, x in plain.flow_step.moments(plain.bundle.params["vae"], batch).items()
+        }
 
     where = written(tmp_path / "stored", SQUARE, arrays=moments)
     data = {"kind": "prepared", "path": str(where), "stored": ("latents",)}
@@ -108,9 +111,8 @@ def test_stored_latents_are_those_that_training_would_compute(folder, tmp_path):
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
     # Samples are around the modes, and every picture has noise of its own.
     keys, vae = jax.random.split(jax.random.key(0), 8), stored.bundle.params["vae"]
-    sampled = stored._latents(vae, batch, keys)
-    stored.config.latents = "mode"
-    modes = stored._latents(vae, batch, keys)
+    sampled = stored.flow_step.latents(vae, batch, keys)
+    modes = dataclasses.replace(stored.flow_step, sample_latents=False).latents(vae, batch, keys)
     for name, deviation in (("latents", batch["logvar"]), ("references", batch["reference_logvar"])):
         noise = (np.asarray(sampled[name]) - np.asarray(modes[name])) / np.exp(0.5 * deviation)
         noise = noise / stored.bundle.vae.config.scaling_factor
@@ -123,7 +125,7 @@ def test_stored_conditioning_replaces_the_conditioner(folder, tmp_path):
     plain = make(folder, tmp_path, **options)
 
     def conditioning(number, bucket):
-        tokens = plain.reader.tokenize([str(number)])
+        tokens = plain.collate.reader.tokenize([str(number)])
         context, pooled = plain.bundle.conditioner.apply(plain.bundle.params["conditioner"], tokens)
         return {"context": np.asarray(context[0]), "pooled": np.asarray(pooled[0])}
 

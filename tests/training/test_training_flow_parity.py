@@ -12,6 +12,7 @@ from unipic2_jax.data.buckets import Bucket
 from unipic2_jax.data.examples import EXAMPLES, EndlessExamples, Example
 from unipic2_jax.flow.loss import draw_corruption
 from unipic2_jax.flow.schedule import FlowMatchConfig
+from unipic2_jax.models.bundle import Bundle
 from unipic2_jax.models.sd3 import mmdit_names as mmdit
 from unipic2_jax.models.sd3 import vae_names as vae
 from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
@@ -88,7 +89,8 @@ def make(networks, task, clip_norm, tmp_path, **fields):
         "transformer": ours_from(networks[0], transformer, mmdit.rules, latents, jnp.zeros(1), *conditioning),
         "vae": ours_from(networks[1], autoencoder, vae.rules, images),
     }
-    bundle = toy_grpo.ToyBundle(transformer, autoencoder, toy_grpo.WordConditioner(), FlowMatchConfig(), params)
+    words = toy_grpo.WordConditioner(tiny_diffusers.JOINT, POOLED)
+    bundle = Bundle(transformer, autoencoder, words, FlowMatchConfig(), params)
     mesh = make_mesh(jax.devices()[:1])
     FlowStage.check(config, mesh)
     return FlowStage(config, bundle, StageContext("flow", 0, 0, mesh, tmp_path))
@@ -98,7 +100,10 @@ def draws(stage):
     """What each step is about: its batch, and the noise and levels that it draws."""
     for step in range(STEPS):
         batch = stage.loader.batch(step)[1]
-        yield batch, draw_corruption(stage.context.key(step), stage._latent_shape(batch), stage.sampling)
+        yield (
+            batch,
+            draw_corruption(stage.context.key(step), stage.flow_step.latent_shape(batch), stage.flow_step.sampling),
+        )
 
 
 def our_steps(stage):

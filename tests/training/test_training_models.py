@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from unipic2_jax.core.errors import ConfigError
+from unipic2_jax.models.model import MODELS
 from unipic2_jax.training import loop
 from unipic2_jax.training.config import make_config
 from unipic2_jax.training.stage import STAGES, Stage, stage_fields
@@ -16,6 +17,9 @@ from unipic2_jax.training.stage import STAGES, Stage, stage_fields
 @dataclasses.dataclass(frozen=True)
 class TwoBundle:
     params: dict
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
 
 
 class AddStage(Stage):
@@ -40,7 +44,7 @@ class AddStage(Stage):
     def finish(self, state):
         group, name = self.config.path
         params = {**self.bundle.params, group: {**self.bundle.params[group], name: state["value"]}}
-        return dataclasses.replace(self.bundle, params=params)
+        return self.bundle.replace(params=params)
 
 
 STAGES["add"] = AddStage
@@ -110,3 +114,33 @@ def test_models_that_do_not_exist_or_do_not_fit(tmp_path):
         loop.run(config, tmp_path / "b", load=load, save=save)
     with pytest.raises(ConfigError, match="models of one size"):
         loop.run(config_of("wide"), tmp_path / "c", load=load, save=save)
+
+
+class Ten:
+    """A kind of model that `config.model` names, in a layout of its own."""
+
+    def __init__(self, params):
+        self.params = params
+
+    @classmethod
+    def start(cls, start, mesh=None, precision=None):
+        del mesh, precision
+        return cls({"transformer": {"w": jnp.full(start.settings["count"], 10.0)}})
+
+    def replace(self, params):
+        return Ten(params)
+
+    def save(self, folder, dtype=None, changed=None, with_vlm=True):
+        folder.mkdir()
+        (folder / "ten.txt").write_text(f"{self.params['transformer']['w'].tolist()} {dtype} {changed} {with_vlm}")
+
+
+@pytest.mark.parametrize(
+    "precision, how", [("float32", "float32 None"), ("mixed", "None dict_keys(['transformer/w'])")]
+)
+def test_another_kind_of_model_is_one_class(tmp_path, monkeypatch, precision, how):
+    monkeypatch.setitem(MODELS, "ten", Ten)
+    stages = {"alone": {"kind": "add", "steps": 2, "path": ("transformer", "w")}}
+    values = {"model": "ten", "settings": {"count": 2}, "precision": precision, "schedule": ("alone",)}
+    folder = loop.run(make_config({**values, "stages": stages}), tmp_path / "run")
+    assert (folder / "ten.txt").read_text() == f"[12.0, 12.0] {how} True"

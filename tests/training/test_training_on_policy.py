@@ -34,7 +34,7 @@ stage.grpo.window.size = 0
 config, mesh = validate(config), make_mesh(jax.devices()[:1])
 context = StageContext("edit", 0, 0, mesh, Path(folder), log=str, precision=PRECISIONS["mixed"])
 with jax.set_mesh(mesh):
-    made = GRPOStage(config.stages.edit, setup.load_bundle(config, mesh), context)
+    made = GRPOStage(config.stages.edit, setup.load_model(config, mesh), context)
     print(json.dumps(made.step(made.init(), 0)[1]))
 """
 

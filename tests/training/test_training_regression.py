@@ -18,8 +18,8 @@ from unipic2_jax.data.labelled_edits import LabelledEdits
 from unipic2_jax.data.prepared import INDEX, PreparedExample, PreparedIndex, Shard, pack
 from unipic2_jax.models.edit_reward.model import EditRewardModel
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.training import setup
-from unipic2_jax.training.config import make_stage, validate
+from unipic2_jax.training import loop, setup
+from unipic2_jax.training.config import make_config, make_stage, validate
 from unipic2_jax.training.stage import StageContext, stage_class
 
 TARGETS = ("instruction", "quality")
@@ -141,6 +141,30 @@ def test_everything_can_be_trained(tmp_path, edits):
     ).base is None
 
 
+def test_a_run_that_is_killed_after_its_last_evaluation_ends_the_same(tmp_path, edits, monkeypatch):
+    """Its last evaluation is recorded and not made again, and calibration.json is written all the same."""
+    model = make_model(tmp_path / "vlm", targets=TARGETS)
+    fields = {"kind": "regression", **edits, "batch_size": 16, "steps": 3, "remat": "none", "in_memory": True}
+    fields |= {"lora": {"rank": RANK, "alpha": 7.5}, "optimizer": {"lr": 1e-2}, "gate": -1.0}
+
+    def run(name):
+        config = make_config({"model": "edit_reward", "schedule": ("reward",), "stages": {"reward": fields}})
+        loop.run(config, tmp_path / name, load=lambda *_: model, mesh=make_mesh(jax.devices()[:1]))
+        written = [tmp_path / name / "stages/reward/calibration.json", *(tmp_path / name / "export").iterdir()]
+        return {path.name: path.read_bytes() for path in written}
+
+    def killed(self, state):
+        raise KeyboardInterrupt
+
+    whole = run("whole")
+    assert {"calibration.json", "head.safetensors", "adapter_model.safetensors"} <= whole.keys()
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_class("regression"), "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("killed")
+    assert run("killed") == whole
+
+
 def test_the_gate_fails_loudly(tmp_path, edits):
     stage = stage_of(tmp_path, edits, gate=0.999, in_memory=True)
     with pytest.raises(TrainingError, match=r"Spearman correlation of .* below the gate of 0\.999"):
@@ -166,7 +190,7 @@ def test_what_cannot_be_trained_is_said(tmp_path, edits):
     with pytest.raises(ValueError, match=r"--config\.vlm=DIR"):
         config = get_config("lora")
         config.vlm = None
-        setup.load_bundle(config, mesh)
+        setup.load_model(config, mesh)
 
 
 def test_data_is_numbered_over_buckets(edits):

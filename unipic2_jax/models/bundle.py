@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from unipic2_jax.core.errors import ConfigError, nearest
 from unipic2_jax.core.fields import check_fields, hints
 from unipic2_jax.core.files import write_json
 from unipic2_jax.core.strict import read_object
@@ -22,6 +23,7 @@ from unipic2_jax.flow.seeds import folded
 from unipic2_jax.models.conditioner import Conditioner
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.family import Backbone, Family, ModelSizes
+from unipic2_jax.models.model import Start
 from unipic2_jax.models.registry import (
     FAMILIES,
     NETWORKS,
@@ -79,9 +81,37 @@ class Bundle:
                     "these folders are from different models."
                 )
 
+    @classmethod
+    def start(cls, start: Start, mesh: Mesh | None = None, precision: Precision | None = None) -> Bundle:
+        """The model in the folder `start.init`, or a new one of the sizes `start.model`; see `models.model.Model`."""
+        if start.init is not None:
+            bundle = load_bundle(start.init, precision, mesh, start.vlm)
+        else:
+            options = {"parts": start.parts, "zero_projectors": start.zero_projectors}
+            bundle = init_bundle(start.model, start.seed, mesh=mesh, dtype=precision, **options)
+        known = bundle.conditioner.SETTINGS
+        if unknown := [name for name in start.settings if name not in known]:
+            raise ConfigError(
+                f"config.settings.{unknown[0]} is no setting of this model's conditioner" + nearest(unknown[0], known)
+            )
+        return bundle.replace(
+            transformer=bundle.transformer.clone(attention_implementation=start.attention),
+            conditioner=dataclasses.replace(bundle.conditioner, **start.settings),
+        )
+
     def replace(self, **changes: Any) -> Self:
         """A copy with other fields."""
         return dataclasses.replace(self, **changes)
+
+    def save(
+        self,
+        folder: str | os.PathLike,
+        dtype: Any = None,
+        changed: Collection[str] | None = None,
+        with_vlm: bool = True,
+    ) -> Path:
+        """`save_bundle`."""
+        return save_bundle(self, folder, dtype, with_vlm, changed)
 
     @property
     def modules(self) -> dict[str, nn.Module]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,15 @@ from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
-from unipic2_jax.flow.seeds import folded
 from unipic2_jax.models import sampling
 from unipic2_jax.models.bundle import Bundle
-from unipic2_jax.models.conditioner import check_prompts
 from unipic2_jax.models.lora import joined
 from unipic2_jax.models.sd3.lora_file import Adapter
 from unipic2_jax.parallel.mesh import batch_shards, shard_batch
 from unipic2_jax.pictures import resize as pictures
-from unipic2_jax.pictures.decode import to_pil
 from unipic2_jax.pipelines import adapters
+from unipic2_jax.pipelines.request import Request, check_options, make_requests
 
-OUTPUT_TYPES = ("pil", "np", "latent")
-REFERENCE_MODES = ("sample", "mode")
 # A progress bar moves about this often during one sampling loop.
 SEGMENTS = 10
 
@@ -39,18 +35,6 @@ class PipelineOutput:
     """`images`: PIL pictures, float32 [N, H, W, 3] in [0, 1] ('np'), or latents [N, C, h, w] ('latent')."""
 
     images: list[Image.Image] | np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """One picture to make."""
-
-    prompt: str
-    negative: str
-    references: tuple[Image.Image, ...]
-    size: tuple[int, int]  # height, width in pixels
-    seed: int
-    noise: np.ndarray | None  # [h, w, C]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,9 +47,20 @@ class _Settings:
     guidance_scale: float
     sample_references: bool
     resize_references: bool
-    as_latents: bool
+    output_type: str
     segments: int  # into how many programs the sampling loop is cut
-    encoded: dict[Any, tuple[np.ndarray, np.ndarray]]  # what `_text` has encoded so far in this call
+    # What `_text` has encoded so far in this call.
+    encoded: dict[Any, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def as_latents(self) -> bool:
+        """Whether nothing is decoded."""
+        return self.output_type == "latent"
+
+    @property
+    def steps(self) -> int:
+        """Of the sampling loop."""
+        return len(self.sigmas) - 1
 
 
 class Pipeline:
@@ -184,22 +179,7 @@ class Pipeline:
         Raises:
           ValueError, TypeError, FileNotFoundError: one sentence about the argument, before anything is computed.
         """
-        for name, value, known in (
-            ("output_type", output_type, OUTPUT_TYPES),
-            ("reference_mode", reference_mode, REFERENCE_MODES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(repr, known))}.")
-        if negative_prompt is not None and guidance_scale <= 1:
-            raise ValueError(
-                f"negative_prompt changes nothing at guidance_scale {guidance_scale:g}, which is no guidance; raise it, or leave "
-                "negative_prompt out."
-            )
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale is {guidance_scale}; give a finite number.")
-        for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        check_options(output_type, reference_mode, negative_prompt, guidance_scale, num_images_per_prompt, batch_size)
         settings = _Settings(
             {**self.bundle.params, **(params or {})},
             joined(trees) if (trees := [tree for tree in (self._lora, lora) if tree is not None]) else None,
@@ -207,107 +187,46 @@ class Pipeline:
             guidance_scale,
             sample_references=reference_mode == "sample",
             resize_references=resize_references,
-            as_latents=output_type == "latent",
+            output_type=output_type,
             segments=_segments(num_inference_steps) if progress else 1,
-            encoded={},
         )
-        requests = self._requests(
-            prompt, image, negative_prompt, height, width, seed, num_images_per_prompt, latents, output_type
-        )
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(request.size, []).append(index)
-        batches = []
-        for members in groups.values():
-            chunk = batch_size or len(members)
-            batches += [(members[i : i + chunk], min(chunk, len(members))) for i in range(0, len(members), chunk)]
+        given = (prompt, image, negative_prompt, height, width, seed, num_images_per_prompt, latents, output_type)
+        requests = make_requests(self.bundle, *given)
+        made = self._pictures(requests, settings, batch_size, progress, on_image)
+        if output_type == "pil":
+            return PipelineOutput(made)
+        return PipelineOutput(np.stack(made).transpose(0, 3, 1, 2) if settings.as_latents else np.stack(made))
 
-        results: list[Any] = [None] * len(requests)
-        with tqdm(total=len(batches) * num_inference_steps, unit="step", disable=not progress) as bar:
-            for members, padded in batches:
+    def _pictures(
+        self,
+        requests: list[Request],
+        settings: _Settings,
+        batch_size: int | None,
+        progress: bool,
+        on_image: Callable[[int, Image.Image], None] | None,
+    ) -> list[Any]:
+        """The picture of each request, PIL or array as the output type wants it, made in batches of one size.
+
+        Raises:
+          ValueError: when a value is not finite.
+        """
+        batches = _batches(requests, batch_size)
+        made: list[Any] = [None] * len(requests)
+        with tqdm(total=len(batches) * settings.steps, unit="step", disable=not progress) as bar:
+            for members, size in batches:
                 # A short last batch is filled up, so that it does not cost another compilation.
-                padded = members + [members[-1]] * (self._padded(padded) - len(members))
-                made = self._make([requests[i] for i in padded], settings, bar)
-                for index, picture in zip(members, made):
+                padded = members + [members[-1]] * (self._padded(size) - len(members))
+                for index, picture in zip(members, self._make([requests[i] for i in padded], settings, bar)):
                     if not np.isfinite(picture).all():
                         raise ValueError(
                             f"The model gave NaN or infinite values for the prompt {requests[index].prompt!r}; "
                             "check the checkpoint, or load it with dtype float32."
                         )
                     pil = None if settings.as_latents else pictures.to_pictures(picture[None])[0]
-                    results[index] = pil if output_type == "pil" else picture
+                    made[index] = pil if settings.output_type == "pil" else picture
                     if on_image is not None and pil is not None:
                         on_image(index, pil)
-        if output_type == "latent":
-            return PipelineOutput(np.stack(results).transpose(0, 3, 1, 2))
-        if output_type == "np":
-            return PipelineOutput(np.stack(results))
-        return PipelineOutput(results)
-
-    def _requests(
-        self, prompt, image, negative_prompt, height, width, seed, num_images_per_prompt, latents, output_type
-    ) -> list[_Request]:
-        """Checks and broadcasts the arguments of `__call__`: one request per picture."""
-        bundle = self.bundle
-        prompts = check_prompts(prompt)
-        if not prompts:
-            raise ValueError("There is no prompt; give at least one.")
-        references = _references(image, len(prompts))
-        if negative_prompt is None:
-            negative_prompt = [bundle.conditioner.default_negative(bool(own)) for own in references]
-        check_prompts(negative_prompt, "negative_prompt")
-        negatives = _per_prompt(negative_prompt, "negative_prompt", len(prompts))
-        count = len(prompts) * num_images_per_prompt
-        seeds = _seeds(seed, count)
-        if latents is not None:
-            latents = self._check_latents(latents, count, height, width)
-            height, width = (edge * bundle.vae_scale for edge in latents.shape[1:3])
-        sizes = [self._size(height, width, own) for own in references]
-        if output_type != "pil" and len(set(sizes)) > 1:
-            raise ValueError(
-                f"The pictures would have different sizes, which output_type {output_type!r} cannot stack; "
-                "give height and width, or use 'pil'."
-            )
-        requests = []
-        for k in range(count):
-            i = k // num_images_per_prompt
-            noise = None if latents is None else latents[k]
-            requests.append(_Request(prompts[i], negatives[i], references[i], sizes[i], seeds[k], noise))
-        return requests
-
-    def _check_latents(self, latents: Any, count: int, height: int | None, width: int | None) -> np.ndarray:
-        """Initial noise [N, C, h, w] -> [N, h, w, C], checked."""
-        latents = np.asarray(latents, np.float32)
-        channels, scale = self.bundle.transformer.config.in_channels, self.bundle.vae_scale
-        wanted = (count, channels, *(edge // scale if edge else "any" for edge in (height, width)))
-        if latents.ndim != 4 or any(w != "any" and w != n for w, n in zip(wanted, latents.shape)):
-            raise ValueError(
-                f"latents must have the shape [{', '.join(map(str, wanted))}] (pictures, channels, height / {scale}, "
-                f"width / {scale}), not {latents.shape}."
-            )
-        if not np.isfinite(latents).all():
-            raise ValueError("latents hold NaN or infinite values; give finite noise.")
-        return latents.transpose(0, 2, 3, 1)
-
-    def _size(self, height: int | None, width: int | None, references: tuple[Image.Image, ...]) -> tuple[int, int]:
-        """(height, width) of the picture made for a prompt with these references."""
-        bundle = self.bundle
-        if not references:
-            own = (bundle.default_size, bundle.default_size)
-        else:
-            own = None
-            for reference in references:
-                # Every reference must be usable, although the first one alone decides on the size.
-                fitted = pictures.fit_longer_edge(reference.size[::-1], bundle.default_size, bundle.patch_pixels)
-                own = own or fitted
-        size = tuple(default if given is None else given for given, default in zip((height, width), own))
-        pictures.check_size(*size, bundle.patch_pixels)
-        if max(size) > bundle.largest_size:
-            raise ValueError(
-                f"A picture of {size[1]} x {size[0]} pixels exceeds the model's position table, which ends at "
-                f"{bundle.largest_size}; use a smaller size."
-            )
-        return size
+        return made
 
     def _padded(self, count: int) -> int:
         """`count`, or the next multiple of the number of devices."""
@@ -318,7 +237,7 @@ class Pipeline:
         """Splits arrays with a leading batch axis over the mesh."""
         return tree if self.mesh is None else jax.tree.map(lambda x: shard_batch(x, self.mesh), tree)
 
-    def _make(self, requests: list[_Request], settings: _Settings, bar: tqdm) -> np.ndarray:
+    def _make(self, requests: list[Request], settings: _Settings, bar: tqdm) -> np.ndarray:
         """Pictures [B, H, W, 3] in [0, 1], or latents [B, h, w, C], for requests of one size."""
         bundle = self.bundle
         height, width = requests[0].size
@@ -340,9 +259,8 @@ class Pipeline:
         latents, conditioning, unconditional, references, sizes = self._place(
             (noise, conditioning, unconditional, references, sizes)
         )
-        steps = len(settings.sigmas) - 1
-        stride = steps // settings.segments
-        for i in range(0, steps, stride):
+        stride = settings.steps // settings.segments
+        for i in range(0, settings.steps, stride):
             latents = self._denoise(
                 settings.params["transformer"],
                 latents,
@@ -361,7 +279,7 @@ class Pipeline:
             return np.asarray(latents)
         return pictures.to_unit(self._decode(settings.params["vae"], latents))
 
-    def _text(self, texts: list[tuple[str, _Request]], settings: _Settings) -> sampling.Conditioning:
+    def _text(self, texts: list[tuple[str, Request]], settings: _Settings) -> sampling.Conditioning:
         """(context [B, S, J], pooled [B, P]); each different text, with what it is about, is encoded once in a call."""
         conditioner, encoded = self.bundle.conditioner, settings.encoded
         read = lambda request: request.references if conditioner.reads_images else ()
@@ -375,7 +293,7 @@ class Pipeline:
         return np.stack(context), np.stack(pooled)
 
     def _reference_latents(
-        self, requests: list[_Request], settings: _Settings, keys: jax.Array
+        self, requests: list[Request], settings: _Settings, keys: jax.Array
     ) -> tuple[jax.Array | None, np.ndarray | None]:
         """References' latents [B, R, h, w, C] and their sizes [B, R, 2] in latent pixels (None: all alike)."""
         bundle = self.bundle
@@ -407,6 +325,18 @@ class Pipeline:
         return out, None if (sizes == grid).all() else sizes
 
 
+def _batches(requests: list[Request], batch_size: int | None) -> list[tuple[list[int], int]]:
+    """Numbers of requests that are made together, of one size each, and how many a batch of theirs holds."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(request.size, []).append(index)
+    batches = []
+    for members in groups.values():
+        chunk = batch_size or len(members)
+        batches += [(members[i : i + chunk], min(chunk, len(members))) for i in range(0, len(members), chunk)]
+    return batches
+
+
 def _unique(items: list[Any], key: Any = None) -> tuple[list[Any], np.ndarray]:
     """Different items, filled up to a power of two so that few shapes are compiled, and where each item is in them."""
     positions: dict[Any, int] = {}
@@ -426,46 +356,3 @@ def _segments(num_steps: int) -> int:
     """Into how many equal parts (one compiled program) a sampling loop is cut to show progress."""
     wanted = max(1, num_steps // SEGMENTS)
     return num_steps // max(length for length in range(1, wanted + 1) if num_steps % length == 0)
-
-
-def _per_prompt(values: str | Sequence[str], name: str, count: int) -> list[str]:
-    values = [values] * count if isinstance(values, str) else list(values)
-    if len(values) != count:
-        raise ValueError(f"{name} has {len(values)} entries for {count} prompts; give one for all, or one per prompt.")
-    return values
-
-
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """One seed per picture."""
-    is_whole = lambda value: isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    given = [seed] if is_whole(seed) or not isinstance(seed, Iterable) or isinstance(seed, str) else list(seed)
-    if wrong := [value for value in given if not is_whole(value)]:
-        raise TypeError(f"A seed is {wrong[0]!r}; seed must be a whole number, or a list of one per picture.")
-    seeds = [int(seed) + k for k in range(count)] if is_whole(seed) else [int(s) for s in given]
-    if len(seeds) != count:
-        raise ValueError(f"There are {len(seeds)} seeds for {count} pictures; give one number, or one per picture.")
-    return [folded(s) for s in seeds]
-
-
-def _references(image: Any, count: int) -> list[tuple[Image.Image, ...]]:
-    """The references of each prompt; see `Pipeline.__call__` for the rules."""
-    if image is None:
-        return [()] * count
-    several = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
-    if not several:
-        return [(to_pil(image),)] * count
-    entries = list(image)
-    if len(entries) != count:
-        raise ValueError(
-            f"image holds {len(entries)} entries for {count} prompt{'s' if count > 1 else ''}; give one entry per "
-            "prompt, and write several references of one prompt as a list within the list: [[a, b]]."
-        )
-    out = []
-    for entry in entries:
-        if entry is None:
-            out.append(())
-        elif isinstance(entry, (list, tuple)):
-            out.append(tuple(to_pil(item) for item in entry))
-        else:
-            out.append((to_pil(entry),))
-    return out

@@ -17,7 +17,7 @@ from unipic2_jax.pictures.sheet import contact_sheet
 from unipic2_jax.reproduction.tables import BASE, Table
 from unipic2_jax.training.curves import smooth
 from unipic2_jax.training.metrics import read_evaluations, read_rows
-from unipic2_jax.training.setup import load_bundle
+from unipic2_jax.training.setup import load_model
 
 
 def read_scores(table: Table, runs: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, list[float]]]:
@@ -84,7 +84,7 @@ def draw_samples(
         for caption, folder in models.items():
             with (of_model := config.copy_and_resolve_references()).unlocked():
                 of_model.init = str(folder)
-            bundle = load_bundle(of_model, mesh)
+            bundle = load_model(of_model, mesh)
             # One program serves all: it takes the weights as an argument.
             evaluator = evaluator or Evaluator("samples", read_evaluation("samples", fields), bundle, mesh)
             drawn[caption] = evaluator.generate(bundle.params)

@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import traverse_util
-from orbax.checkpoint import v1
 
 from unipic2_jax.core.errors import ConfigError, TrainingError
+from unipic2_jax.parallel.compat import orbax, orbax_v1
 from unipic2_jax.parallel.processes import is_lost_peer, is_main, max_over_processes
 from unipic2_jax.parallel.rules import shardings
+
+ocp, v1 = orbax(), orbax_v1()
 
 VERIFY_BYTES = 1 << 28  # read back at a time
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from unipic2_jax.parallel.compat import use_mesh
+
 
 class BackgroundCompiler:
     """Compiles jitted functions in a thread, one after the other in the order in which they were asked for."""
@@ -37,7 +39,7 @@ class BackgroundCompiler:
 
     def _compile(self, name: str, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         started = time.perf_counter()
-        with jax.set_mesh(self.mesh):  # each thread has its own
+        with use_mesh(self.mesh):  # each thread has its own
             compiled = function.lower(*arguments, **keywords).compile()
         self.log(f"compiled {name} in {time.perf_counter() - started:.1f} s")
         return compiled

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from tqdm import tqdm
 from unipic2_jax.core.errors import TrainingError, TrainingPaused
 from unipic2_jax.data.prompts import look_through
 from unipic2_jax.models.attention import check_implementation
+from unipic2_jax.models.model import Model
+from unipic2_jax.parallel.compat import use_mesh
 from unipic2_jax.parallel.processes import end, is_lost_peer, is_main, max_over_processes, tree_to_host, wait_for_all
 from unipic2_jax.training import config as config_lib
 from unipic2_jax.training.checkpoints import Checkpoints
@@ -30,8 +31,8 @@ from unipic2_jax.training.report import write_report
 from unipic2_jax.training.setup import (
     check_writable,
     config_mesh,
-    load_bundle,
-    save_bundle,
+    load_model,
+    save_model,
     shared,
     tell,
     use_compilation_cache,
@@ -41,6 +42,9 @@ from unipic2_jax.training.signals import Signals
 from unipic2_jax.training.stage import Stage, StageContext, stage_class
 from unipic2_jax.weights.precision import PRECISIONS
 
+Load = Callable[[ConfigDict, jax.sharding.Mesh], Model]
+Save = Callable[[Model, Path, Collection[str]], None]
+
 CURVES_EVERY = 60.0  # seconds; drawing takes about one
 
 
@@ -49,8 +53,8 @@ def run(
     workdir: str | os.PathLike,
     *,
     mesh: jax.sharding.Mesh | None = None,
-    load: Callable[[ConfigDict, jax.sharding.Mesh], Any] | None = None,
-    save: Callable[[Any, Path, Collection[str]], None] | None = None,
+    load: Load | None = None,
+    save: Save | None = None,
     split: Callable[[ConfigDict, Callable[[str], None]], ConfigDict] | None = None,
     own_process: bool = False,
 ) -> Path:
@@ -64,8 +68,8 @@ def run(
       workdir: receives config.json, metrics.jsonl, tensorboard/, samples/, evaluations/, checkpoints/, curves.png,
         report.md and export/ (plus export/ extras of each stage under stages/).
       mesh: devices; all of them in the shape of `config.parallel` by default.
-      load, save: how a bundle is made from the configuration, and written, with the paths of the leaves that are not as they
-        were read; diffusers layout by default.
+      load, save: how the model is made from the configuration, and written, with the paths of the leaves that are not as they
+        were read; as its kind does it by default.
       split: what puts a split in place of `parallel.preset='auto'` where there are several accelerators: `perf.split.resolved`.
       own_process: the process is for this run alone, so that a signal may end it where Python cannot be interrupted, and
         without waiting for what still compiles.
@@ -78,73 +82,74 @@ def run(
       TrainingError: when a metric is not finite.
       SystemExit: with 128 + the signal's number after SIGTERM or SIGINT, when the state has been saved.
     """
-    config = config_lib.validate(config)
+    config, workdir = config_lib.validate(config), Path(workdir)
     # Every split shares a batch over all devices, so that stages are checked before one is chosen, which takes a while.
-    found = mesh or config_mesh(with_copies(config))
-    with jax.set_mesh(found):
-        try:
-            check_implementation(config.attention)
-        except ValueError as error:
-            raise config_lib.ConfigError(f"config.{error}") from error
-    for name in config.schedule:
-        try:
-            stage_class(config.stages[name].kind).check(config.stages[name], found)
-        except (ValueError, FileNotFoundError) as error:
-            raise config_lib.ConfigError(f"config.stages.{name}: {error}") from error
-    workdir = Path(workdir)
-    check_writable(workdir)
-    for sentence in config_lib.check_same_run(config, workdir / "config.json"):
-        tell(sentence)
-    _look_through(config, workdir / "looked_through.txt")
+    _check(config, mesh or config_mesh(with_copies(config)), workdir)
     use_compilation_cache(workdir)
     if mesh is None:
         config = shared(config, split)
         mesh = config_mesh(config)
-    # A vision-language model that came from a folder of its own stays there.
-    with_vlm = config_lib.model_config(config, config.stages[config.schedule[-1]].model).vlm is None
-    save = save or functools.partial(save_bundle, with_vlm=with_vlm, precision=PRECISIONS[config.precision])
+    load, save = load or load_model, save or functools.partial(save_model, config=config)
     try:
-        with jax.set_mesh(mesh):
-            return _Run(config, workdir, mesh, load or load_bundle, save, own_process).go()
+        with use_mesh(mesh):
+            return _Run(config, workdir, mesh, load, save, own_process).go()
     except SystemExit as left:
         if own_process:
             end(left.code)
         raise
 
 
-def _look_through(config: ConfigDict, memory: Path) -> None:
-    """Reads the pictures of all prompts once.
+def _check(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path) -> None:
+    """Everything that can be known to be wrong before a model is read; makes the folder of the run.
 
     Raises:
-      ConfigError: when one is broken.
+      ConfigError: one sentence about the first thing that is.
     """
+    with use_mesh(mesh):
+        try:
+            check_implementation(config.attention)
+        except ValueError as error:
+            raise config_lib.ConfigError(f"config.{error}") from error
     for name in config.schedule:
-        stage = config.stages[name]
-        for source in stage_class(stage.kind).prompt_sources(stage):
-            try:
-                look_through(source, memory)
-            except ValueError as error:
-                raise config_lib.ConfigError(f"config.stages.{name}: {error}") from error
+        with _told_of(name):
+            stage_class(config.stages[name].kind).check(config.stages[name], mesh)
+    check_writable(workdir)
+    for sentence in config_lib.check_same_run(config, workdir / "config.json"):
+        tell(sentence)
+    # Pictures of prompts come last, since there can be many of them.
+    for name in config.schedule:
+        with _told_of(name):
+            for source in stage_class(config.stages[name].kind).prompt_sources(config.stages[name]):
+                look_through(source, workdir / "looked_through.txt")
+
+
+@contextlib.contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    """What is wrong inside is told as being so of the stage of this name."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise config_lib.ConfigError(f"config.stages.{name}: {error}") from error
 
 
 class _Run:
-    """One call of `run`: what its steps share."""
+    """One call of `run`: what its steps share. `go` is the whole of it, and methods follow in the order in which it needs them."""
 
     def __init__(
         self,
         config: ConfigDict,
         workdir: Path,
         mesh: jax.sharding.Mesh,
-        load: Callable,
-        save: Callable,
+        load: Load,
+        save: Save,
         own_process: bool,
     ):
-        self.config, self.workdir, self.mesh, self.load, self.save_bundle = config, workdir, mesh, load, save
+        self.config, self.workdir, self.mesh, self.load, self.save_model = config, workdir, mesh, load, save
         self.own_process = own_process
         self.names = list(config.schedule)
         # The model that the current stage's is made of, and what stages before trained that is no part of it.
         self.initial, self.carried = self.load_model(config.stages[self.names[0]].model), {}
-        self.model = config.stages[self.names[0]].model
+        self.initial_name = config.stages[self.names[0]].model
         self.offsets = [sum(config.stages[n].steps for n in self.names[:i]) for i in range(len(self.names))]
         self.drawn = time.monotonic()
         self.checkpoints = Checkpoints(
@@ -157,64 +162,44 @@ class _Run:
             tqdm.write(sentence, file=sys.stderr)
 
     def go(self) -> Path:
-        export = self.workdir / "export"
-        stage, first, step, state = None, 0, 0, None
+        """Runs what is left of the schedule; returns the folder of the exported model."""
+        stage, step, state = self.begin()
+        model = None
+        with self.recorded(), Signals(self.checkpoints.saving, self.own_process) as self.signals:
+            for index in range(stage.context.index, len(self.names)):
+                # What a stage needs of those before is saved; in memory there is one full-size model at a time.
+                model = None
+                stage = stage or self.stage_at(index)
+                state = stage.init() if state is None else state
+                model = self.complete(stage, step, state)
+                stage, step, state = None, 0, None
+        self.checkpoints.close()
+        return self.export(model)
+
+    def begin(self) -> tuple[Stage, int, Any]:
+        """The stage to go on with, from which step, and the state of its newest checkpoint; None where there is none."""
+        stage, step, state = None, 0, None
 
         def like(record: dict[str, Any]) -> Any:
             nonlocal stage
             stage = self.stage_at(record["stage_index"])
             return stage.init()
 
-        if found := self.checkpoints.restore_newest(like):
-            record, state = found
-            first, step = record["stage_index"], record["step"]
-            self.say(f"Continuing after step {step} of stage '{self.names[first]}' in {self.workdir}.")
-            self.put_aside(export, first, step)
-        stage = stage or self.stage_at(first)
+        if restored := self.checkpoints.restore_newest(like):
+            record, state = restored
+            step = record["step"]
+            self.say(f"Continuing after step {step} of stage '{stage.context.name}' in {self.workdir}.")
+            self.put_aside(stage.context.index, step)
+        stage = stage or self.stage_at(0)
         # Only now, so that a mistake which shows up while starting can be corrected in the same folder.
         if is_main():
             config_lib.write_config(self.config, self.workdir / "config.json")
-        self.metrics = Metrics(self.workdir, self.offsets[first] + step, writes=is_main())
-        try:
-            with Signals(self.checkpoints.saving, self.own_process) as self.signals:
-                bundle = None
-                for index in range(first, len(self.names)):
-                    stage = stage or self.stage_at(index)
-                    state = stage.init() if state is None else state
-                    stage.release()
-                    try:
-                        state = self.train(stage, step, state)
-                        # What the next stage needs is saved; in memory there is one full-size model at a time.
-                        bundle = self.finish(stage, state)
-                    finally:
-                        stage.close()
-                    stage, step, state = None, 0, None
-                    if index + 1 < len(self.names):
-                        bundle = None
-        except Exception as error:
-            if not is_lost_peer(error):  # what is being written ends well whatever went wrong here
-                with contextlib.suppress(Exception):
-                    self.checkpoints.wait()
-            raise
-        finally:
-            self.metrics.close()
-        self.checkpoints.close()
-        if not max_over_processes(is_main() and export.exists()):
-            changed = self.changed(bundle).keys()
-            whole = dataclasses.replace(bundle, params=self.whole(bundle.params))
-            if is_main():
-                part = self.workdir / f"export.part{os.getpid()}"
-                self.save_bundle(whole, part, changed)
-                part.rename(export)
-        if is_main():
-            draw_curves(self.workdir)
-            report = write_report(self.workdir, f"{', then '.join(self.names)}: {self.workdir.name}")
-            self.say(f"Done: the model is in {export}, the report in {report}.")
-        wait_for_all("export")
-        return export
+        self.metrics = Metrics(self.workdir, self.offsets[stage.context.index] + step, writes=is_main())
+        return stage, step, state
 
-    def put_aside(self, export: Path, first: int, step: int) -> None:
+    def put_aside(self, first: int, step: int) -> None:
         """Gives the export of a run that was finished, and now has more steps, a name of its own."""
+        export = self.workdir / "export"
         left = self.config.stages[self.names[first]].steps - step or len(self.names) - 1 - first
         if not is_main() or not left or not export.exists():
             return
@@ -222,11 +207,7 @@ class _Run:
         export.rename(kept)
         self.say(f"The model after {self.offsets[first] + step} steps stays in {kept}.")
 
-    def whole(self, params: Any) -> Any:
-        """Parameters as one process can write them."""
-        return params if jax.process_count() == 1 else tree_to_host(params)
-
-    def load_model(self, name: str | None) -> Any:
+    def load_model(self, name: str | None) -> Model:
         """The run's model, or the one of this name, as it was before any training."""
         try:
             return self.load(config_lib.model_config(self.config, name), self.mesh)
@@ -236,34 +217,55 @@ class _Run:
     def stage_at(self, index: int) -> Stage:
         """Stage `index`, on its model with all that stages before it have trained, by name."""
         name = self.names[index]
-        if (model := self.config.stages[name].model) != self.model:
-            self.initial = None
-            self.initial, self.model = self.load_model(model), model
+        if (model := self.config.stages[name].model) != self.initial_name:
+            self.initial = None  # before another one is read
+            self.initial, self.initial_name = self.load_model(model), model
         params, self.carried = self.checkpoints.load_params(index, self.initial.params, self.mesh)
-        bundle = dataclasses.replace(self.initial, params=params)
-        following = self.config.stages[self.names[index + 1]] if index + 1 < len(self.names) else None
         context = StageContext(
             name,
             index,
             self.config.seed,
             self.mesh,
             self.workdir,
-            following,
-            self.say,
-            PRECISIONS[self.config.precision],
-            self.config.parallel.gather,
+            next_lora=self.next_lora(index),
+            log=self.say,
+            precision=PRECISIONS[self.config.precision],
+            gather=self.config.parallel.gather,
         )
-        return stage_class(self.config.stages[name].kind)(self.config.stages[name], bundle, context)
+        kind = stage_class(self.config.stages[name].kind)
+        return kind(self.config.stages[name], self.initial.replace(params=params), context)
+
+    def next_lora(self, index: int) -> ConfigDict | None:
+        """The LoRA fields of the stage after `index`, when it goes on with the LoRA of that one."""
+        if index + 1 == len(self.names):
+            return None
+        after = self.config.stages[self.names[index + 1]]
+        return after.lora if stage_class(after.kind).continues_lora(after) else None
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """However the run leaves, what is being written ends well and metrics are closed."""
+        try:
+            yield
+        except Exception as error:
+            if not is_lost_peer(error):
+                with contextlib.suppress(Exception):
+                    self.checkpoints.wait()
+            raise
+        finally:
+            self.metrics.close()
+
+    def complete(self, stage: Stage, step: int, state: Any) -> Model:
+        """Takes a stage from `step` to its end, and leaves there what the next one needs."""
+        stage.release()
+        try:
+            return self.finish(stage, self.train(stage, step, state))
+        finally:
+            stage.close()
 
     def train(self, stage: Stage, step: int, state: Any) -> Any:
         """Takes the stage from `step` to its end; saves, evaluates and records on the way."""
-        config, index = stage.config, stage.context.index
-        place = lambda: {
-            "stage": stage.context.name,
-            "stage_index": index,
-            "step": step,
-            "total_step": self.offsets[index] + step,
-        }
+        config, place = stage.config, lambda: self.place(stage, step)
         hidden = None if is_main() else True  # None: shown on a terminal
         bar = tqdm(total=config.steps, initial=step, desc=stage.context.name, disable=hidden, dynamic_ncols=True)
         with bar:
@@ -293,6 +295,16 @@ class _Run:
                     bar.set_postfix(_shown(metrics), refresh=False)
                 bar.update()
                 self.checkpoints.read_back()
+
+    def place(self, stage: Stage, step: int) -> dict[str, Any]:
+        """Where the run is, as checkpoints and metrics say it."""
+        index = stage.context.index
+        return {
+            "stage": stage.context.name,
+            "stage_index": index,
+            "step": step,
+            "total_step": self.offsets[index] + step,
+        }
 
     def save(self, place: dict[str, Any], state: Any, *, last: bool = False) -> None:
         """Saves, unless no step was taken since; `last`: the run leaves then."""
@@ -356,21 +368,42 @@ class _Run:
         self.say(f"Stopped by a signal after step {place['step']} of '{place['stage']}'; the same command continues.")
         raise SystemExit(128 + max_over_processes(self.signals.received))
 
-    def changed(self, bundle: Any) -> dict[str, Any]:
-        """Leaves by path that are not those of the model as it was before any training."""
-        before, after = (traverse_util.flatten_dict(b.params, sep="/") for b in (self.initial, bundle))
-        return {path: leaf for path, leaf in after.items() if leaf is not before.get(path)}
-
-    def finish(self, stage: Stage, state: Any) -> Any:
+    def finish(self, stage: Stage, state: Any) -> Model:
         """Ends a stage: its extras under stages/, and the parameters that the next stage starts from."""
-        bundle = stage.finish(state)
+        model = stage.finish(state)
         folder = self.workdir / "stages" / stage.context.name
         folder.mkdir(parents=True, exist_ok=True)
         stage.export(state, folder)
         if stage.context.index + 1 < len(self.names):
-            kept = traverse_util.unflatten_dict({**self.carried, **self.changed(bundle)}, sep="/")
+            kept = traverse_util.unflatten_dict({**self.carried, **self.changed(model)}, sep="/")
             self.checkpoints.save_params(stage.context.index + 1, kept)
-        return bundle
+        return model
+
+    def changed(self, model: Model) -> dict[str, Any]:
+        """Leaves by path that are not those of the model as it was before any training."""
+        before, after = (traverse_util.flatten_dict(m.params, sep="/") for m in (self.initial, model))
+        return {path: leaf for path, leaf in after.items() if leaf is not before.get(path)}
+
+    def export(self, model: Model) -> Path:
+        """Writes the model and the report at the end of a run, unless they are there."""
+        export = self.workdir / "export"
+        if not max_over_processes(is_main() and export.exists()):
+            changed = self.changed(model).keys()
+            whole = model.replace(params=self.whole(model.params))
+            if is_main():
+                part = self.workdir / f"export.part{os.getpid()}"
+                self.save_model(whole, part, changed)
+                part.rename(export)
+        if is_main():
+            draw_curves(self.workdir)
+            report = write_report(self.workdir, f"{', then '.join(self.names)}: {self.workdir.name}")
+            self.say(f"Done: the model is in {export}, the report in {report}.")
+        wait_for_all("export")
+        return export
+
+    def whole(self, params: Any) -> Any:
+        """Parameters as one process can write them."""
+        return params if jax.process_count() == 1 else tree_to_host(params)
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, str]:

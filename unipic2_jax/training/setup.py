@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import sys
@@ -13,12 +12,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from unipic2_jax.models.bundle import Bundle
+from unipic2_jax.models.model import MODELS, Model, Start
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.parallel.processes import is_main
 from unipic2_jax.training import config as config_lib
-from unipic2_jax.weights.precision import PRECISIONS, Precision
-
-EDIT_REWARD = "edit_reward"  # what config.model says when no picture is drawn but edits are scored
+from unipic2_jax.weights.precision import PRECISIONS
 
 
 def check_writable(workdir: Path) -> None:
@@ -81,51 +80,30 @@ def shared(config: ConfigDict, split: Callable[[ConfigDict, Callable[[str], None
     return split(config, tell)
 
 
-def load_bundle(config: ConfigDict, mesh: jax.sharding.Mesh) -> Any:
-    """The model a run starts from: the folder `config.init`, or random weights of the size `config.model`."""
-    from unipic2_jax.models import bundle
+def load_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> Model:
+    """The model that a run starts from, of the kind that `config.model` names.
 
-    precision = PRECISIONS[config.precision]
-    if config.model == EDIT_REWARD:
-        from unipic2_jax.models.edit_reward.model import EditRewardModel
-
-        return EditRewardModel.start(config.init, config.vlm, config.settings.to_dict(), mesh, precision)
-    if config.init is not None:
-        found = bundle.load_bundle(config.init, precision, mesh, config.vlm)
-    else:
-        options = {"parts": config.parts.to_dict(), "zero_projectors": config.zero_projectors}
-        found = bundle.init_bundle(config.model, config.seed, mesh=mesh, dtype=precision, **options)
-    settings, known = config.settings.to_dict(), found.conditioner.SETTINGS
-    if unknown := [name for name in settings if name not in known]:
-        raise config_lib.ConfigError(
-            f"config.settings.{unknown[0]} is no setting of this model's conditioner"
-            + config_lib.nearest(unknown[0], known)
-        )
-    return found.replace(
-        transformer=found.transformer.clone(attention_implementation=config.attention),
-        conditioner=dataclasses.replace(found.conditioner, **settings),
-    )
-
-
-def save_bundle(
-    bundle: Any,
-    folder: Path,
-    changed: Collection[str],
-    *,
-    with_vlm: bool = True,
-    precision: Precision = PRECISIONS["float32"],
-) -> None:
-    """Writes a bundle in diffusers layout, or an EditReward in its own: in float32, or in the dtypes of the files that it came
-    from, with a copy of what is not `changed`, as the policy wants it.
+    Raises:
+      ValueError, FileNotFoundError: one sentence about what does not fit.
     """
-    from unipic2_jax.models import bundle as bundle_lib
+    fields = {name: _plain(config[name]) for name in ("seed", "attention", *config_lib.MODEL_FIELDS)}
+    return MODELS.get(config.model, Bundle).start(Start(**fields), mesh, PRECISIONS[config.precision])
 
-    if not isinstance(bundle, bundle_lib.Bundle):
-        bundle.save(folder, changed=changed if precision.as_files else None)
-    elif precision.as_files:
-        bundle_lib.save_bundle(bundle, folder, None, with_vlm, changed)
+
+def save_model(model: Model, folder: Path, changed: Collection[str], config: ConfigDict) -> None:
+    """Writes a run's model in its own layout: in float32, or in the dtypes of the files that it came from, with a copy of what is
+    not `changed`, as the policy of `config.precision` wants it.
+    """
+    # A vision-language model that came from a folder of its own stays there.
+    with_vlm = config_lib.model_config(config, config.stages[config.schedule[-1]].model).vlm is None
+    if PRECISIONS[config.precision].as_files:
+        model.save(folder, None, changed, with_vlm)
     else:
-        bundle_lib.save_bundle(bundle, folder, with_vlm=with_vlm)
+        model.save(folder, "float32", with_vlm=with_vlm)
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, ConfigDict) else value
 
 
 def use_compilation_cache(workdir: str | os.PathLike) -> None:

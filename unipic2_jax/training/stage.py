@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_dict
 from unipic2_jax.core.errors import ConfigError, nearest
 from unipic2_jax.core.registry import Registry
 from unipic2_jax.data.prompts import PromptSource
+from unipic2_jax.models.model import Model
 from unipic2_jax.optim.optimizer import optimizer_fields
 from unipic2_jax.parallel.rules import shardings
 from unipic2_jax.weights.precision import PRECISIONS, Precision
@@ -40,7 +41,9 @@ class StageContext:
     seed: int
     mesh: jax.sharding.Mesh
     workdir: Path
-    following: ConfigDict | None = None  # the configuration of the next stage
+    next_lora: ConfigDict | None = (
+        None  # the LoRA fields of the next stage, when that goes on with the LoRA of this one
+    )
     log: Callable[[str], None] = print  # a sentence for the person who watches
     precision: Precision = PRECISIONS["float32"]
     gather: str = "update"  # config.parallel.gather
@@ -88,10 +91,12 @@ class Program:
 
 
 class Stage:
-    """One kind of training. Everything that changes lives in the state, a pytree of arrays.
+    """One kind of training: its configuration, `check`, `init` (the state), `step`, `evaluate`, `finish`.
 
-    A step is a pure function of (state, step number): the data and the random numbers of step n are functions of
-    (seed, stage, n), so the step number is the whole data position and a resumed run repeats and skips nothing.
+    Everything that changes and matters lives in the state, a pytree of arrays, which checkpoints hold. A step is a pure function of
+    (state, step number): the data and the random numbers of step n are functions of (seed, stage, n), so the step number is the
+    whole data position and a resumed run repeats and skips nothing. What else a stage remembers is a cache: made again from the
+    configuration, the state and the step it is the same, bit for bit.
     """
 
     @classmethod
@@ -114,7 +119,13 @@ class Stage:
         del config
         return []
 
-    def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
+    @classmethod
+    def continues_lora(cls, config: ConfigDict) -> bool:
+        """Whether a stage of this configuration goes on with the LoRA of the stage before, which then does not merge it."""
+        del config
+        return False
+
+    def __init__(self, config: ConfigDict, bundle: Model, context: StageContext):
         self.config, self.bundle, self.context = config, bundle, context
 
     def init(self) -> Any:
@@ -148,8 +159,8 @@ class Stage:
         """
         raise ConfigError(f"Stage '{self.context.name}' is of kind '{self.config.kind}', which cannot be planned.")
 
-    def finish(self, state: Any) -> Any:
-        """The bundle that the next stage starts from; unchanged leaves of `bundle.params` stay the same objects, and what was
+    def finish(self, state: Any) -> Model:
+        """The model that the next stage starts from; unchanged leaves of `bundle.params` stay the same objects, and what was
         trained is as it was in the state."""
         raise NotImplementedError
 

@@ -31,6 +31,7 @@ from unipic2_jax.models.bundle import VLM_PATTERNS, find_model
 from unipic2_jax.models.edit_reward import files
 from unipic2_jax.models.edit_reward import network as edit_reward
 from unipic2_jax.models.edit_reward.network import DEFAULT_TARGETS, EditReward, variables
+from unipic2_jax.models.model import MODELS, Start
 from unipic2_jax.models.qwen import names as qwen
 from unipic2_jax.models.qwen.decoder import Qwen2_5_VL, Qwen2_5_VLConfig
 from unipic2_jax.models.qwen.processor import VLMInput, VLMProcessor
@@ -41,7 +42,7 @@ from unipic2_jax.parallel.mesh import batch_shards, make_mesh, shard_batch
 from unipic2_jax.parallel.processes import local_rows, max_over_processes, rows_to_host
 from unipic2_jax.parallel.rules import shardings
 from unipic2_jax.weights import io, native, table
-from unipic2_jax.weights.precision import as_precision, check_dtype
+from unipic2_jax.weights.precision import Precision, as_precision, check_dtype
 
 MODEL_TYPE = "edit_reward"
 WORDS = "lm_head"  # of the vision-language model: makes words of its states, which a score does not need
@@ -149,6 +150,7 @@ class Spec:
         return [{"role": "user", "content": content}]
 
 
+@MODELS.register("edit_reward")
 @dataclasses.dataclass(frozen=True, eq=False)
 class EditRewardModel:
     """An EditReward, ready to score.
@@ -177,31 +179,30 @@ class EditRewardModel:
         return cls._made(folder, config, spec, None, mesh, dtype)
 
     @classmethod
-    def start(
-        cls, init: str | None, vlm: str | None, settings: dict[str, Any], mesh: Mesh | None = None, dtype: Any = None
-    ) -> Self:
-        """What a training starts from: the EditReward in the folder `init`, or a new one on the vision-language model `vlm`.
+    def start(cls, start: Start, mesh: Mesh | None = None, precision: Precision | None = None) -> Self:
+        """The EditReward in the folder `start.init`, or a new one on the vision-language model `start.vlm`; see `models.model.Model`.
 
-        Args:
-          settings: fields of `Spec` beside its base; they overrule those of `init`.
-
-        Raises:
-          ValueError: for a setting that there is not, or neither folder.
+        `start.settings` are fields of `Spec` beside its base; they overrule those of `start.init`.
         """
+        settings = start.settings
         known = [field.name for field in dataclasses.fields(Spec) if field.name != "base"]
         if unknown := [name for name in settings if name not in known]:
             raise ValueError(f"config.settings.{unknown[0]} is no setting of an EditReward; it has {', '.join(known)}.")
-        if init is not None:
-            model = cls.load(init, mesh, dtype)
+        if start.init is not None:
+            model = cls.load(start.init, mesh, precision)
             spec = dataclasses.replace(model.spec, **settings)
             if len(spec.targets) != len(model.spec.targets):
                 raise ValueError(
-                    f"The EditReward {init} gives {model.spec.targets} and not {spec.targets}; ask for as many."
+                    f"The EditReward {start.init} gives {model.spec.targets} and not {spec.targets}; ask for as many."
                 )
-            return dataclasses.replace(model, spec=spec)
-        if not vlm:
+            return model.replace(spec=spec)
+        if not start.vlm:
             raise ValueError("An EditReward stands on a Qwen2.5-VL; name its folder, as in --config.vlm=DIR.")
-        return cls.create(Spec(base=vlm, **settings), mesh, dtype)
+        return cls.create(Spec(base=start.vlm, **settings), mesh, precision)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other fields."""
+        return dataclasses.replace(self, **changes)
 
     @classmethod
     def load(
@@ -223,7 +224,7 @@ class EditRewardModel:
         if not scoring or "lora" not in made.params:
             return made
         held = {**made.params, "lora": as_precision(dtype).hold(made.params["lora"])}
-        return dataclasses.replace(made, params=held)
+        return made.replace(params=held)
 
     @classmethod
     def check(cls, folder: str | os.PathLike) -> Spec:
@@ -268,14 +269,22 @@ class EditRewardModel:
         module = module if alpha is None else module.clone(lora_alpha=alpha)
         return cls(module, params, processor, spec, alpha, vlm)
 
-    def save(self, folder: str | os.PathLike, dtype: Any = None, changed: Collection[str] | None = None) -> Path:
+    def save(
+        self,
+        folder: str | os.PathLike,
+        dtype: Any = None,
+        changed: Collection[str] | None = None,
+        with_vlm: bool = True,
+    ) -> Path:
         """Writes a folder that `load` reads.
 
         Args:
           dtype: of the files: float32, float16 or bfloat16; None keeps each parameter's own.
           changed: with `dtype` None: which leaves ('vlm/path/to/leaf') are not what was read. All others of the vision-language model
             are copied from its files bit for bit, and these get the dtypes that the files have.
+          with_vlm: of no account; the vision-language model is written when it was trained.
         """
+        del with_vlm
         folder, config = Path(folder), self.module.config
         folder.mkdir(parents=True, exist_ok=True)
         dtype = None if dtype is None else check_dtype(dtype)
@@ -421,4 +430,4 @@ def with_lora(model: EditRewardModel, key: jax.Array, rank: int, alpha: float) -
         raise ValueError(
             f"The EditReward has a LoRA of rank and alpha {had}, and {(rank, alpha)} is asked for; make them equal."
         )
-    return dataclasses.replace(model, module=model.module.clone(lora_alpha=alpha), params=params, alpha=alpha)
+    return model.replace(module=model.module.clone(lora_alpha=alpha), params=params, alpha=alpha)

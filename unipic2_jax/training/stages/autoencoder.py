@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.data.examples import make_examples
+from unipic2_jax.models.bundle import Bundle
 from unipic2_jax.models.sampling import encode_moments, from_uint8
 from unipic2_jax.optim.optimizer import make_optimizer
 from unipic2_jax.parallel.mesh import check_rows, shard_batch
@@ -49,15 +50,15 @@ class AutoencoderStage(Stage):
     @classmethod
     def check(cls, config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         """Builds everything that the configuration describes and that costs nothing."""
-        found = make_examples(config.data, 0, "image").buckets
-        if len(found) > 1:
+        buckets = make_examples(config.data, 0, "image").buckets
+        if len(buckets) > 1:
             raise ConfigError(
-                f"The autoencoder takes pictures of one shape, and these have {len(found)}; prepare one alone."
+                f"The autoencoder takes pictures of one shape, and these have {len(buckets)}; prepare one alone."
             )
         make_optimizer(config.optimizer, config.steps)
         check_rows(config.batch_size, mesh)
 
-    def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
+    def __init__(self, config: ConfigDict, bundle: Bundle, context: StageContext):
         super().__init__(config, bundle, context)
         self.vae = bundle.vae
         source = make_examples(config.data, context.data_seed(), "image")
@@ -116,11 +117,11 @@ class AutoencoderStage(Stage):
         metrics = {"psnr": float(psnr.mean()), "psnr_min": float(psnr.min()), "latent_std": float(latents.std())}
         return {"metrics": metrics, "scores": {"psnr": psnr}, "images": {"reconstructions": sheet}}
 
-    def finish(self, state: AutoencoderState) -> Any:
+    def finish(self, state: AutoencoderState) -> Bundle:
         """The bundle with the trained VAE, whose normalised latents have mean 0 and variance 1 over the measured pictures."""
         latents = self._measure(state)[2]
         config = dataclasses.replace(
             self.vae.config, shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std())
         )
         params = {**self.bundle.params, "vae": state.params}
-        return dataclasses.replace(self.bundle, vae=self.vae.clone(config=config), params=params)
+        return self.bundle.replace(vae=self.vae.clone(config=config), params=params)

@@ -21,6 +21,7 @@ from unipic2_jax.data.prompts import UNREAD, PromptRecord, PromptSource, make_so
 from unipic2_jax.evaluation.evaluator import check_evaluation, evaluation_sources, make_evaluators
 from unipic2_jax.flow.sde import SDEConfig
 from unipic2_jax.models import sampling
+from unipic2_jax.models.bundle import Bundle
 from unipic2_jax.models.conditioner import tokenize_negative
 from unipic2_jax.models.lora import count_matrices, scaled
 from unipic2_jax.models.remat import check_policy
@@ -199,7 +200,11 @@ class GRPOStage(Stage):
     def prompt_sources(cls, config: ConfigDict) -> list[PromptSource]:
         return [make_source(config.source, 0), *evaluation_sources(config.evaluations)]
 
-    def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
+    @classmethod
+    def continues_lora(cls, config: ConfigDict) -> bool:
+        return config.reference == "base"
+
+    def __init__(self, config: ConfigDict, bundle: Bundle, context: StageContext):
         held = {n: tree if n == "lora" else context.precision.hold(tree) for n, tree in bundle.params.items()}
         bundle = dataclasses.replace(bundle, params=held)
         super().__init__(config, bundle, context)
@@ -559,13 +564,13 @@ class GRPOStage(Stage):
 
     def finish(self, state: PolicyState) -> Any:
         """Merges the LoRA, unless the next stage continues it."""
-        kept, following = self._kept(state), self.context.following
+        kept, following = self._kept(state), self.context.next_lora
         params = {name: tree for name, tree in self.params.items() if name != "lora"}
         before = params["transformer"]
         if self.scale is None:
             return dataclasses.replace(self.bundle, params={**params, "transformer": merge_params(kept, before)})
-        if following is not None and following.kind == "grpo" and following.reference == "base":
-            if (scale := scale_of(following.lora)) != self.scale:
+        if following is not None:
+            if (scale := scale_of(following)) != self.scale:
                 kept = scaled(kept, self.scale / scale)
             return dataclasses.replace(self.bundle, params={**params, "lora": kept})
         transformer = merged(before, kept, self.scale, self.context.precision.trained)

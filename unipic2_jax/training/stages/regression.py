@@ -95,7 +95,7 @@ class RegressionStage(Stage):
         make_optimizer(config.optimizer, config.steps)
         check_rows(config.batch_size, mesh)
 
-    def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
+    def __init__(self, config: ConfigDict, bundle: EditRewardModel, context: StageContext):
         super().__init__(config, bundle, context)
         if not isinstance(bundle, EditRewardModel):
             raise ConfigError(f"a stage of kind 'regression' trains an EditReward; set config.model to '{NAME}'.")
@@ -114,10 +114,11 @@ class RegressionStage(Stage):
         look = lambda vlm, vision: self.module.apply({"params": {"vlm": vlm}}, vision, method="look")
         self._look = jax.jit(look)
         self._predict = jax.jit(lambda params, given: apply(self.module, params, given))
-        self._pools: dict[str, Batch] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="questions")
-        self._next: dict[int, Future[Batch]] = {}
-        self.last: Agreement | None = None
+        # Caches; whatever is not in them is made again, the same.
+        self._pools: dict[str, Batch] = {}  # of `_pool` and `_judged`
+        self._ahead: dict[int, Future[Batch]] = {}  # the next step's rows
+        self._measured: tuple[int, Agreement] | None = None  # the last evaluation, and after which step
 
     @property
     def frozen(self) -> dict[str, Any]:
@@ -205,10 +206,10 @@ class RegressionStage(Stage):
                 leaf.delete()
 
     def step(self, state: RegressionState, step: int) -> tuple[RegressionState, dict[str, float]]:
-        waiting = self._next.pop(step, None)
-        rows = waiting.result() if waiting else self._training_rows(step)
+        begun = self._ahead.pop(step, None)
+        rows = begun.result() if begun else self._training_rows(step)
         if not self.config.in_memory and step + 1 < self.config.steps:
-            self._next[step + 1] = self._thread.submit(self._training_rows, step + 1)
+            self._ahead[step + 1] = self._thread.submit(self._training_rows, step + 1)
         state, metrics = self._step(state, self.frozen, *self._placed(rows.given, rows.marks))
         return state, jax.device_get(metrics)
 
@@ -249,22 +250,29 @@ class RegressionStage(Stage):
 
     def evaluate(self, state: RegressionState, step: int) -> dict[str, Any]:
         """Agreement with the judge on held-out edits: '{what}' for the combined score, '{what}/{target}' for each."""
-        del step
         targets = self.model.spec.targets
         scores, judged = self.predict(state.trained)
         total = combine(scores, self.config.combine, targets)
-        self.last = agreement(total, judged.overall, judged.groups)
-        metrics = {f"{NAME}/{name}": value for name, value in self.last.numbers().items()}
+        whole = agreement(total, judged.overall, judged.groups)
+        self._measured = step, whole
+        metrics = {f"{NAME}/{name}": value for name, value in whole.numbers().items()}
         for column, target in enumerate(targets):
-            found = agreement(scores[:, column], judged.marks[:, column], judged.groups).numbers()
-            metrics |= {f"{NAME}/{name}/{target}": value for name, value in found.items()}
-        for number, (predicted, score, count) in enumerate(self.last.bins):
+            single = agreement(scores[:, column], judged.marks[:, column], judged.groups).numbers()
+            metrics |= {f"{NAME}/{name}/{target}": value for name, value in single.items()}
+        for number, (predicted, score, count) in enumerate(whole.bins):
             row = {"predicted": predicted, "judged": score, "count": count}
             metrics |= {f"{NAME}/bin/{number}_{name}": value for name, value in row.items()}
-        title = f"held-out edits: calibration error {self.last.calibration_error:.3f}"
+        title = f"held-out edits: calibration error {whole.calibration_error:.3f}"
         errors = np.abs(total - judged.overall)
-        picture = {f"{NAME}_reliability": reliability_picture(self.last.bins, title)}
+        picture = {f"{NAME}_reliability": reliability_picture(whole.bins, title)}
         return {"metrics": metrics, "scores": {f"{NAME}/error": errors}, "images": picture}
+
+    def _agreement(self, state: RegressionState) -> Agreement:
+        """Of the stage's end with the judge. A run that was killed after its last evaluation does not evaluate again: then it is
+        measured here."""
+        if self._measured is None or self._measured[0] != self.config.steps:
+            self.evaluate(state, self.config.steps)
+        return self._measured[1]
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -272,21 +280,20 @@ class RegressionStage(Stage):
     def finish(self, state: RegressionState) -> EditRewardModel:
         """The EditReward, unless it misses the gate."""
         if self.config.gate:
-            if self.last is None:
-                self.evaluate(state, self.config.steps)
-            if not self.last.spearman >= self.config.gate:
+            spearman = self._agreement(state).spearman
+            if not spearman >= self.config.gate:
                 raise TrainingError(
-                    f"Stage '{self.context.name}' ends with a Spearman correlation of {self.last.spearman:.3f} on held-out edits, "
+                    f"Stage '{self.context.name}' ends with a Spearman correlation of {spearman:.3f} on held-out edits, "
                     f"below the gate of {self.config.gate}; train longer or on more edits in a new workdir."
                 )
         spec = self.model.spec if self.config.lora.rank else dataclasses.replace(self.model.spec, base=None)
-        return dataclasses.replace(self.model, params={**self.model.params, **state.trained}, spec=spec)
+        return self.model.replace(params={**self.model.params, **state.trained}, spec=spec)
 
     def export(self, state: RegressionState, folder: Path) -> None:
-        """calibration.json: the numbers of the last evaluation, and the reliability table."""
-        del state
-        if is_main() and self.last is not None:
-            text = json.dumps({**self.last.numbers(), "bins": self.last.bins}, indent=2)
+        """calibration.json: how well it agrees with the judge at the end, and the reliability table."""
+        measured = self._agreement(state)  # by all processes
+        if is_main():
+            text = json.dumps({**measured.numbers(), "bins": measured.bins}, indent=2)
             (folder / "calibration.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.data.questions import make_questions
 from unipic2_jax.evaluation.vqa import HELD_OUT_SEED, answer_questions, conversation, score_answers
+from unipic2_jax.models.bundle import Bundle
 from unipic2_jax.optim.ema import ema_update
 from unipic2_jax.optim.optimizer import make_optimizer
 from unipic2_jax.parallel.mesh import check_rows, shard_batch
@@ -71,7 +71,7 @@ class VLMStage(Stage):
         make_optimizer(config.optimizer, config.steps)
         check_rows(config.batch_size, mesh)
 
-    def __init__(self, config: ConfigDict, bundle: Any, context: StageContext):
+    def __init__(self, config: ConfigDict, bundle: Bundle, context: StageContext):
         super().__init__(config, bundle, context)
         if "vlm" not in bundle.conditioner.modules:
             raise ConfigError("a stage of kind 'vlm' needs a MetaQuery model; this one has text encoders.")
@@ -83,11 +83,11 @@ class VLMStage(Stage):
         self.heldout = [heldout.question(index) for index in range(config.measure)]
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         self._step = jax.jit(self._train_step, donate_argnums=0)
-        self.pool: Any = None
+        self._pool: Any = None  # a cache of what `_prepared` gives
 
     def _prepared(self) -> Any:
         """(VLMInput, answers' tokens) of the whole pool, made when it is first needed."""
-        if self.pool is None:
+        if self._pool is None:
             parts = []
             for start in tqdm(range(0, self.config.pool, ENCODE_BATCH), desc="preparing questions", disable=None):
                 asked = [self.questions.question(start + i) for i in range(ENCODE_BATCH)]
@@ -95,8 +95,8 @@ class VLMStage(Stage):
                 form = FORMS[self.config.forms[start // ENCODE_BATCH % len(self.config.forms)]]
                 options = {"text_length": self.config.text_length, **form}
                 parts.append(self.processor.with_answers([conversation(q) for q in asked], answers, **options))
-            self.pool = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        return self.pool
+            self._pool = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        return self._pool
 
     def _train_step(self, state: VLMState, batch: Any, step: jax.Array) -> tuple[VLMState, dict[str, jax.Array]]:
         loss_fn = lambda params: answer_loss(self.vlm, params, *batch, self.config.equal_answers)
@@ -133,7 +133,7 @@ class VLMStage(Stage):
         metrics = {"vqa/exact" + ("" if tag == "overall" else f"/{tag}"): share for tag, share in shares.items()}
         return {"metrics": metrics, "scores": {"vqa/exact": right.astype(float)}}
 
-    def finish(self, state: VLMState) -> Any:
+    def finish(self, state: VLMState) -> Bundle:
         """The averaged weights."""
         conditioner = {**self.bundle.params["conditioner"], "vlm": state.ema}
-        return dataclasses.replace(self.bundle, params={**self.bundle.params, "conditioner": conditioner})
+        return self.bundle.replace(params={**self.bundle.params, "conditioner": conditioner})
