@@ -11,13 +11,13 @@ from deepgen_reference import LORA, SCALE, SMALL, VLM
 from PIL import Image
 from qwen_reference import processor, tensors
 
-from unipic2_jax.models.connector import MetaQuery
 from unipic2_jax.models.deepgen import names
 from unipic2_jax.models.deepgen.conditioner import DeepGenConditioner
 from unipic2_jax.models.deepgen.network import DecoderLoRA, DecoderLoRAConfig, DeepGenConfig
-from unipic2_jax.models.qwen import QWEN2_5_VL_3B, Qwen2_5_VL, example_inputs
-from unipic2_jax.weights import qwen as qwen_names
-from unipic2_jax.weights.registry import NETWORKS
+from unipic2_jax.models.metaquery.connector import MetaQuery
+from unipic2_jax.models.qwen import names as qwen_names
+from unipic2_jax.models.qwen.decoder import QWEN2_5_VL_3B, Qwen2_5_VL, example_inputs
+from unipic2_jax.models.registry import NETWORKS
 from unipic2_jax.weights.table import expected_shapes, to_flax, to_torch
 
 PROCESSOR = processor(VLM)

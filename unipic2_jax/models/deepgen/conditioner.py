@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from unipic2_jax.data.images import to_pil
+from unipic2_jax.models.conditioner import check_prompts
 from unipic2_jax.models.deepgen.network import DecoderLoRA, DecoderLoRAConfig
 from unipic2_jax.models.deepgen.pictures import TowerPictures
-from unipic2_jax.models.qwen import example_inputs
-from unipic2_jax.pipelines.conditioner import check_prompts
-from unipic2_jax.pipelines.metaquery import T2I_TEMPLATE, MetaQueryConditioner
-from unipic2_jax.pipelines.vlm import VLMInput, VLMProcessor, user_message
+from unipic2_jax.models.metaquery.conditioner import T2I_TEMPLATE, MetaQueryConditioner
+from unipic2_jax.models.qwen.decoder import example_inputs
+from unipic2_jax.models.qwen.processor import VLMInput, VLMProcessor, user_message
+from unipic2_jax.pictures.decode import to_pil
 
 # Which places of the sequence the connector reads.
 READS = ("all", "queries")
@@ -103,7 +103,7 @@ class DeepGenConditioner(MetaQueryConditioner):
 
         Args:
           images: for each prompt the pictures that it edits, each of the size at which its latents are made; see
-            `data.images.to_pil`. A prompt without one is text-to-image.
+            `pictures.decode.to_pil`. A prompt without one is text-to-image.
 
         Raises:
           ValueError: for a picture that does not divide into tokens, or a prompt longer than max_sequence_length.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from unipic2_jax.models.deepgen.network import DecoderLoRAConfig, DeepGenConfig
-from unipic2_jax.weights import connector
+from unipic2_jax.models.metaquery import names as metaquery
 from unipic2_jax.weights.table import Rule
 
 # Of a name in the training code's file: where it starts -> the folder of the network. What is first found counts.
@@ -28,7 +28,7 @@ ADAPTER = ".default."
 
 def rules(config: DeepGenConfig) -> tuple[Rule, ...]:
     """Every tensor of the folder `conditioner/`: MetaQuery's names, with a wider projector_1."""
-    return connector.rules(config)
+    return metaquery.rules(config)
 
 
 def lora_rules(config: DecoderLoRAConfig) -> tuple[Rule, ...]:

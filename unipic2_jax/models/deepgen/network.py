@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from unipic2_jax.models.config import ModelConfig
-from unipic2_jax.models.connector import ConnectorConfig, MetaQueryConfig
 from unipic2_jax.models.lora import scaled
-from unipic2_jax.models.qwen import Qwen2_5_VLConfig
+from unipic2_jax.models.metaquery.connector import ConnectorConfig, MetaQueryConfig
+from unipic2_jax.models.qwen.decoder import Qwen2_5_VLConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ from kontext_reference import kontext_forward
 from qwen_reference import IMAGE
 from qwen_reference import SMALL as VLM
 
-from unipic2_jax.models.connector import ConnectorConfig
 from unipic2_jax.models.deepgen.network import DecoderLoRAConfig, DeepGenConfig
+from unipic2_jax.models.metaquery.connector import ConnectorConfig
 
 # The tower sees two parts in four of an edge where the original has 28 in 32: pictures stay small.
 SCALE = 0.5
