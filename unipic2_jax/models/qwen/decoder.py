@@ -205,11 +205,16 @@ def init_cache(config: Qwen2_5_VLConfig, batch: int, length: int, dtype: Any = j
 
 
 class QwenAttention(nn.Module):
-    """Grouped-query causal self-attention, [B, S, D] -> [B, S, D]."""
+    """Grouped-query causal self-attention, [B, S, D] -> [B, S, D].
+
+    Attributes:
+      still_padding: a place that sees nothing, which is padding, gets zero (as flash attention gives it) instead of anything at all.
+    """
 
     config: Qwen2_5_VLConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    still_padding: bool = False
 
     @nn.compact
     def __call__(
@@ -232,32 +237,35 @@ class QwenAttention(nn.Module):
         # The queries that share a key stand beside each other as more queries: keys and values are never repeated.
         groups = c.num_attention_heads // c.num_key_value_heads
         grouped = rearrange(query, "b s (k g) d -> b (s g) k d", g=groups)
-        mask = repeat(mask, "b n s t -> b n (s g) t", g=groups)
-        mixed = attention(grouped, key, value, mask=mask, network="Qwen2.5-VL")
+        wide = repeat(mask, "b n s t -> b n (s g) t", g=groups)
+        mixed = attention(grouped, key, value, mask=wide, network="Qwen2.5-VL")
         mixed = rearrange(mixed, "b (s g) k d -> b s (k g d)", g=groups)
+        if self.still_padding:
+            mixed = jnp.where(mask.any(axis=-1)[:, 0, :, None], mixed, 0)
         return dense(c.hidden_size, use_bias=False, name="o_proj")(mixed), cache
 
 
 class QwenLayer(nn.Module):
-    """A pre-norm decoder block."""
+    """A pre-norm decoder block: the new states, and (the cache, the states that it read where `keep` asks for them)."""
 
     config: Qwen2_5_VLConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    keep: bool = False
 
     @nn.compact
     def __call__(
         self, x: jax.Array, cache: Cache | None, angle: jax.Array, mask: jax.Array, index: jax.Array | int
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, tuple[Cache | None, jax.Array | None]]:
         c = self.config
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(nn.RMSNorm, epsilon=c.rms_norm_eps, **kinds)
-        attend = QwenAttention(c, **kinds, name="self_attn")
-        x = constrain(x, "batch", "sequence", None)
+        attend = QwenAttention(c, **kinds, still_padding=self.keep, name="self_attn")
+        read = x = constrain(x, "batch", "sequence", None)
         mixed, cache = attend(norm(name="input_layernorm")(x), angle, mask, cache, index)
         x = x + mixed
         mlp = GatedMLP(c.intermediate_size, False, **kinds, name="mlp")
-        return x + mlp(norm(name="post_attention_layernorm")(x)), cache
+        return x + mlp(norm(name="post_attention_layernorm")(x)), (cache, read if self.keep else None)
 
 
 class Qwen2_5_VL(nn.Module):
@@ -265,15 +273,23 @@ class Qwen2_5_VL(nn.Module):
 
     Attributes:
       remat: what of a layer is kept for the backward pass, see `models.remat`.
+      states: which states `decode` gives, side by side, instead of the last: as transformers' `hidden_states` counts them, 0 is
+        what the first layer reads. Parameters do not depend on it.
     """
 
     config: Qwen2_5_VLConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "none"
+    states: tuple[int, ...] = ()
 
     def setup(self) -> None:
         c = self.config
+        if wrong := [number for number in self.states if not 0 <= number < c.num_hidden_layers]:
+            raise ValueError(
+                f"The states of layer {wrong[0]} are asked of a language model whose {c.num_hidden_layers} layers read states 0 to "
+                f"{c.num_hidden_layers - 1}; they are of different models."
+            )
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.visual = VisionTower(c.vision_config, **kinds, remat=self.remat)
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, **kinds)
@@ -285,7 +301,7 @@ class Qwen2_5_VL(nn.Module):
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.layers = layers(c, **kinds)
+        self.layers = layers(c, **kinds, keep=bool(self.states))
         self.norm = nn.RMSNorm(epsilon=c.rms_norm_eps, **kinds)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=KERNEL_INIT, **kinds)
@@ -334,7 +350,7 @@ class Qwen2_5_VL(nn.Module):
           index: the place of the first of these tokens in the cache.
 
         Returns:
-          hidden states [B, S, D] after the final norm, and the cache with these tokens in it.
+          hidden states [B, S, D] after the final norm, or [B, S, n D] of the n `states`, and the cache with these tokens in it.
         """
         c = self.config
         frequencies = c.rope_theta ** -(np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim)
@@ -345,7 +361,9 @@ class Qwen2_5_VL(nn.Module):
         places = jnp.arange(valid.shape[1])
         seen = places[None, :] <= index + jnp.arange(embeddings.shape[1])[:, None]
         mask = (valid.astype(bool)[:, None, :] & seen)[:, None]
-        x, cache = self.layers(embeddings.astype(self.dtype), cache, angle, mask, index)
+        x, (cache, read) = self.layers(embeddings.astype(self.dtype), cache, angle, mask, index)
+        if self.states:
+            return jnp.concatenate([read[number] for number in self.states], axis=-1), cache
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
