@@ -285,7 +285,7 @@ class Pipeline:
         read = lambda request: request.references if conditioner.reads_images else ()
         keys = [(text, *map(id, read(request)), *(request.size if read(request) else ())) for text, request in texts]
 
-        def encode(new: dict[Any, tuple[str, _Request]]) -> None:
+        def encode(new: dict[Any, tuple[str, Request]]) -> None:
             items, _ = _unique(list(new.values()), key=id)
             images = [
                 [pictures.resized(image, *self._seen_size(request, image, settings)) for image in read(request)]
@@ -302,13 +302,13 @@ class Pipeline:
         context, pooled = zip(*(encoded[key] for key in keys))
         return np.stack(context), np.stack(pooled)
 
-    def _reference_size(self, request: _Request, reference: Image.Image, settings: _Settings) -> tuple[int, int]:
+    def _reference_size(self, request: Request, reference: Image.Image, settings: _Settings) -> tuple[int, int]:
         """(height, width) at which a reference's latents are made."""
         if settings.resize_references:
             return request.size
         return pictures.fit_longer_edge(reference.size[::-1], self.bundle.default_size, self.bundle.patch_pixels)
 
-    def _seen_size(self, request: _Request, reference: Image.Image, settings: _Settings) -> tuple[int, int]:
+    def _seen_size(self, request: Request, reference: Image.Image, settings: _Settings) -> tuple[int, int]:
         """(height, width) at which a conditioner reads a reference."""
         return self._reference_size(request, reference, settings) if self.bundle.conditioner.own_sizes else request.size
 
