@@ -45,21 +45,21 @@ def define_options(argv: Sequence[str]) -> None:
 
     asked, ours = suites(argv), set(flags.FLAGS)
     for name in asked:
-        for option, found in options_of(name).items():
+        for option, told in options_of(name).items():
             if option in ours:
                 raise ValueError(
                     f"The benchmark '{name}' has an option '{option}', which is a flag already; rename it."
                 )
             if option not in flags.FLAGS:
-                define = _DEFINERS.get(found.type, flags.DEFINE_string)
-                define(option, None, f"Of --suite={name}: {found.about or option} ({found.default!r} if not given)")
+                define = _DEFINERS.get(told.type, flags.DEFINE_string)
+                define(option, None, f"Of --suite={name}: {told.about or option} ({told.default!r} if not given)")
 
 
 def suites(argv: Sequence[str]) -> list[str]:
     """The names that a command line asks for, before it is parsed."""
     line = " ".join(argv)
-    found = re.findall(r"(?:^| )--?suite[ =](\S+)", line)
-    names = found[-1].split(",") if found else list(_SUITE.default)
+    named = re.findall(r"(?:^| )--?suite[ =](\S+)", line)
+    names = named[-1].split(",") if named else list(_SUITE.default)
     return [f"{name}:reconstruct" for name in names] if re.search(r" --?reconstruct(=true)?( |$)", line) else names
 
 

@@ -125,6 +125,10 @@ def test_a_picture_that_is_missing_or_damaged_is_no_number(whole, tmp_path):
     Image.new("RGB", (4, 4), "white").save(works / "00002/samples/00000.png")
     found = library.run(Toy(), None, tmp_path / "out", works=works, generate=False)
     assert len(found.failed) == 1
+    (works / "00003/metadata.jsonl").write_text('{"prompt": "something else"}')
+    (tmp_path / "out/marks.jsonl").unlink()
+    found = library.run(Toy(), None, tmp_path / "out", works=works, generate=False)
+    assert "is about another prompt" in found.failed[1]
     with pytest.raises(ValueError, match="holds none of the 6 works"):
         library.run(Toy(), None, tmp_path / "out", works=tmp_path, generate=False)
 
@@ -151,6 +155,12 @@ def test_questions_are_asked_once(tmp_path):
     chat.asked.clear()
     assert ask().scores["overall"] == 149 / 150 and 0 < len(chat.asked) == lost < 10
     assert len(read_rows(answers)) == 150
+    assert {row["key"] for row in read_rows(answers)} == {f"{n:05}" for n in range(150)}
+    rows = read_rows(answers)
+    rows[3]["asked"] = "another picture"  # as with other options in the same folder
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat.asked.clear()
+    assert ask().scores["overall"] == 149 / 150 and len(chat.asked) == 1
     assert Sums().missed(ask(), {"overall": 1.0}) == ["overall is 0.993, below the baseline's 1.000."]
 
 

@@ -24,6 +24,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -234,11 +235,11 @@ class Benchmark:
         known = {row["key"]: Mark(**row) for row in read_rows(file)}
         marks = {key: mark for key, mark in known.items() if mark.of == digests.get(key) and not mark.errors}
         unmarked = [item for item in items if item.key in made and item.key not in marks]
-        for found in self.mark(works, unmarked) if unmarked else ():
-            found = [dataclasses.replace(mark, of=digests[mark.key]) for mark in found]
-            marks |= {mark.key: mark for mark in found}
+        for batch in self.mark(works, unmarked) if unmarked else ():
+            fresh = [dataclasses.replace(mark, of=digests[mark.key]) for mark in batch]
+            marks |= {mark.key: mark for mark in fresh}
             if is_main():
-                append_rows(file, map(dataclasses.asdict, found))
+                append_rows(file, map(dataclasses.asdict, fresh))
         return [marks.get(item.key) or Mark(item.key, errors=("nothing was made for it",)) for item in items]
 
     def reported(self, works: Path, marks: Sequence[Mark]) -> Report:
@@ -286,14 +287,14 @@ def options_of(name: str) -> dict[str, Option]:
       ValueError: for an unknown benchmark, with the nearest name.
     """
     cls = BENCHMARKS.find(name)
-    found, said = {}, "\n".join(one.__doc__ or "" for one in cls.__mro__)
+    options, said = {}, "\n".join(one.__doc__ or "" for one in cls.__mro__)
     for field in dataclasses.fields(cls):
         about = re.search(rf"^ *{field.name}: (.+)", said, re.MULTILINE)
-        found[field.name] = Option(hints(cls)[field.name], field.default, about[1] if about else "")
-    return found
+        options[field.name] = Option(hints(cls)[field.name], field.default, about[1] if about else "")
+    return options
 
 
-def make_benchmark(name: str, options: Mapping[str, Any] = {}) -> Benchmark:
+def make_benchmark(name: str, options: Mapping[str, Any] = MappingProxyType({})) -> Benchmark:
     """The benchmark with these options.
 
     Raises:
@@ -374,24 +375,24 @@ def even_sample(tags: Sequence[str], count: int) -> list[int]:
         # The tag that has given least so far, of those that have more; the first of equals.
         tag = min((tag for tag in places if shares[tag] < len(places[tag])), key=shares.__getitem__)
         shares[tag] += 1
-    spread = lambda own, share: [own[round(place)] for place in np.linspace(0, len(own) - 1, share)]
-    return sorted(place for tag, own in places.items() for place in spread(own, shares[tag]))
+    spread = lambda all_of_tag, share: [all_of_tag[round(i)] for i in np.linspace(0, len(all_of_tag) - 1, share)]
+    return sorted(place for tag in places for place in spread(places[tag], shares[tag]))
 
 
 def digest(*parts: Any) -> str:
-    """Of bytes, texts and JSON."""
-    found = hashlib.blake2b(digest_size=16)
+    """One digest of bytes and of what JSON can hold."""
+    hashed = hashlib.blake2b(digest_size=16)
     for part in parts:
         content = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode()
-        found.update(len(content).to_bytes(8, "little") + content)
-    return found.hexdigest()
+        hashed.update(len(content).to_bytes(8, "little") + content)
+    return hashed.hexdigest()
 
 
 def _digest_of(path: Path) -> str:
-    """Of a file, or of all files in a folder with their names; '' where there is none."""
+    """The digest of a file, or of all files in a folder with their names; '' where there is none."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    found = []
+    contents = []
     for file in files:
         with open(file, "rb") as content:
-            found.append([str(file.relative_to(path)), hashlib.file_digest(content, "blake2b").hexdigest()])
-    return digest(found) if found else ""
+            contents.append([str(file.relative_to(path)), hashlib.file_digest(content, "blake2b").hexdigest()])
+    return digest(contents) if contents else ""

@@ -127,8 +127,8 @@ class Evaluator:
         """
         images = self.generate({name: tree for name, tree in params.items() if name != "lora"}, lora)
         shape = (len(self.records), self.config.samples)
-        found, _ = marks.columns(self.scorer, images, self.records, self.mesh)
-        tables = {title: column.reshape(shape) for title, column in found.items()}
+        columns, _ = marks.columns(self.scorer, images, self.records, self.mesh)
+        tables = {title: column.reshape(shape) for title, column in columns.items()}
         metrics = {
             **marks.means(tables, self.records),
             **marks.failures(tables, self.records, self.scorer.entries),

@@ -26,40 +26,37 @@ def columns(
       '{reward}' and '{reward}_{detail}' -> [pictures], NaN where there is no score, and picture -> why it lacks one.
     """
     samples = len(images) // len(records)
-    own = own_share(len(records), mesh)
-    rows = slice(own.start * samples, own.stop * samples)
-    repeated = [record for record in records[own] for _ in range(samples)]
+    share = own_share(len(records), mesh)
+    rows = slice(share.start * samples, share.stop * samples)
+    repeated = [record for record in records[share] for _ in range(samples)]
     scored = scorer.score(list(images[rows]), repeated)
     made: dict[str, np.ndarray] = {}
     for name, values in scored.values.items():
         made |= {name: values, **{f"{name}_{detail}": row for detail, row in scored.details[name].items()}}
     errors = [
-        [rows.start + i, f"{name}: {sentence}"]
-        for name, found in scored.errors.items()
-        for i, sentence in found.items()
+        [rows.start + place, f"{name}: {sentence}"]
+        for name, sentences in scored.errors.items()
+        for place, sentence in sentences.items()
     ]
-    share = [len(repeated), {title: column.tolist() for title, column in made.items()}, errors]
-    shares = gather_json(share, mesh)
-    titles = dict.fromkeys(title for _, found, _ in shares for title in found)
+    parts = gather_json([len(repeated), {title: column.tolist() for title, column in made.items()}, errors], mesh)
+    titles = dict.fromkeys(title for _, part, _ in parts for title in part)
     # A process all of whose calls failed knows no details.
-    whole = {
-        title: np.concatenate([found.get(title, [np.nan] * count) for count, found, _ in shares]) for title in titles
-    }
-    sentences: dict[int, list[str]] = {}
-    for place, sentence in (pair for _, _, found in shares for pair in found):
-        sentences.setdefault(place, []).append(sentence)
-    return whole, sentences
+    whole = {title: np.concatenate([part.get(title, [np.nan] * count) for count, part, _ in parts]) for title in titles}
+    reasons: dict[int, list[str]] = {}
+    for place, sentence in (pair for _, _, pairs in parts for pair in pairs):
+        reasons.setdefault(place, []).append(sentence)
+    return whole, reasons
 
 
 def means(tables: Mapping[str, np.ndarray], records: Sequence[PromptRecord]) -> dict[str, float]:
-    """Of tables [records, samples] by title: the mean of each, and '{title}/{tag}', that of every tag; one over nothing is left out."""
+    """The mean of each table [records, samples] by its title, and '{title}/{tag}', that of every tag; one over nothing is left out."""
     tags = np.array([str(record.metadata.get("tag", "")) for record in records])
-    found = {}
+    averages = {}
     for title, table in tables.items():
         rows = {title: np.ones(len(tags), bool), **{f"{title}/{t}": tags == t for t in dict.fromkeys(tags) if t}}
         valid = {name: table[row][~np.isnan(table[row])] for name, row in rows.items()}
-        found |= {name: float(values.mean()) for name, values in valid.items() if values.size}
-    return found
+        averages |= {name: float(values.mean()) for name, values in valid.items() if values.size}
+    return averages
 
 
 def failures(
@@ -78,11 +75,11 @@ def sheet(pictures: Sequence[Sequence[np.ndarray]], records: Sequence[PromptReco
     """At most so many pictures of a record side by side, its source picture first when there is one; a row holds whole records."""
     shown, captions = [], []
     samples = min(most, len(pictures[0]))
-    for own, record in zip(pictures, records):
+    for samples_of_record, record in zip(pictures, records):
         if record.image is not None:
             shown.append(record.image)
             captions.append("source")
-        shown += list(own[:samples])
+        shown += list(samples_of_record[:samples])
         captions += [record.prompt] * samples
     together = samples + (records[0].image is not None)
     return contact_sheet(shown, captions, columns=together * max(1, 6 // together))

@@ -59,14 +59,17 @@ class PictureBenchmark(Benchmark):
         """The samples of an item, uint8 [H, W, 3] each.
 
         Raises:
-          OSError, ValueError: when one is missing or damaged.
+          OSError, ValueError: when one is missing or damaged, or was made for another prompt.
         """
+        metadata = works / item.key / "metadata.jsonl"
+        if metadata.is_file() and json.loads(metadata.read_text(encoding="utf-8")).get("prompt") != item.task.prompt:
+            raise ValueError(f"{metadata} is about another prompt; give the works of these options, or make them anew.")
         return [np.asarray(read_image(works / path)) for path in self.paths(item)]
 
     def text(self, scores: Mapping[str, Any]) -> str:
         """The numbers for the terminal: by default all means that are over no tag alone."""
         lines = [
-            [part, *(f"  {name:30}{value:10.3f}" for name, value in _overall(found))] for part, found in scores.items()
+            [part, *(f"  {name:30}{value:10.3f}" for name, value in _overall(means))] for part, means in scores.items()
         ]
         return "\n".join(line for part in lines for line in part)
 
@@ -144,22 +147,22 @@ class PictureBenchmark(Benchmark):
     @functools.cached_property
     def _marker(self) -> dict[str, Any]:
         """Part -> who marks it: the rewards' options that decide their scores."""
-        found = {}
+        markers = {}
         for part, config in self._configs.items():
-            options = {name: dict(fields) for name, fields in config.rewards.to_dict().items()}
+            options = {name: dict(values) for name, values in config.rewards.to_dict().items()}
             entries = self._scorers[part].entries
-            found[part] = {
-                name: entries[name].reward.deciding({k: v for k, v in own.items() if k not in CALL_FIELDS})
-                for name, own in options.items()
+            markers[part] = {
+                name: entries[name].reward.deciding({k: v for k, v in fields.items() if k not in CALL_FIELDS})
+                for name, fields in options.items()
             }
-        return found
+        return markers
 
     def mark(self, works: Path, items: Sequence[Item]) -> Iterator[list[Mark]]:
         for part, config in self._configs.items():
-            own = [item for item in items if item.part == part]
+            of_part = [item for item in items if item.part == part]
             step = max(1, MARKED_AT_ONCE // config.samples)
-            for start in tqdm(range(0, len(own), step), desc=f"marking {part}", disable=None):
-                yield self._marks(works, own[start : start + step], part)
+            for start in tqdm(range(0, len(of_part), step), desc=f"marking {part}", disable=None):
+                yield self._marks(works, of_part[start : start + step], part)
 
     def _marks(self, works: Path, items: Sequence[Item], part: str) -> list[Mark]:
         samples = self._configs[part].samples
@@ -168,10 +171,10 @@ class PictureBenchmark(Benchmark):
         columns, errors = told.columns(self._scorers[part], images, [record for _, record in loaded], make_mesh())
         marks = []
         for place, item in enumerate(items):
-            own = range(place * samples, (place + 1) * samples)
-            values = {title: [_number(column[i]) for i in own] for title, column in columns.items()}
+            places = range(place * samples, (place + 1) * samples)
+            values = {title: [_number(column[i]) for i in places] for title, column in columns.items()}
             marks.append(
-                Mark(item.key, values=values, errors=[sentence for i in own for sentence in errors.get(i, ())])
+                Mark(item.key, values=values, errors=[sentence for i in places for sentence in errors.get(i, ())])
             )
         return marks
 
@@ -186,9 +189,9 @@ class PictureBenchmark(Benchmark):
     def report(self, works: Path, items: Sequence[Item], marks: Sequence[Mark]) -> Report:
         scores, pictures = {}, {}
         for part, config in self._configs.items():
-            own = [(item, mark) for item, mark in zip(items, marks, strict=True) if item.part == part]
-            records = [item.task for item, _ in own]
-            tables = _tables([mark for _, mark in own], config.samples)
+            of_part = [(item, mark) for item, mark in zip(items, marks, strict=True) if item.part == part]
+            records = [item.task for item, _ in of_part]
+            tables = _tables([mark for _, mark in of_part], config.samples)
             scores[part] = {
                 f"{part}/{title}": value
                 for title, value in {
@@ -196,7 +199,7 @@ class PictureBenchmark(Benchmark):
                     **told.failures(tables, records, self._scorers[part].entries),
                 }.items()
             }
-            shown = [self._loaded(works, item) for item, mark in own[: config.pictures] if mark.values]
+            shown = [self._loaded(works, item) for item, mark in of_part[: config.pictures] if mark.values]
             if shown := [(images, record) for images, record in shown if not record.error]:
                 pictures[f"{part}.png"] = told.sheet(*zip(*shown))
         return Report(scores, self.text(scores), pictures, self.files(items, marks))
@@ -222,5 +225,5 @@ def _tables(marks: Sequence[Mark], samples: int) -> dict[str, np.ndarray]:
     }
 
 
-def _overall(found: Mapping[str, float]) -> list[tuple[str, float]]:
-    return [(name.partition("/")[2], value) for name, value in found.items() if name.count("/") == 1]
+def _overall(means: Mapping[str, float]) -> list[tuple[str, float]]:
+    return [(name.partition("/")[2], value) for name, value in means.items() if name.count("/") == 1]

@@ -55,36 +55,36 @@ class QuestionBenchmark(Benchmark):
     def check(self, subject: Subject | None) -> None:
         if subject and subject.loras:
             raise ValueError(
-                "This benchmark asks the language model, which no LoRA of the transformer changes; leave --lora out."
+                "This benchmark asks the vision-language model, which no LoRA of the transformer changes; leave --lora out."
             )
 
     def settings(self) -> dict[str, Any]:
         return {"max_new_tokens": self.max_new_tokens}
 
     def made(self, works: Path, items: Sequence[Item]) -> set[str]:
-        return {item.key for item in items} & self._answers(works).keys()
+        return set(self._answers(works, items))
 
     def make(self, subject: Subject, works: Path, items: Sequence[Item]) -> None:
         size, waiting = min(self.batch_size, len(items)), iter(items)
         options = {"batch_size": size, "max_new_tokens": self.max_new_tokens}
         for answers in answers_by_batch(subject.chat, [item.task for item in items], **options):
             rows = [
-                {"key": item.key, "question": item.task.question, "answer": answer}
+                {"key": item.key, "asked": _asked(item), "question": item.task.question, "answer": answer}
                 for item, answer in zip(itertools.islice(waiting, len(answers)), answers, strict=True)
             ]
             if is_main():
                 append_rows(works / ANSWERS, rows)
 
     def digests(self, works: Path, items: Sequence[Item]) -> dict[str, str]:
-        answers = self._answers(works)
-        return {item.key: digest(item.task.question, item.task.answer, answers[item.key]) for item in items}
+        answers = self._answers(works, items)
+        return {item.key: digest(_asked(item), item.task.answer, answers[item.key]) for item in items}
 
     def mark(self, works: Path, items: Sequence[Item]) -> Iterator[list[Mark]]:
-        answers = self._answers(works)
+        answers = self._answers(works, items)
         yield [Mark(item.key, values={RIGHT: [self.correct(item.task, answers[item.key])]}) for item in items]
 
     def report(self, works: Path, items: Sequence[Item], marks: Sequence[Mark]) -> Report:
-        answers = self._answers(works)
+        answers = self._answers(works, items)
         sound = [(item, mark.values[RIGHT][0]) for item, mark in zip(items, marks, strict=True) if mark.values]
         right, tags = np.array([mark for _, mark in sound]), np.array([item.tag for item, _ in sound])
         scores = {"overall": float(right.mean()), **{t: float(right[tags == t].mean()) for t in dict.fromkeys(tags)}}
@@ -96,5 +96,16 @@ class QuestionBenchmark(Benchmark):
             scores, self.text(scores, len(sound)), files={ANSWERS: "".join(json.dumps(line) + "\n" for line in lines)}
         )
 
-    def _answers(self, works: Path) -> dict[str, str]:
-        return {row["key"]: row["answer"] for row in read_rows(works / ANSWERS)}
+    def _answers(self, works: Path, items: Sequence[Item]) -> dict[str, str]:
+        """Key -> the last answer to that question; one to another question, as with other options, is none. Rows that others wrote
+        need not say what was asked.
+        """
+        asked = {item.key: _asked(item) for item in items}
+        rows = [row for row in read_rows(works / ANSWERS) if row["key"] in asked]
+        return {row["key"]: row["answer"] for row in rows if row.get("asked", asked[row["key"]]) == asked[row["key"]]}
+
+
+def _asked(item: Item) -> str:
+    """Tells questions apart: by text and picture."""
+    image = item.task.image
+    return digest(item.task.question, b"" if image is None else np.ascontiguousarray(image).tobytes())

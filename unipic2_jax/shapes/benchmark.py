@@ -44,10 +44,10 @@ class ShapesBenchmark(PictureBenchmark):
 
     def text(self, scores: Mapping[str, Any]) -> str:
         lines = []
-        for task, found in scores.items():
-            strict, loose = summarize(task, found, "correct"), {}
+        for task, metrics in scores.items():
+            strict, loose = summarize(task, metrics, "correct"), {}
             if task == "edit":
-                loose = summarize(task, found, "instruction")
+                loose = summarize(task, metrics, "instruction")
             asked = f"{min(self.limit or self.prompts, self.prompts)} held-out prompts x {self.samples} samples"
             lines += ["", f"{task}: {asked}", f"{'':16}{'correct':>10}" + (f"{'instruction':>13}" if loose else "")]
             lines += [

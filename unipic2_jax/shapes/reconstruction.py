@@ -50,9 +50,9 @@ class ShapesReconstruction(Benchmark):
 
     def make(self, subject: Subject, works: Path, items: Sequence[Item]) -> None:
         program, params = reconstruct(subject.bundle), subject.bundle.params["vae"]
-        for own in tqdm(_batches(items), desc="reconstructing", disable=None):
-            decoded = np.asarray(program(params, np.stack([render(item.task) for item in own])))
-            for item, picture in zip(own, decoded, strict=True):
+        for batch in tqdm(_batches(items), desc="reconstructing", disable=None):
+            decoded = np.asarray(program(params, np.stack([render(item.task) for item in batch])))
+            for item, picture in zip(batch, decoded, strict=True):
                 write_picture(_file(works, item), picture)
 
     def digests(self, works: Path, items: Sequence[Item]) -> dict[str, str]:
@@ -60,9 +60,9 @@ class ShapesReconstruction(Benchmark):
 
     def mark(self, works: Path, items: Sequence[Item]) -> Iterator[list[Mark]]:
         """Whether a scene is read back unchanged from its render, and from its reconstruction; how many of its objects; the error."""
-        for own in _batches(items):
-            truth = np.stack([render(item.task) for item in own])
-            decoded = np.stack([np.asarray(read_image(_file(works, item))) for item in own])
+        for batch in _batches(items):
+            truth = np.stack([render(item.task) for item in batch])
+            decoded = np.stack([np.asarray(read_image(_file(works, item))) for item in batch])
             errors = np.mean((truth.astype(np.float64) - decoded) ** 2, axis=(1, 2, 3))
             yield [
                 Mark(
@@ -74,7 +74,9 @@ class ShapesReconstruction(Benchmark):
                         "squared_error": [float(error)],
                     },
                 )
-                for item, clean, seen, error in zip(own, read_scenes(truth), read_scenes(decoded), errors, strict=True)
+                for item, clean, seen, error in zip(
+                    batch, read_scenes(truth), read_scenes(decoded), errors, strict=True
+                )
             ]
 
     def report(self, works: Path, items: Sequence[Item], marks: Sequence[Mark]) -> Report:
