@@ -100,10 +100,8 @@ def draws(stage):
     """What each step is about: its batch, and the noise and levels that it draws."""
     for step in range(STEPS):
         batch = stage.loader.batch(step)[1]
-        yield (
-            batch,
-            draw_corruption(stage.context.key(step), stage.flow_step.latent_shape(batch), stage.flow_step.sampling),
-        )
+        shape, sampling = stage.flow_step.latent_shape(batch), stage.flow_step.sampling
+        yield batch, draw_corruption(stage.context.key(step), shape, sampling)
 
 
 def our_steps(stage):

@@ -84,6 +84,9 @@ class Model:
     conditioner: Any
     params: Any
 
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
 
 def make_model():
     rng = np.random.default_rng(0)

@@ -36,6 +36,8 @@ class AutoencoderState(NamedTuple):
 class AutoencoderStage(Stage):
     """Trains `bundle.vae`; at the end sets its scaling and shift so that latents have mean 0 and variance 1."""
 
+    bundle: Bundle
+
     @classmethod
     def default_config(cls) -> ConfigDict:
         config = stage_fields()

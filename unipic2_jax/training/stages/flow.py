@@ -46,6 +46,8 @@ class FlowStage(Stage):
     goes on through the data. What is evaluated and kept is the moving average of the weights.
     """
 
+    bundle: Bundle
+
     @classmethod
     def default_config(cls) -> ConfigDict:
         """The paper's optimizer; timestep sampling and caption dropout as in its lineage."""

@@ -132,10 +132,11 @@ class FlowStep:
         # Without dropped captions any row will do, since none is taken.
         instead = {"empty_tokens": batch.get("tokens"), "empty_conditioning": batch.get("conditioning")}
         batch = {**instead, **dropped, **batch}
+        conditioner = params.get("conditioner")  # stored conditioning needs none
         velocity = velocity_fn(
             self.transformer,
             params["transformer"],
-            conditioning_with_dropout(self.conditioner, params["conditioner"], batch, corruption["drop"]),
+            conditioning_with_dropout(self.conditioner, conditioner, batch, corruption["drop"]),
             batch.get("references"),
             lora=params.get("lora"),
             num_train_timesteps=self.num_train_timesteps,

@@ -63,6 +63,8 @@ class Batch(NamedTuple):
 class RegressionStage(Stage):
     """Mean squared error on the judge's marks; the model is an `EditRewardModel`, its targets are those of its spec."""
 
+    bundle: EditRewardModel
+
     @classmethod
     def default_config(cls) -> ConfigDict:
         config = stage_fields()

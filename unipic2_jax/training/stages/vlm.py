@@ -42,6 +42,8 @@ class VLMState(NamedTuple):
 class VLMStage(Stage):
     """Trains the Qwen2.5-VL of a MetaQuery model on answers; everything else in the bundle stays."""
 
+    bundle: Bundle
+
     @classmethod
     def default_config(cls) -> ConfigDict:
         config = stage_fields()
