@@ -20,6 +20,7 @@ class Conditioner(Protocol):
 
     Attributes:
       reads_images: whether `tokenize` depends on the images, so that an unconditional branch needs them too.
+      own_sizes: whether the pictures of a prompt may have several sizes, each that of its latents. Without it all are the target's.
       latent_references: whether references also go into the transformer's self-attention.
       joint_attention_dim, context_length, pooled_dim: J, S and P.
       modules: the networks, by folder.
@@ -27,6 +28,7 @@ class Conditioner(Protocol):
     """
 
     reads_images: ClassVar[bool]
+    own_sizes: ClassVar[bool]
     latent_references: bool
     SETTINGS: ClassVar[tuple[str, ...]]
     joint_attention_dim: int

@@ -366,13 +366,33 @@ class Pipeline:
         conditioner, encoded = self.bundle.conditioner, settings.encoded
         read = lambda request: request.references if conditioner.reads_images else ()
         keys = [(text, *map(id, read(request)), *(request.size if read(request) else ())) for text, request in texts]
-        if new := {key: item for key, item in zip(keys, texts) if key not in encoded}:
+
+        def encode(new: dict[Any, tuple[str, _Request]]) -> None:
             items, _ = _unique(list(new.values()), key=id)
-            images = [[pictures.resized(image, *request.size) for image in read(request)] for _, request in items]
+            images = [
+                [pictures.resized(image, *self._seen_size(request, image, settings)) for image in read(request)]
+                for _, request in items
+            ]
             tokens = conditioner.tokenize([text for text, _ in items], images)
             encoded.update(zip(new, zip(*map(np.asarray, self._encode_text(settings.params["conditioner"], tokens)))))
+
+        if new := {key: item for key, item in zip(keys, texts) if key not in encoded}:
+            encode(new)
+        if len({encoded[key][0].shape for key in keys}) > 1:
+            # Their contexts are as long as those that they were read with: once more, all together.
+            encode(dict(zip(keys, texts)))
         context, pooled = zip(*(encoded[key] for key in keys))
         return np.stack(context), np.stack(pooled)
+
+    def _reference_size(self, request: _Request, reference: Image.Image, settings: _Settings) -> tuple[int, int]:
+        """(height, width) at which a reference's latents are made."""
+        if settings.resize_references:
+            return request.size
+        return pictures.fit_longer_edge(reference.size[::-1], self.bundle.default_size, self.bundle.patch_pixels)
+
+    def _seen_size(self, request: _Request, reference: Image.Image, settings: _Settings) -> tuple[int, int]:
+        """(height, width) at which a conditioner reads a reference."""
+        return self._reference_size(request, reference, settings) if self.bundle.conditioner.own_sizes else request.size
 
     def _reference_latents(
         self, requests: list[_Request], settings: _Settings, keys: jax.Array
@@ -386,10 +406,7 @@ class Pipeline:
         slots: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for i, request in enumerate(requests):
             for r, reference in enumerate(request.references):
-                size = request.size
-                if not settings.resize_references:
-                    size = pictures.fit_longer_edge(reference.size[::-1], bundle.default_size, bundle.patch_pixels)
-                slots.setdefault(size, []).append((i, r))
+                slots.setdefault(self._reference_size(request, reference, settings), []).append((i, r))
         scale = bundle.vae_scale
         grid = tuple(max(size[axis] for size in slots) // scale for axis in (0, 1))
         out = jnp.zeros((len(requests), count, *grid, bundle.vae.config.latent_channels), jnp.float32)

@@ -61,6 +61,7 @@ class MetaQueryConditioner:
     reference_path: str = "both"
 
     reads_images: ClassVar[bool] = True
+    own_sizes: ClassVar[bool] = False
     SETTINGS: ClassVar[tuple[str, ...]] = (
         "positions",
         "vision_scale",

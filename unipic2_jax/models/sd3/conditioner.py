@@ -56,6 +56,7 @@ class TextConditioner:
     edit_negative: str = EDIT_NEGATIVE
 
     reads_images: ClassVar[bool] = False
+    own_sizes: ClassVar[bool] = False
     latent_references: ClassVar[bool] = True
     SETTINGS: ClassVar[tuple[str, ...]] = ("max_sequence_length", "edit_negative")
 
