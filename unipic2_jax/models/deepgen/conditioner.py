@@ -48,6 +48,7 @@ class DeepGenConditioner(MetaQueryConditioner):
     lora: DecoderLoRA | None = None
     reads: str = "all"
 
+    own_sizes: ClassVar[bool] = True
     SETTINGS: ClassVar[tuple[str, ...]] = (*MetaQueryConditioner.SETTINGS, "reads")
 
     def __post_init__(self) -> None:
@@ -86,8 +87,9 @@ class DeepGenConditioner(MetaQueryConditioner):
 
     @functools.cached_property
     def _reader(self) -> VLMProcessor:
-        """The processor, with the way in which the original shows the tower a picture."""
-        pictures = self.processor.image_processor
+        """The processor, with the way in which the original shows the tower a picture; a stand-in without pictures is left as it is."""
+        if (pictures := getattr(self.processor, "image_processor", None)) is None:
+            return self.processor
         shown = TowerPictures(
             self.vision_scale,
             pictures.patch_size,
@@ -116,8 +118,15 @@ class DeepGenConditioner(MetaQueryConditioner):
         if self.reference_path == "dit":
             rows = [[] for _ in rows]
         messages = [[user_message(row, f"\n{text}" if row else text)] for row, text in zip(rows, texts)]
-        mrope = self.positions == "mrope"
-        return self._reader(messages, system_prompt=False, mrope=mrope, text_length=self.max_sequence_length)
+        # What a picture becomes for the tower; `TowerPictures` goes by the scale alone, whatever sizes there are.
+        pixels = next((picture.width * picture.height * self.vision_scale**2 for row in rows for picture in row), None)
+        return self._reader(
+            messages,
+            system_prompt=False,
+            mrope=self.positions == "mrope",
+            pixels=pixels,
+            text_length=self.max_sequence_length,
+        )
 
     def apply(self, params: dict[str, Any], tokens: VLMInput) -> tuple[jax.Array, jax.Array]:
         """Encodes what `tokenize` gave: context [B, S, J] and pooled [B, P], S = T + Q (Q where the queries alone are read)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from einops import rearrange, repeat
@@ -30,13 +31,15 @@ class TowerPictures:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, images: Sequence[Image.Image], return_tensors: str = "np") -> dict[str, np.ndarray]:
+    def __call__(self, images: Sequence[Image.Image], **options: Any) -> dict[str, np.ndarray]:
         """Patches of all pictures [N, C * frames * p * p] in the tower's order, and their grids int [I, 3].
+
+        Options of transformers' (the kind of arrays, limits on sizes) change nothing.
 
         Raises:
           ValueError: for a picture whose edges do not become whole tokens.
         """
-        del return_tensors
+        del options
         made = [self._patches(picture) for picture in images]
         patches, grids = zip(*made)
         return {"pixel_values": np.concatenate(patches), "image_grid_thw": np.array(grids)}
