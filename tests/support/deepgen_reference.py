@@ -154,5 +154,6 @@ def condition(vlm, head, processor, prompts, pictures, torch, length=None, scale
 
 
 def velocity(transformer, latents, timestep, context, pooled, references):
-    """The transformer's velocity for one picture, its references [C, h, w] each of its own size (the order does not matter to it)."""
-    return kontext_forward(transformer, latents, timestep, context, pooled, [r[None] for r in references])
+    """The transformer's velocity; `references` [C, h, w] of one size each serve all rows (their order does not matter to it)."""
+    rows = [reference.expand(len(latents), *reference.shape) for reference in references]
+    return kontext_forward(transformer, latents, timestep, context, pooled, rows)
