@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from unipic2_jax.core.strict import read_object
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.models import registry
 from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.models.family import FileFormat
 from unipic2_jax.models.sd3 import lora_file as lora
 from unipic2_jax.models.sd3 import single_file
 from unipic2_jax.weights import io, native, table, variants
@@ -44,15 +46,16 @@ def from_torch(src: str | os.PathLike, dst: str | os.PathLike, base: str | os.Pa
     src, dst, base = Path(src), Path(dst), None if base is None else Path(base)
     if base is not None and not base.is_dir():
         raise FileNotFoundError(f"There is no folder {base}; --base is a model folder in diffusers layout.")
-    if src.is_file():
+    if src.is_file() and (file := _file_of(src)):
+        make = functools.partial(_packed_from_torch, file)
+    elif src.is_file():
         make = _lora_from_torch if lora.is_lora_file(src) else _single_file_from_torch
     elif not src.is_dir():
         raise FileNotFoundError(f"There is no file or folder {src}; check the path.")
     elif native.is_native(src) or any(native.is_native(sub) for sub in _folders(src)):
         raise ValueError(f"{src} is already converted; convert.to_torch goes back.")
     else:
-        is_model = (src / MODEL_INDEX).is_file() or (src / "config.json").is_file()
-        make = _lora_from_torch if not is_model and lora.is_lora_file(src) else _folder_from_torch
+        make = _lora_from_torch if not _is_model(src) and lora.is_lora_file(src) else _folder_from_torch
     with _whole_folder(dst) as out:
         return make(src, out, base)
 
@@ -75,7 +78,7 @@ def to_torch(
     src, dst = Path(src), Path(dst)
     if not src.is_dir():
         raise FileNotFoundError(f"There is no folder {src}; check the path.")
-    if not (src / "config.json").is_file() and lora.is_lora_file(src):
+    if not _is_model(src) and lora.is_lora_file(src):
         return _lora_to_torch(src, dst)
     is_file = dst.suffix == ".safetensors"
     layout = layout or ("single_file" if is_file else "diffusers")
@@ -83,14 +86,20 @@ def to_torch(
         raise ValueError(f"The layout {layout!r} is unknown; choose 'diffusers' or 'single_file'.")
     if (layout == "single_file") != is_file:
         raise ValueError(f"The layout {layout} needs --dst to be a {'.safetensors file' if not is_file else 'folder'}.")
+    if is_file and (file := registry.family_of_folder(src).file):
+        return _packed_to_torch(file, src, dst)
     if is_file:
         return _single_file_to_torch(src, dst)
     with _whole_folder(dst) as out:
-        if (src / "config.json").is_file():
-            return [_component_to_torch(src, out, max_shard_bytes)]
-        parts, _ = _components(src)
-        _copy_plain(src, out)
-        return [_component_to_torch(src / part, out / part, max_shard_bytes) for part in parts]
+        return _folder_to_torch(src, out, max_shard_bytes)
+
+
+def _folder_to_torch(src: Path, out: Path, max_shard_bytes: int = io.MAX_SHARD_BYTES) -> list[str]:
+    if (src / "config.json").is_file():
+        return [_component_to_torch(src, out, max_shard_bytes)]
+    parts, _ = _components(src)
+    _copy_plain(src, out)
+    return [_component_to_torch(src / part, out / part, max_shard_bytes) for part in parts]
 
 
 def _folder_from_torch(src: Path, out: Path, base: Path | None) -> list[str]:
@@ -142,6 +151,11 @@ def _line(name: str, config: ModelConfig, count: int, nbytes: int) -> str:
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(sub for sub in folder.iterdir() if sub.is_dir() and not sub.name.startswith("."))
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder says that it is a model's, or a network's: what it holds beside is no LoRA by itself."""
+    return (folder / MODEL_INDEX).is_file() or (folder / "config.json").is_file()
 
 
 def _has_weights(folder: Path) -> bool:
@@ -258,6 +272,34 @@ def _single_file_from_torch(src: Path, out: Path, base: Path | None) -> list[str
         io.write_file(out / native.UNUSED, ((name, checkpoint[name][...]) for name in unused))
     write_json(out / SINGLE_FILE, dataclasses.asdict(_Origin(checkpoint.metadata, prefixes, filled)))
     return lines
+
+
+def _file_of(src: Path) -> FileFormat | None:
+    """The layout of a file, where it is a family's own."""
+    if src.suffix != ".safetensors":
+        return None
+    names, formats = io.read_header(src)[0], [family.file for family in registry.FAMILIES.values()]
+    return next((file for file in formats if file is not None and file.owns(names)), None)
+
+
+def _packed_from_torch(file: FileFormat, src: Path, out: Path, base: Path | None) -> list[str]:
+    with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=out.parent) as scratch:
+        notes = file.unpack(io.Checkpoint(src, [src]), base, Path(scratch))
+        lines = _folder_from_torch(Path(scratch), out, None)
+        if (spare := Path(scratch) / native.UNUSED).is_file():
+            shutil.copyfile(spare, out / native.UNUSED)
+    return lines + notes
+
+
+def _packed_to_torch(file: FileFormat, src: Path, dst: Path) -> list[str]:
+    dst = dst.absolute()
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name}-", dir=dst.parent) as scratch:
+        _folder_to_torch(src, Path(scratch))
+        if (src / native.UNUSED).is_file():
+            shutil.copyfile(src / native.UNUSED, Path(scratch) / native.UNUSED)
+        file.pack(Path(scratch), dst)
+    return [f"{dst.name}: {len(io.read_header(dst)[0])} tensors, {dst.stat().st_size / 1e6:.1f} MB"]
 
 
 def _network_of_file(src: Path, base: Path) -> str | None:

@@ -7,7 +7,7 @@ sharding and the optimizer ask it. docs/extending/model.md walks through one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,22 @@ class Backbone(Network):
 
 
 @dataclasses.dataclass(frozen=True)
+class FileFormat:
+    """One file that holds a model of a family, in a layout of its authors' own. `models.convert` reads and writes it.
+
+    Attributes:
+      owns: (names of a file's tensors) -> whether it is such a file.
+      unpack: (its tensors, base or None, folder) -> notes; writes the model folder in diffusers layout that the file is together with
+        what it lacks and the base has. What no network uses goes to `weights.native.UNUSED`.
+      pack: (model folder in diffusers layout, file); the inverse. Files at the folder's top that are no weights come along both ways.
+    """
+
+    owns: Callable[[Iterable[str]], bool]
+    unpack: Callable[[io.Checkpoint, Path | None, Path], list[str]]
+    pack: Callable[[Path, Path], None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """Models of one layout.
 
@@ -100,6 +116,7 @@ class Family:
       reader: the network whose folder holds the tokenizer, if one does. It may lie elsewhere, is frozen, and is not saved twice.
       recognises: (model folder) -> whether it is of this family. None: it is what no other family recognises.
       optional: networks that a model may lack, where its model_index.json says so.
+      file: how one file holds a model of this family, where its authors have a way of their own.
       model_index: (networks that are there) -> model_index.json; None: no class of diffusers holds such a model as a whole.
     """
 
@@ -113,6 +130,7 @@ class Family:
     recognises: Callable[[Path], bool] | None = None
     optional: tuple[str, ...] = ()
     model_index: Callable[..., dict[str, Any]] | None = None
+    file: FileFormat | None = None
 
 
 @dataclasses.dataclass(frozen=True)
