@@ -169,3 +169,73 @@ def test_conversion_keeps_names_and_bits(folder, made, tmp_path):
     native = load_bundle(tmp_path / "native")
     for a, b in zip(jax.tree.leaves(native.params), jax.tree.leaves(made.params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+UPDATE = "lmm.model.language_model.embed_tokens.lora_embedding_{}.default"
+
+
+def as_trained(folder, whole, rng):
+    """The tensors of a model folder as the original's training code names them, and others that it has."""
+    found, names_of = {}, lambda part: io.open_folder(folder / part)
+    found |= {f"module.transformer.{k}": np.asarray(v) for k, v in names_of("transformer").items()}
+    found |= {f"module.{k}": np.asarray(v) for k, v in names_of("conditioner").items()}
+    found |= {f"module.lmm.{k[:-7]}.default.weight": np.asarray(v) for k, v in names_of("lora").items()}
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    found["module." + UPDATE.format("A")] = draw(LORA.r, VLM.vocab_size)
+    found["module." + UPDATE.format("B")] = draw(VLM.hidden_size, LORA.r)
+    tower = "module.lmm.model.visual.blocks.0.attn.qkv.lora_{}.default.weight"
+    found |= {tower.format("A"): draw(LORA.r, 32), tower.format("B"): np.zeros((96, LORA.r), np.float32)}
+    if whole:
+        for name, tensor in names_of("vlm").items():
+            newer = name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+            newer = newer.replace("visual.", "model.visual.", 1) if name.startswith("visual.") else newer
+            adapted = (
+                any(part in newer for part in ("_proj.weight", "embed_tokens.weight")) and "language_model" in newer
+            )
+            stem, kind = newer.rsplit(".", 1)
+            found[f"module.lmm.{stem}.base_layer.{kind}" if adapted else f"module.lmm.{newer}"] = np.asarray(tensor)
+    return found
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["trained", "whole"])
+def test_the_file_of_the_training_code_and_back(folder, made, whole, tmp_path):
+    tensors = as_trained(folder, whole, np.random.default_rng(0))
+    io.write_file(tmp_path / "model.safetensors", tensors.items(), {"format": "pt"})
+    base = tmp_path / "base"
+    # The small model's own sizes: the released ones are known without these two.
+    for part in ("conditioner", "lora"):
+        (base / part).mkdir(parents=True)
+        shutil.copyfile(folder / part / "config.json", base / part / "config.json")
+    for part in ("transformer", "vae", "vlm", "scheduler", "unipic2.json"):
+        (base / part).symlink_to(folder / part)
+    convert.from_torch(tmp_path / "model.safetensors", tmp_path / "native", base)
+    loaded = load_bundle(tmp_path / "native")
+    a, b = (tensors["module." + UPDATE.format(side)] for side in "AB")
+    wanted = jax.tree.map(np.asarray, made.params)
+    table = wanted["conditioner"]["vlm"]["embed_tokens"]
+    table["embedding"] = table["embedding"] + (b @ a).T * LORA.lora_alpha / LORA.r
+    for found, want in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+    convert.to_torch(tmp_path / "native", tmp_path / "back.safetensors")
+    back = io.Checkpoint(tmp_path, [tmp_path / "back.safetensors"])
+    assert set(back) == set(tensors) and back.metadata["format"] == "pt"
+    assert all(np.array_equal(np.asarray(back[name]), tensors[name]) for name in tensors)
+
+
+def test_files_that_cannot_be_placed_say_why(folder, tmp_path):
+    tensors = as_trained(folder, False, np.random.default_rng(0))
+    file = tmp_path / "model.safetensors"
+    io.write_file(file, tensors.items())
+    with pytest.raises(FileNotFoundError, match="needs a --base with transformer/config"):
+        convert.from_torch(file, tmp_path / "native")
+    tower = next(name for name in tensors if "visual" in name and "lora_B" in name)
+    io.write_file(file, {**tensors, tower: tensors[tower] + 1}.items())
+    with pytest.raises(ValueError, match=r"holds the update .*visual.*which is not zero"):
+        convert.from_torch(file, tmp_path / "native", folder)
+
+
+def test_a_model_of_ones_own_becomes_such_a_file(folder, tmp_path):
+    convert.to_torch(folder, tmp_path / "model.safetensors")
+    convert.from_torch(tmp_path / "model.safetensors", tmp_path / "native", folder)
+    for a, b in zip(*(jax.tree.leaves(load_bundle(at).params) for at in (folder, tmp_path / "native")), strict=True):
+        np.testing.assert_array_equal(a, b)

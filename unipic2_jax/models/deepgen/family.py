@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from unipic2_jax.models.deepgen import names
 from unipic2_jax.models.deepgen.conditioner import DeepGenConditioner
+from unipic2_jax.models.deepgen.file import FORMAT
 from unipic2_jax.models.deepgen.network import DecoderLoRA, DecoderLoRAConfig, DeepGenConfig
 from unipic2_jax.models.family import Family, ModelSizes, Network
 from unipic2_jax.models.metaquery.connector import MetaQuery
@@ -76,6 +77,7 @@ DEEPGEN = Family(
     recognises=recognises,
     optional=("lora",),
     model_index=model_index,
+    file=FORMAT,
 )
 
 NETWORKS.register(DeepGenConfig.CLASS_NAME)(Network(DeepGenConfig, MetaQuery, names.rules, _states))

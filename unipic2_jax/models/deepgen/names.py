@@ -22,8 +22,8 @@ PARTS = {
 }
 # What wraps a whole file's names: DeepSpeed's and Lightning's.
 WRAPPERS = ("module.", "model.")
-# peft's name of the one adapter that there is, left out of files.
-ADAPTER = ".default."
+# peft's name of the one adapter that there is: at the end of an embedding's, before 'weight' in others.
+ADAPTER = ".default"
 
 
 def rules(config: DeepGenConfig) -> tuple[Rule, ...]:
@@ -58,7 +58,7 @@ def place(name: str) -> tuple[str, str] | None:
     if folder != "conditioner":
         name = name.split(".", 1)[1]
     if folder == "vlm" and ".lora_" in name:
-        return "lora", name.replace(ADAPTER, ".")
+        return "lora", name.removesuffix(ADAPTER).replace(f"{ADAPTER}.", ".")
     # peft keeps the weight that it adapts inside its own layer.
     return folder, name.replace(".base_layer.", ".")
 
