@@ -1,12 +1,12 @@
-"""DeepGen 1.0's supervised stages: queries and connector are aligned, then trained with the transformer and a LoRA of the language model.
+"""DeepGen 1.0's supervised stages: queries and connector alone, then with the transformer and the vision-language model's LoRA.
 
-    python -m launch.train --config=configs/deepgen.py --workdir=runs/deepgen --config.parts.transformer=KONTEXT/transformer \
-        --config.parts.vae=KONTEXT/vae --config.parts.vlm=QWEN3B --config.stages.align.data.sources.t2i.path=T2I \
-        --config.stages.align.data.sources.edit.path=EDITS --config.stages.sft.data.sources.t2i.path=T2I \
-        --config.stages.sft.data.sources.edit.path=EDITS
+    python -m launch.train --config=configs/deepgen.py --workdir=runs/deepgen \
+        --config.parts.transformer=KONTEXT/transformer --config.parts.vae=KONTEXT/vae --config.parts.vlm=QWEN3B \
+        --config.stages.align.data.sources.t2i.path=T2I --config.stages.align.data.sources.edit.path=EDITS \
+        --config.stages.sft.data.sources.t2i.path=T2I --config.stages.sft.data.sources.edit.path=EDITS
 
-`configs/deepgen.py:tiny` does it in the shapes world, in minutes on two cores; `tiny,smoke` in a few steps. To go on from released
-weights: `--config.init=MODEL --config.schedule='("sft",)'`, see docs/weights.md.
+`configs/deepgen.py:tiny` does it in the shapes world, in minutes on two cores; `tiny,smoke` in a few steps. A released model that
+docs/weights.md converts is where `--config.init=MODEL --config.schedule='("sft",)'` goes on.
 
 Source: deepgenteam/deepgen, configs/pretrain/deepgen_joint_pretrain_scb.py and configs/finetune/deepgen_joint_sft_scb.py. What is
 other here: weight decay also on vectors, no dropout within the LoRA, no LoRA on the embedding, and pictures keep to `launch.prepare_data`'s
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from configs import pretraining
 from unipic2_jax.training.config import make_config
 
-# What the second stage trains: all but autoencoder and language model.
+# What the second stage trains: all but autoencoder and vision-language model.
 TOGETHER = "^(transformer|conditioner/(conditioner|lora))/"
 # Prompts' tokens with their template, images not counted: the context has one length, so that a step is compiled once.
 PROMPT_TOKENS = 256

@@ -183,13 +183,13 @@ def test_every_tensor_at_full_size():
 
 def test_parts_that_do_not_fit_say_so():
     wrong = MetaQuery(dataclasses.replace(SMALL, fused_layers=(0, 3)))
-    with pytest.raises(ValueError, match="what layer 3 reads but the language model has 3 layers"):
+    with pytest.raises(ValueError, match="what layer 3 reads but the vision-language model has 3 layers"):
         DeepGenConditioner(Qwen2_5_VL(VLM), wrong, PROCESSOR)
     with pytest.raises(ValueError, match="states of layer 3 are asked of a language model whose 3 layers"):
         Qwen2_5_VL(VLM, states=(3,)).init(jax.random.key(0), *example_inputs(VLM))
     with pytest.raises(ValueError, match="reads is 'some'; choose one of all, queries"):
         conditioner(reads="some")
-    with pytest.raises(ValueError, match="updates a language model of other sizes"):
+    with pytest.raises(ValueError, match="updates a vision-language model of other sizes"):
         DeepGenConditioner(Qwen2_5_VL(VLM), MetaQuery(SMALL), PROCESSOR, lora=DecoderLoRA(DecoderLoRAConfig()))
     with pytest.raises(ValueError, match="must be at least 1"):
         DecoderLoRAConfig(r=0)

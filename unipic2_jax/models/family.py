@@ -93,14 +93,12 @@ class FileFormat:
       owns: (names of a file's tensors) -> whether it is such a file.
       unpack: (its tensors, base or None, folder) -> notes; writes the model folder in diffusers layout that the file is together with
         what it lacks and the base has. What no network uses goes to `weights.native.UNUSED`.
-      pack: (model folder in diffusers layout, file); the inverse.
-      record: name of a JSON file at the top of the folder that says how the file was, for the way back.
+      pack: (model folder in diffusers layout, file); the inverse. Files at the folder's top that are no weights come along both ways.
     """
 
     owns: Callable[[Iterable[str]], bool]
     unpack: Callable[[io.Checkpoint, Path | None, Path], list[str]]
     pack: Callable[[Path, Path], None]
-    record: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""DeepGen's size in the shapes world: UniPic2-Tiny-MetaQuery's language model and UniPic2-Tiny's transformer."""
+"""DeepGen's size in the shapes world: UniPic2-Tiny-MetaQuery's vision-language model and UniPic2-Tiny's transformer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""DeepGen's conditioner: Qwen2.5-VL reads the prompt, the pictures and learned queries; several layers' states become the context.
+"""DeepGen's conditioner: Qwen2.5-VL reads prompt, pictures and learned queries; several layers' states become the context.
 
 Original: `generate` and `prepare_forward_input` of deepgenteam/deepgen, `qwen2_5_vl_sd3_hf_dynamic_fusion.py`. What differs from
 MetaQuery: states of six layers instead of the last; at *every* place of the sequence instead of the queries alone, padding too;
-3-D positions; pictures of their own sizes, each once as tokens and once as latents; and the language model may have a LoRA.
+3-D positions; pictures of their own sizes, each as tokens and as latents; and the vision-language model may have a LoRA.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class DeepGenConditioner(MetaQueryConditioner):
     `params` of `apply` is `{'vlm': ..., 'conditioner': ..., 'lora': ...}`, the last where there is a LoRA.
 
     Attributes:
-      lora: of the language model; None: it is as it is, or its update is merged into it.
+      lora: of the vision-language model; None: it is as it is, or its update is merged into it.
       positions: 'mrope' as the original, or '1d'.
-      reads: 'all' places, as the released weights; or the 'queries' alone, a variant that its code mentions, whose context has one length.
-        With 'all' the context is as long as the prompts' batch is padded: max_sequence_length makes that one number.
+      reads: 'all' places, as the released weights; or the 'queries' alone, a variant that its code mentions, whose context has one
+        length. With 'all' the context is as long as the prompts' batch is padded: max_sequence_length makes that one number.
       others: as of `MetaQueryConditioner`.
     """
 
@@ -56,8 +56,8 @@ class DeepGenConditioner(MetaQueryConditioner):
         deepest, layers = max(self.connector.config.fused_layers), self.vlm.config.num_hidden_layers
         if deepest >= layers:
             raise ValueError(
-                f"The connector reads what layer {deepest} reads but the language model has {layers} layers, counted from 0; they are "
-                "from different models."
+                f"The connector reads what layer {deepest} reads but the vision-language model has {layers} layers, counted from 0; "
+                "they are from different models."
             )
         if self.reads not in READS:
             raise ValueError(f"reads is {self.reads!r}; choose one of {', '.join(READS)}.")
@@ -65,7 +65,7 @@ class DeepGenConditioner(MetaQueryConditioner):
             config = self.lora.config
             if config != DecoderLoRAConfig.of(self.vlm.config, config.r, config.lora_alpha):
                 raise ValueError(
-                    "The folder lora/ updates a language model of other sizes; use the one that it was made for."
+                    "The folder lora/ updates a vision-language model of other sizes; use the one that it was made for."
                 )
 
     @property
@@ -76,7 +76,7 @@ class DeepGenConditioner(MetaQueryConditioner):
 
     @property
     def description(self) -> str:
-        """The language model's and the connector's sizes."""
+        """The vision-language model's and the connector's sizes."""
         layers, config = self.vlm.config.num_hidden_layers, self.connector.config
         return f"DeepGen (Qwen2.5-VL of {layers} layers, {config.num_queries} queries, {len(config.fused_layers)} layers' states)"
 
@@ -87,7 +87,7 @@ class DeepGenConditioner(MetaQueryConditioner):
 
     @functools.cached_property
     def _reader(self) -> VLMProcessor:
-        """The processor, with the way in which the original shows the tower a picture; a stand-in without pictures is left as it is."""
+        """The processor, with the original's way of showing the tower a picture; a stand-in without pictures stays as it is."""
         if (pictures := getattr(self.processor, "image_processor", None)) is None:
             return self.processor
         shown = TowerPictures(

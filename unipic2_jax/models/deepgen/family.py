@@ -1,4 +1,4 @@
-"""DeepGen 1.0: Qwen2.5-VL-3B, with a LoRA or without, queries, a connector over six of its layers, and SD3.5's transformer and VAE.
+"""DeepGen 1.0: Qwen2.5-VL-3B with or without a LoRA, queries, a connector over six layers, SD3.5's transformer and VAE.
 
 Original: deepgenteam/deepgen, `configs/models/deepgen_scb.py`. Its transformer starts from UniPic2-SD3.5M-Kontext.
 """
@@ -43,7 +43,7 @@ def make_conditioner(
 
 
 def load_processor(folder: Path | None, configs: Mapping[str, Any], folders: Mapping[str, Path]) -> VLMProcessor:
-    """See `Family.load_tokenizers`: the language model's folder holds them."""
+    """See `Family.load_tokenizers`: the vision-language model's folder holds them."""
     return VLMProcessor.load(folders["vlm"] if "vlm" in folders else folder / "vlm", configs["vlm"])
 
 

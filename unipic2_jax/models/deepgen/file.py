@@ -1,7 +1,7 @@
 """The one file that DeepGen's training code writes: everything that is trained, under the names of its attributes.
 
-Original: deepgenteam/deepgen, and deepgenteam/deepgen_rl for the wrappers in its names. The file lacks what is not trained, which is
-a base's: autoencoder, schedule, and Qwen2.5-VL, whose LoRA is in the file unmerged. That LoRA is on every linear layer and on the
+Original: deepgenteam/deepgen, and deepgenteam/deepgen_rl for the wrappers in its names. The file lacks what is not trained, and a
+base has it: autoencoder, schedule, and Qwen2.5-VL, whose LoRA is in the file unmerged. That LoRA is on every linear layer and on the
 embedding; beyond the decoder's layers it is nothing (no gradient reaches it, or nothing uses it), and the embedding's is merged.
 """
 
@@ -21,11 +21,12 @@ from unipic2_jax.models.family import FileFormat
 from unipic2_jax.models.registry import FAMILIES, network_of, read_network
 from unipic2_jax.weights import io, native, table
 
+# What says how a file was, at the top of the folder that it became.
 RECORD = "deepgen_file.json"
 # Of the embedding's update in peft: A [r, V], B [D, r].
 EMBEDDING = "model.language_model.embed_tokens.lora_embedding_{}"
 EMBEDDING_LEAF = "embed_tokens/embedding"
-# What a language model's folder holds beside its weights.
+# What a vision-language model's folder holds beside its weights.
 BESIDE = ("*.json", "*.txt", "*.jinja")
 
 Tensors = Iterable[tuple[str, np.ndarray]]
@@ -73,8 +74,11 @@ def unpack(source: io.Checkpoint, base: Path | None, out: Path) -> list[str]:
 
 
 def pack(folder: Path, file: Path) -> None:
-    """See `FileFormat.pack`. Of a model that comes from no file what is trained is written: the language model, and with it an
-    update that was merged into its embedding, stays in its folder."""
+    """See `FileFormat.pack`.
+
+    Of a model that comes from no file what is trained is written. The vision-language model stays in its folder, and with it an
+    update that was merged into its embedding.
+    """
     record = read_object(folder / RECORD) if (folder / RECORD).is_file() else {"names": _usual_names(folder)}
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
@@ -94,8 +98,8 @@ def _configs(base: Path | None) -> dict[str, ModelConfig]:
     needed = ("transformer", "vae", "vlm")
     if missing := [folder for folder in needed if not has(folder)]:
         raise FileNotFoundError(
-            f"A file of DeepGen's needs a --base with {missing[0]}/config.json: a folder of UniPic2-SD3.5M-Kontext's transformer/, vae/ "
-            "and scheduler/, and of Qwen2.5-VL-3B as vlm/."
+            f"A file of DeepGen's needs a --base with {missing[0]}/config.json: a folder of UniPic2-SD3.5M-Kontext's transformer/, "
+            "vae/ and scheduler/, and of Qwen2.5-VL-3B as vlm/."
         )
     own = {folder: read_network(base / folder)[1] for folder in (*needed, "conditioner", "lora") if has(folder)}
     return {"conditioner": DeepGenConfig(), "lora": DecoderLoRAConfig.of(own["vlm"]), **own}
@@ -129,12 +133,12 @@ def _embedding_update(
 
 
 def _embedding(config: ModelConfig) -> str:
-    """The embedding's name in the table of a language model."""
+    """The embedding's name in the table of a vision-language model."""
     return next(rule.torch for rule in network_of(config).rules(config) if rule.path == EMBEDDING_LEAF)
 
 
 def _updated(held: Mapping[str, io.LazyTensor], rules: Iterable[table.Rule], update: np.ndarray | None) -> Tensors:
-    """A language model's tensors, with the embedding's update added."""
+    """A vision-language model's tensors, with the embedding's update added."""
     for rule in rules:
         for name, _ in rule.names():
             if not rule.path:
@@ -164,4 +168,4 @@ def _usual_names(folder: Path) -> dict[str, dict[str, str]]:
     return {part: {name: usual(part, name) for name in io.open_folder(folder / part)} for part in parts}
 
 
-FORMAT = FileFormat(owns, unpack, pack, RECORD)
+FORMAT = FileFormat(owns, unpack, pack)

@@ -1,6 +1,6 @@
 """The tables of DeepGen's own networks, and the parts of the one file that its training code writes.
 
-Original: the attributes of `Qwen2p5VLStableDiffusion3HF` (deepgenteam/deepgen) and the names that peft gives an adapter in a model.
+Original: the attributes of `Qwen2p5VLStableDiffusion3HF` (deepgenteam/deepgen), and peft's names of an adapter in a model.
 """
 
 from __future__ import annotations

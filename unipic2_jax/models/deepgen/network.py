@@ -1,4 +1,4 @@
-"""DeepGen 1.0's two own networks: a connector over several layers' states, and a low-rank update of the language model.
+"""DeepGen 1.0's two own networks: a connector over several layers' states, and a low-rank update of the vision-language model.
 
 Original: deepgenteam/deepgen, `qwen2_5_vl_sd3_hf_dynamic_fusion.py` and `configs/models/deepgen_scb.py` (report, "stacked channel
 bridging"). The connector is MetaQuery's with a wider first projection: it reads the states of `fused_layers` side by side.
@@ -74,11 +74,11 @@ class DecoderLoRAConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise ValueError(f"The rank r of the language model's LoRA is {self.r}; it must be at least 1.")
+            raise ValueError(f"The rank r of the vision-language model's LoRA is {self.r}; it must be at least 1.")
 
     @classmethod
     def of(cls, vlm: Qwen2_5_VLConfig, r: int = 64, lora_alpha: float = 128.0) -> DecoderLoRAConfig:
-        """The sizes that an update of this language model has."""
+        """The sizes that an update of this vision-language model has."""
         narrow = vlm.num_key_value_heads * vlm.head_dim
         return cls(r, lora_alpha, vlm.hidden_size, vlm.intermediate_size, narrow, vlm.num_hidden_layers)
 
