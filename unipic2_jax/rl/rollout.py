@@ -150,27 +150,27 @@ def rollout(
         x_next = euler_step(velocity_fn(x, sigma), x, sigma, sigma_next)
         return x_next, jnp.zeros(x.shape[:1], jnp.float32), x_next
 
-    after, inside = functools.partial(deterministic, outside_fn), functools.partial(stochastic, velocity_fn)
-    if shared_fns is None:
-        kinds = [after, inside]
-    else:
+    end = start + config.trained_steps
+    inside, outside = functools.partial(stochastic, velocity_fn), functools.partial(deterministic, outside_fn)
+    # Where a step stands to the window, and what it does there; the first that is so counts.
+    cases = [(lambda index: (index >= start) & (index < end), inside)]
+    if shared_fns is not None:
         first_fn, before_fn = shared_fns
-        first, before = functools.partial(stochastic, first_fn), functools.partial(deterministic, before_fn)
-        # A window of one step has nothing behind its first: one network less to compile.
-        kinds = [after, first, before, inside][: 3 if config.trained_steps == 1 else 4]
-
-    def kind(index):
-        is_inside = (index >= start) & (index < start + config.trained_steps)
-        if shared_fns is None:
-            return is_inside.astype(jnp.int32)
-        return jnp.select([index < start, index == start, is_inside], [2, 1, 3], 0)
+        cases = [
+            (lambda index: index < start, functools.partial(deterministic, before_fn)),
+            (lambda index: index == start, functools.partial(stochastic, first_fn)),
+            # A window of one step has nothing behind its first: one network less to compile.
+            *(cases if config.trained_steps > 1 else []),
+        ]
+    cases.append((lambda index: index >= 0, outside))
 
     def step(x, scanned):
         index, *rest = scanned
         if config.window is None:
-            x_next, log_prob, mean = stochastic(velocity_fn, x, *rest)
+            x_next, log_prob, mean = inside(x, *rest)
         else:
-            x_next, log_prob, mean = jax.lax.switch(kind(index), kinds, x, *rest)
+            case = jnp.argmax(jnp.stack([holds(index) for holds, _ in cases]))
+            x_next, log_prob, mean = jax.lax.switch(case, [do for _, do in cases], x, *rest)
         x_next = constrain(x_next, "batch", *[None] * (x.ndim - 1))
         return x_next, (x_next, log_prob, mean if config.keeps_means else None)
 
