@@ -20,8 +20,9 @@ from unipic2_jax.flow.schedule import sigmas as make_sigmas
 from unipic2_jax.flow.sde import SDEConfig
 from unipic2_jax.rl.advantages import group_advantages
 from unipic2_jax.rl.config import OLD_LOG_PROBS, GRPOConfig
-from unipic2_jax.rl.rollout import draw_window, guided_policies, jit_exactly, once_per_group, rollout
-from unipic2_jax.rl.update import OldPolicy, accumulate_gradients, init_state, make_loss, make_rollout, make_update
+from unipic2_jax.rl.grpo import OldPolicy, accumulate_gradients, init_state, make_loss, make_rollout, make_update
+from unipic2_jax.rl.policy import guided_policies, once_per_group
+from unipic2_jax.rl.rollout import draw_window, jit_exactly, rollout
 
 STEPS, BATCH = 6, 8
 SIGMAS = make_sigmas(STEPS, 3.0)

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
+from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.core.registry import Registry
 from unipic2_jax.data.readers.fields import parse_json, parse_task
 from unipic2_jax.data.text import read_text
 from unipic2_jax.pictures.decode import BadRecord, decode
+from unipic2_jax.pictures.resize import resized, to_model
 
 # Kinds. A class takes (seed, **options) and is a PromptSource.
 SOURCES = Registry("prompt source")
@@ -241,3 +244,24 @@ class TurnsSource:
 
 def _of_dataset(name: str, record: PromptRecord) -> PromptRecord:
     return dataclasses.replace(record, metadata={**record.metadata, "dataset": name})
+
+
+def source_pictures(records: list[PromptRecord], height: int, width: int) -> list[list[Image.Image]] | None:
+    """What each record edits, as a list of one picture of this size, or None when they edit nothing.
+
+    Raises:
+      ConfigError: when only some have one.
+    """
+    missing = [record.image is None for record in records]
+    if all(missing):
+        return None
+    if any(missing):
+        raise ConfigError("Some prompts of a batch have an image and some have none; use one source for each kind.")
+    return [[resized(Image.fromarray(record.image), height, width)] for record in records]
+
+
+def stack_sources(sources: list[list[Image.Image]] | None) -> np.ndarray | None:
+    """`source_pictures` as float32 [N, H, W, 3] in [-1, 1], or None."""
+    if sources is None:
+        return None
+    return to_model([row[0] for row in sources], *sources[0][0].size[::-1])

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_dict
 from PIL import Image
 
 from unipic2_jax.core.errors import ConfigError, nearest
-from unipic2_jax.data.prompts import PromptRecord, PromptSource, make_source
+from unipic2_jax.data.prompts import PromptRecord, PromptSource, make_source, source_pictures, stack_sources
 from unipic2_jax.models import sampling
 from unipic2_jax.models.conditioner import tokenize_negative
 from unipic2_jax.parallel.mesh import batch_shards, shard_batch
@@ -96,32 +96,6 @@ def is_wanted(config: ConfigDict) -> bool:
     return config.num_prompts > 0 and config.source.get("path") != ""
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Decoded images [B, H, W, 3], about [-1, 1], as uint8."""
-    return (pictures.to_unit(images) * 255).round().astype(np.uint8)
-
-
-def source_pictures(records: list[PromptRecord], height: int, width: int) -> list[list[Image.Image]] | None:
-    """What each record edits, as a list of one picture of this size, or None when they edit nothing.
-
-    Raises:
-      ConfigError: when only some have one.
-    """
-    missing = [record.image is None for record in records]
-    if all(missing):
-        return None
-    if any(missing):
-        raise ConfigError("Some prompts of a batch have an image and some have none; use one source for each kind.")
-    return [[pictures.resized(Image.fromarray(record.image), height, width)] for record in records]
-
-
-def stack_sources(sources: list[list[Image.Image]] | None) -> np.ndarray | None:
-    """`source_pictures` as float32 [N, H, W, 3] in [-1, 1], or None."""
-    if sources is None:
-        return None
-    return pictures.to_model([row[0] for row in sources], *sources[0][0].size[::-1])
-
-
 class Evaluator:
     """Generates with given parameters and scores: one compiled program, always the same prompts and noise.
 
@@ -191,7 +165,7 @@ class Evaluator:
             seeds = shard_batch((config.seed + index).astype(np.uint32), self.mesh)
             unconditional = negative if own_negative is None else batch["negative"]
             images = self._sample(params, lora, batch["tokens"], unconditional, seeds, batch["sources"])
-            made.append(to_uint8(to_host(images)))
+            made.append(pictures.to_uint8(to_host(images)))
         return np.concatenate(made)[:total]
 
     def run(self, params: Any, lora: Any = None) -> dict[str, Any]:

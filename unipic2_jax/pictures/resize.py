@@ -65,6 +65,11 @@ def to_unit(images: Any) -> np.ndarray:
     return np.clip(np.asarray(images, np.float32) / 2 + np.float32(0.5), 0, 1)
 
 
+def to_uint8(images: Any) -> np.ndarray:
+    """Decoded images [B, H, W, 3], about [-1, 1], as uint8."""
+    return (to_unit(images) * 255).round().astype(np.uint8)
+
+
 def to_pictures(unit: np.ndarray) -> list[Image.Image]:
     """Images [B, H, W, 3] in [0, 1] -> PIL pictures."""
     return [Image.fromarray(image) for image in (unit * 255).round().astype(np.uint8)]

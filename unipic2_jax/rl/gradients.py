@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unipic2_jax.optim.ema import ema_update
 from unipic2_jax.parallel.rules import constrain_parameters
-from unipic2_jax.rl.ema import ema_update
 
 # (trained parameters, batch) -> (scalar loss, metrics [b] each)
 LossFn = Callable[[Any, dict[str, Any]], tuple[jax.Array, dict[str, jax.Array]]]

@@ -17,9 +17,8 @@ choices are those of NVlabs/DiffusionNFT (scripts/train_nft_sd3.py, config/nft.p
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,8 @@ import optax
 from unipic2_jax.flow.ode import SOLVERS, sample_ode
 from unipic2_jax.flow.path import interpolate, predict_x0
 from unipic2_jax.parallel.rules import constrain, constrain_parameters
+from unipic2_jax.rl.algorithm import ALGORITHMS, Algorithm, Passes
+from unipic2_jax.rl.config import RLConfig
 from unipic2_jax.rl.gradients import (
     LossFn,
     accumulate,
@@ -36,79 +37,48 @@ from unipic2_jax.rl.gradients import (
     optimizer_step,
     take_part,
 )
-
-# (params, lora or None, latents [B, ...], sigma scalar or [B], inputs with leading axis B) -> velocity [B, ...].
-PolicyFn = Callable[[Any, Any, jax.Array, jax.Array, Any], jax.Array]
+from unipic2_jax.rl.policy import PolicyFn, conditional_policy
 
 LEAST_WEIGHT = 1e-5  # of w+-, where a prediction is right
 
 
 @dataclasses.dataclass(frozen=True)
-class NFTConfig:
+class NFTConfig(RLConfig):
     """Hyper-parameters of DiffusionNFT; defaults are those of its GenEval run.
+
+    Each sample is trained at `trained_steps` of the rollout's T noise levels, drawn anew for every sample.
 
     Raises:
       ValueError: when a field is out of range.
     """
 
-    num_steps: int = 10  # sampling steps T of a rollout
-    group_size: int = 24  # samples per prompt, G
+    title: ClassVar[str] = "NFT"
+
+    group_size: int = 24
     guidance_scale: float = 1.0  # the algorithm has no guided policy
+    global_std: bool = True
+    kl_beta: float = 1e-4
+    updates_per_rollout: int = 1
+    ema_interval: int = 1
     solver: str = "dpm2"  # of the rollout; one of flow.ode.SOLVERS
-    beta: float = 1.0  # b; smaller is bolder for a given r. The reference takes 0.1 for OCR and for several rewards
-    adv_clip_max: float = 5.0  # A_max
-    global_std: bool = True  # divide advantages by the std of the whole batch, not of the group
-    kl_beta: float = 1e-4  # 0 leaves the reference policy out altogether
-    timestep_fraction: float = (
-        0.99  # each sample is trained at int(T * fraction) of the rollout's T noise levels, drawn anew
-    )
+    beta: float = 1.0  # b. The reference takes 0.1 for OCR and for several rewards at once
     # d after n optimizer steps: 0 before `old_flat`, then min(old_rate (n - old_flat), old_max).
     old_flat: int = 0
     old_rate: float = 1e-3
     old_max: float = 0.5
-    updates_per_rollout: int = 1  # optimizer steps; each takes an equal part of the rollout's samples
-    micro_batch: int | None = None  # samples per forward/backward pass; None: all of an update's
-    ema_decay: float = 0.9
-    ema_interval: int = 1  # optimizer steps between EMA updates
-    weights: tuple[tuple[str, float], ...] = ()  # (reward name, weight); empty: the only reward, with weight 1
 
     def __post_init__(self):
-        def require(ok: bool, sentence: str):
-            if not ok:
-                raise ValueError(f"NFT: {sentence}.")
-
-        require(self.num_steps >= 1, f"num_steps is {self.num_steps}; use at least 1")
-        require(self.group_size >= 2, f"group_size is {self.group_size}; advantages need at least 2 samples per group")
+        super().__post_init__()
+        require = self.require
         require(
             self.guidance_scale == 1,
             f"guidance_scale is {self.guidance_scale}; DiffusionNFT samples and trains without guidance, which is 1",
         )
         require(self.solver in SOLVERS, f"solver is {self.solver!r}; choose one of {', '.join(SOLVERS)}")
         require(0 < self.beta <= 1, f"beta is {self.beta}; it must lie in (0, 1]")
-        require(self.adv_clip_max > 0, f"adv_clip_max is {self.adv_clip_max}; it must be above 0")
-        require(self.kl_beta >= 0, f"kl_beta is {self.kl_beta}; it must be 0 or more")
-        require(
-            0 < self.timestep_fraction <= 1, f"timestep_fraction is {self.timestep_fraction}; it must lie in (0, 1]"
-        )
-        require(
-            self.trained_steps >= 1,
-            f"timestep_fraction {self.timestep_fraction} of {self.num_steps} steps trains none; raise one of them",
-        )
         require(self.old_flat >= 0, f"old_flat is {self.old_flat}; it must be 0 or more")
         require(self.old_rate >= 0, f"old_rate is {self.old_rate}; it must be 0 or more")
         require(0 <= self.old_max < 1, f"old_max is {self.old_max}; it must lie in [0, 1)")
-        require(self.updates_per_rollout >= 1, f"updates_per_rollout is {self.updates_per_rollout}; use at least 1")
-        require(self.micro_batch is None or self.micro_batch >= 1, f"micro_batch is {self.micro_batch}; use at least 1")
-        require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}; it must lie in [0, 1)")
-        require(self.ema_interval >= 1, f"ema_interval is {self.ema_interval}; use at least 1")
-        names = [name for name, _ in self.weights]
-        require(len(set(names)) == len(names), f"weights names a reward twice: {', '.join(names)}")
-        require(all(math.isfinite(w) for _, w in self.weights), f"weights {self.weights} must be finite")
-
-    @property
-    def trained_steps(self) -> int:
-        """At how many noise levels a sample is trained: K."""
-        return int(self.num_steps * self.timestep_fraction)
 
 
 class NFTState(NamedTuple):
@@ -126,6 +96,15 @@ class Finished(NamedTuple):
 
     latents: jax.Array  # [B, ...] float32, of images
     sigmas: jax.Array  # [T + 1] float32, the noise levels they were sampled at
+
+    @staticmethod
+    def batch_axes() -> dict[str, int | None]:
+        return {"latents": 0, "sigmas": None}
+
+    @property
+    def finished(self) -> jax.Array:
+        """The samples, [B, ...]."""
+        return self.latents
 
 
 def init_state(lora: Any, optimizer: optax.GradientTransformation) -> NFTState:
@@ -324,3 +303,40 @@ def make_update(
         return new._replace(old=constrain_parameters(old)), scalars | {"old_share": share}
 
     return jax.jit(run, **jit_options)
+
+
+@ALGORITHMS.register("nft")
+class NFT(Algorithm):
+    """DiffusionNFT."""
+
+    name, Config, Rollout = "nft", NFTConfig, Finished
+    stage_defaults: ClassVar[Mapping[str, Any]] = {
+        "num_prompts": 48,
+        "optimizer": {"name": "adamw", "weight_decay": 1e-4},
+    }
+    config: NFTConfig
+
+    def __post_init__(self):
+        if self.layout.same_latent:
+            raise ValueError(
+                "same_latent gives the samples of a group one noise, from which an ODE makes one picture; switch it off for nft."
+            )
+
+    def init(self, trained: Any, optimizer: optax.GradientTransformation) -> NFTState:
+        return init_state(trained, optimizer)
+
+    def behaviour(self, state: NFTState) -> Any:
+        return state.old
+
+    def make_rollout(self, network_fn: PolicyFn, **options: Any) -> Callable[..., Finished]:
+        return make_rollout(conditional_policy(network_fn), self.config, **options)
+
+    def make_update(
+        self, network_fn: PolicyFn, optimizer: optax.GradientTransformation, **options: Any
+    ) -> Callable[..., tuple[NFTState, dict[str, jax.Array]]]:
+        return make_update(conditional_policy(network_fn), optimizer, self.config, **options)
+
+    def passes(self, first_step: int | None = None) -> Passes:
+        del first_step
+        trained = self.layout.samples * self.config.trained_steps
+        return Passes(self.layout.samples * self.config.num_steps, trained, trained * (1 + (self.config.kl_beta > 0)))

@@ -9,17 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unipic2_jax.flow import guidance
 from unipic2_jax.flow.guidance import VelocityFn
 from unipic2_jax.flow.ode import euler_step
 from unipic2_jax.flow.sde import sde_step
 from unipic2_jax.parallel.rules import constrain
 from unipic2_jax.rl.config import GRPOConfig
-
-# (params, lora or None, latents [B, ...], sigma scalar or [B], inputs with leading axis B) -> velocity [B, ...].
-# `params` are the frozen weights: an argument, because a jitted function would bake closed-over weights into itself.
-PolicyFn = Callable[[Any, Any, jax.Array, jax.Array, Any], jax.Array]
-
 
 # Inside of a fusion XLA may keep what the program rounds to bfloat16 in float32, and sampler and trainer fuse differently: their
 # log-probabilities then differ by more than the clip range.
@@ -41,61 +35,14 @@ class Trajectory(NamedTuple):
     sigmas: jax.Array  # [T + 1] float32
     steps: jax.Array  # [K] int32, the steps that are trained
 
+    @staticmethod
+    def batch_axes() -> dict[str, int | None]:
+        return {"latents": 1, "log_probs": 1, "means": 1, "sigmas": None, "steps": None}
 
-def guided_policies(
-    network_fn: PolicyFn, config: GRPOConfig, batch_branches: bool = False
-) -> tuple[PolicyFn, PolicyFn]:
-    """The policy of stochastic steps and the one of deterministic steps, which differ with `cfg_in_window=False`.
-
-    Args:
-      network_fn: one network evaluation; its `inputs` are one branch's conditioning.
-      config: says how strong guidance is, where it applies and whether its unconditional branch is differentiated.
-      batch_branches: evaluate both branches in one call of twice the batch (half the program to compile, twice the
-        activations, and no saving from `stop_gradient_uncond`).
-
-    Returns:
-      (policy_fn, outside_fn). Both take `inputs = {'cond': tree, 'uncond': tree}` with equal leaf shapes; 'uncond'
-      may be absent when no guidance is used.
-    """
-
-    def cond_only(params, lora, latents, sigma, inputs):
-        return network_fn(params, lora, latents, sigma, inputs["cond"]).astype(jnp.float32)
-
-    def guided(params, lora, latents, sigma, inputs):
-        if not batch_branches:
-            branches = [network_fn(params, lora, latents, sigma, inputs[name]) for name in ("uncond", "cond")]
-        else:
-            # Interleaved rather than concatenated: a batch split over devices then stays where it is.
-            def pair(uncond, cond):
-                return jnp.stack([uncond, cond], axis=1).reshape((-1,) + cond.shape[1:])
-
-            sigmas = jnp.broadcast_to(sigma, latents.shape[:1])
-            both = jax.tree.map(pair, inputs["uncond"], inputs["cond"])
-            velocity = network_fn(params, lora, pair(latents, latents), pair(sigmas, sigmas), both)
-            velocity = velocity.reshape((-1, 2) + velocity.shape[1:])
-            branches = [velocity[:, 0], velocity[:, 1]]
-        return guidance.combine(*branches, config.guidance_scale, config.stop_gradient_uncond)
-
-    outside = guided if guidance.needs_uncond(config.guidance_scale) else cond_only
-    return (outside if config.cfg_in_window else cond_only), outside
-
-
-def once_per_group(policy_fn: PolicyFn, groups: int) -> PolicyFn:
-    """The same policy for a batch in which each of `groups` contiguous groups is one sample many times over.
-
-    Where a group shares its first noise that is so up to its first stochastic step, and at that step in training too:
-    the samples differ by the noise that is added after the network. One evaluation then serves the whole group.
-    """
-
-    def policy(params, lora, latents, sigma, inputs):
-        copies = latents.shape[0] // groups
-        if latents.shape[0] != groups * copies or not copies:
-            raise ValueError(f"{latents.shape[0]} samples cannot be {groups} groups of equal size.")
-        first = lambda x: x.reshape(groups, copies, *x.shape[1:])[:, 0] if jnp.ndim(x) else x
-        velocity = policy_fn(params, lora, first(latents), first(sigma), jax.tree.map(first, inputs))
-        return jnp.repeat(velocity, copies, axis=0)
-
-    return policy
+    @property
+    def finished(self) -> jax.Array:
+        """The samples, [B, ...]."""
+        return self.latents[-1]
 
 
 def draw_window(key: jax.Array, config: GRPOConfig) -> jax.Array:

@@ -163,10 +163,10 @@ class _Run:
         def like(record: dict[str, Any]) -> Any:
             nonlocal stage
             stage = self.stage_at(record["stage_index"])
-            return stage.init()
+            return stage.saved_as(stage.init(), record.get("checksums", {}).keys())
 
         if found := self.checkpoints.restore_newest(like):
-            record, state = found
+            record, state = found[0], stage.restored(found[1])
             first, step = record["stage_index"], record["step"]
             self.say(f"Continuing after step {step} of stage '{self.names[first]}' in {self.workdir}.")
             self.put_aside(export, first, step)
