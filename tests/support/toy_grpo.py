@@ -11,6 +11,7 @@ import numpy as np
 
 from unipic2_jax.data.prompts import SOURCES, PromptRecord
 from unipic2_jax.flow.schedule import FlowMatchConfig
+from unipic2_jax.models.registry import backbone_of
 from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 from unipic2_jax.models.sd3.vae import AutoencoderKL, VAEConfig
 from unipic2_jax.rewards.base import REWARDS, Reward, Scores
@@ -45,6 +46,10 @@ class ToyBundle:
     conditioner: Any
     scheduler: Any
     params: dict
+
+    @property
+    def backbone(self):
+        return backbone_of(self.transformer.config)
 
 
 class ToySource:

@@ -82,7 +82,7 @@ def test_a_step_moves_nothing_unasked_and_gives_up_the_old_state(stage):
     state, _ = stage.step(stage.init(), 0)
     with jax.transfer_guard("disallow"):
         new, _ = stage.step(state, 1)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.policy))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, stage.params)))
 
 
@@ -95,14 +95,17 @@ def test_failed_rewards_are_left_out_and_counted(stage):
 
 def test_a_reward_that_always_fails_stops_the_run(stage):
     Brightness.trouble = lambda values: np.full_like(values, np.nan)
-    stage.failed.clear()
     state = stage.init()
     after, metrics = stage.step(state, 0)
-    assert after is state and "reward" not in metrics and metrics["failed"] == 16
+    assert after.policy is state.policy and "reward" not in metrics and metrics["failed"] == 16
+    assert after.failures.tolist() == [-1, 16]
     with pytest.raises(
         loop.TrainingError, match=r"100% of the samples of stage 'edit' could not be scored in the 2 steps up to step 1"
     ):
-        stage.step(state, 1)
+        stage.step(after, 1)
+    # As soon as scores come the run goes on, whatever its window holds.
+    Brightness.trouble = None
+    assert stage.step(after, 1)[0].failures.tolist() == [16, 0]
 
 
 def test_it_learns(stage):
@@ -272,11 +275,8 @@ import sys, jax, numpy as np
 sys.path.insert(0, {folder!r})
 import toy_grpo
 from pathlib import Path
-from unipic2_jax.models.lora import init_lora, merge_lora, scaled
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.training.stage import StageContext, stage_class
-from unipic2_jax.weights import table
-from unipic2_jax.weights.lora import save_lora
 
 # A large epsilon keeps Adam from turning rounding errors of gradients near zero into whole steps.
 optimizer = {{"lr": 0.3, "eps": 0.1}}
@@ -448,6 +448,54 @@ def test_a_run_over_its_error_budget_is_saved_and_goes_on_later(tmp_path):
     parts, whole = start(tmp_path / "parts"), start(tmp_path / "whole")
     with np.load(whole / "params.npz") as a, np.load(parts / "params.npz") as b:
         assert all(np.array_equal(a[name], b[name]) for name in a.files)
+
+
+def test_a_run_that_is_killed_within_a_failing_window_stops_at_the_step_it_would_have(tmp_path):
+    """The window is in the state: three steps of four fail, in which a run that forgot it would go on to its end."""
+    fields = {"steps": 6, "save_every": 1, "error_window": 4, "error_budget": 0.7, "evaluations": {}}
+    config = toy_grpo.config(edit=toy_grpo.stage(**fields))
+    start = lambda name: loop.run(
+        config, tmp_path / name, load=toy_grpo.load, save=toy_grpo.save, mesh=make_mesh(jax.devices()[:1])
+    )
+    step, failing = GRPOStage.step, {1, 2, 3, 4, 5}
+
+    def stepping(stop_at, stage, state, number):
+        broken = lambda values: np.full_like(values, np.nan) if number in failing else values
+        stop = toy_grpo.stop_at_call(0)
+        Brightness.trouble = (lambda values: stop(broken(values))) if number == stop_at else broken
+        return step(stage, state, number)
+
+    def run(name, stop_at=None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GRPOStage, "step", lambda *given: stepping(stop_at, *given))
+            start(name)
+
+    message = r"75% of the samples of stage 'edit' could not be scored in the 4 steps up to step 3"
+    with pytest.raises(TrainingPaused, match=message):
+        run("whole")
+    with pytest.raises(SystemExit):
+        run("parts", stop_at=2)
+    with pytest.raises(TrainingPaused, match=message):
+        run("parts")
+    # Started again before anything is repaired, it stops where it is; afterwards it goes on, whatever came before.
+    with pytest.raises(TrainingPaused, match=message):
+        run("parts")
+    failing.clear()
+    run("parts")
+    run("whole")
+    with np.load(tmp_path / "whole/export/params.npz") as a, np.load(tmp_path / "parts/export/params.npz") as b:
+        assert all(np.array_equal(a[name], b[name]) for name in a.files)
+
+
+def test_a_checkpoint_from_before_the_window_was_in_it_can_be_read(stage):
+    state = stage.init()
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(state)]
+    assert stage.saved_as(state, names) is state is stage.restored(state)
+    before = [name.removeprefix("policy/") for name in names if name != "failures"]
+    older = stage.saved_as(state, before)
+    assert older is state.policy and {name.split("/")[0] for name in before} == {*type(older)._fields}
+    restored = stage.restored(older)
+    assert restored.policy is older and restored.failures.tolist() == [-1, -1]
 
 
 def edits(folder, damaged=""):

@@ -7,7 +7,6 @@ algorithm. docs/extending/algorithm.md walks through one.
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -109,7 +108,7 @@ class Passes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Algorithm(abc.ABC):
+class Algorithm:
     """An algorithm with its hyper-parameters, for a stage whose samples are arranged in one way.
 
     Attributes:
@@ -130,6 +129,9 @@ class Algorithm(abc.ABC):
     Rollout: ClassVar[type[Rollout]]
     stage_defaults: ClassVar[Mapping[str, Any]] = {}
 
+    def __post_init__(self) -> None:
+        """Where an algorithm says what it cannot work with."""
+
     @classmethod
     def fields(cls) -> dict[str, Any]:
         """The hyper-parameters as fields of a configuration, with their defaults."""
@@ -149,15 +151,14 @@ class Algorithm(abc.ABC):
         """Samples that an update computes at once."""
         return self.config.micro_batch or self.layout.samples // self.config.updates_per_rollout
 
-    @abc.abstractmethod
     def init(self, trained: Any, optimizer: optax.GradientTransformation) -> State:
         """The state before the first update, in arrays of its own."""
+        raise NotImplementedError
 
     def behaviour(self, state: State) -> Any:
         """The weights that samples are drawn under, like `state.lora`."""
         return state.lora
 
-    @abc.abstractmethod
     def make_rollout(self, network_fn: PolicyFn, **options: Any) -> Callable[..., Rollout]:
         """A jitted `(params, trained, inputs, initial_noise [B, ...], key, sigmas [T + 1], part=None) -> Rollout`.
 
@@ -165,8 +166,8 @@ class Algorithm(abc.ABC):
           network_fn: one evaluation of the network, of one branch's inputs.
           options: `prepare`, applied to the frozen weights before anything else, and those of `jax.jit`.
         """
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def make_update(
         self, network_fn: PolicyFn, optimizer: optax.GradientTransformation, **options: Any
     ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
@@ -175,10 +176,11 @@ class Algorithm(abc.ABC):
         `reference` is a tree like what is trained, None for the frozen weights alone. Metrics are float32 scalars, among them
         `loss`, and `non_finite`, which is 1 when an optimizer step was left out because of a value that was not finite.
         """
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def passes(self, first_step: int | None = None) -> Passes:
         """What a step costs whose rollout has this `first_step`; None: on the average."""
+        raise NotImplementedError
 
     def first_step(self, rollout: Rollout) -> int:
         """What of a rollout decides how much was computed."""

@@ -114,12 +114,13 @@ class Sampler:
         return Prepared(inputs, self.draw_noise(noise_key), rollout_key, sigmas, number)
 
     def arguments(self, params: Any, trained: Any, prepared: Prepared) -> tuple[Any, ...]:
-        """Of `rollout`, without the part; `trained` is what the algorithm samples under."""
-        return params["transformer"], trained, prepared.inputs, prepared.noise, prepared.key, prepared.sigmas
+        """Of `rollout`; `trained` is what the algorithm samples under."""
+        own = (params["transformer"], trained, prepared.inputs, prepared.noise, prepared.key, prepared.sigmas)
+        return own if prepared.part is None else (*own, prepared.part)
 
     def sample(self, params: Any, trained: Any, prepared: Prepared) -> tuple[Rollout, np.ndarray]:
         """The rollout, and the pictures of this process's devices, uint8 [b, H, W, 3]: each process scores its own."""
-        rollout = self.rollout(*self.arguments(params, trained, prepared), prepared.part)
+        rollout = self.rollout(*self.arguments(params, trained, prepared))
         return rollout, pictures.to_uint8(rows_to_host(self.decode(params["vae"], rollout), self.mesh))
 
     def together(self, sampled: list[tuple[Rollout, Any]]) -> tuple[Rollout, Any]:
