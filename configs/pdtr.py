@@ -11,6 +11,7 @@ Words after a colon, with commas between them, change it:
 |---|---|
 | `edit=editreward`, `edit=judge`, `edit=none` | what rewards edits: a trained EditReward (the default), a judge's marks, or no such stage |
 | `t2i=geneval`, `t2i=none` | what rewards pictures from text: GenEval's rules on a detector's findings, or no such stage |
+| `algorithm=grpo`, `algorithm=nft` | how rewards change the model: Flow-GRPO, the paper's (the default), or DiffusionNFT, without guidance |
 | `model=kontext`, `model=metaquery` | which model: text encoders, or Qwen2.5-VL (`--config.vlm=DIR`) |
 | `fast` | two steps of a rollout are stochastic and trained, without guidance; the others are deterministic |
 | `guard` | GRPO-Guard's ratios |
@@ -70,6 +71,7 @@ CHOICES = {
     "edit": ("editreward", "judge", "none"),
     "t2i": ("geneval", "none"),
     "model": ("kontext", "metaquery"),
+    "algorithm": ("grpo", "nft"),
     "watch": ("editreward", "judge"),
 }
 FLAGS = ("tiny", "long", "smoke", "fast", "guard", "joint")
@@ -109,7 +111,7 @@ def full_stage(task: str, rewards: dict) -> dict:
     }
 
 
-def full_evaluations(rewards: dict[str, dict]) -> dict:
+def full_evaluations(rewards: dict[str, dict], guidance_scale: float) -> dict:
     """What is measured before and after each stage, as the published scripts draw: GenEval's 553 prompts with four pictures of each,
     which is its protocol, and two edits of each of at most 256 held-out pictures, once `source.path` names them.
 
@@ -119,7 +121,7 @@ def full_evaluations(rewards: dict[str, dict]) -> dict:
         "height": 512,
         "width": 512,
         "num_steps": 50,
-        "guidance_scale": 3.5,
+        "guidance_scale": guidance_scale,
         "negative_prompt": None,
         "seed": 1000,
     }
@@ -137,7 +139,7 @@ def share_evaluations(config: ConfigDict) -> ConfigDict:
 
     A stage can then start from what the one before has ended with, without measuring it again.
     """
-    stages = [stage for stage in config.stages.values() if stage.kind == "grpo"]
+    stages = [stage for stage in config.stages.values() if "rewards" in stage]
     for stage in stages:
         stage.evaluations = stages[0].evaluations
         for evaluation in stage.evaluations.values():
@@ -163,10 +165,33 @@ ROLLOUT = {
 # Steps and learning rate of the variants. The paper's 3e-4 is for many more steps; text-to-image, whose rewards are noisier,
 # takes smaller ones so that editing does not suffer.
 LENGTH = {
-    "demo": {"edit": (110, 1e-3), "t2i": (120, 5.5e-4)},
-    "long": {"edit": (300, 7e-4), "t2i": (400, 4e-4)},
-    "smoke": {"edit": (2, 1e-3), "t2i": (2, 1e-3)},
+    "grpo": {
+        "demo": {"edit": (110, 1e-3), "t2i": (120, 5.5e-4)},
+        "long": {"edit": (300, 7e-4), "t2i": (400, 4e-4)},
+        "smoke": {"edit": (2, 1e-3), "t2i": (2, 1e-3)},
+    },
+    "nft": {
+        "demo": {"edit": (60, 1e-3), "t2i": (60, 1e-3)},
+        "long": {"edit": (200, 7e-4), "t2i": (200, 7e-4)},
+        "smoke": {"edit": (2, 1e-3), "t2i": (2, 1e-3)},
+    },
 }
+
+
+# DiffusionNFT as its authors run it on SD3.5-Medium with GenEval: 48 groups of 24 and one optimizer step a rollout. Its other fields
+# have those defaults.
+NFT = {"num_prompts": 48, "optimizer": {"name": "adamw", "lr": 3e-4, "weight_decay": 1e-4}}
+# The shapes world has its own numbers, as for GRPO. In rollouts of so few steps Euler's are the better ones: in its last but one,
+# `dpm2` goes on by more than twice the last change. Two noise levels a sample cost a third of what all of them do.
+TINY_NFT = {"group_size": 16, "solver": "euler", "timestep_fraction": 0.34}
+
+
+def with_nft(stage: dict, tiny: bool) -> dict:
+    """The stage with DiffusionNFT instead of GRPO; of the fields of GRPO those go along that both have."""
+    grpo = stage.pop("grpo")
+    if not tiny:
+        return {**stage, **NFT, "kind": "nft", "nft": {"micro_batch": grpo["micro_batch"]}}
+    return {**stage, "kind": "nft", "same_latent": False, "nft": {"num_steps": grpo["num_steps"], **TINY_NFT}}
 
 
 def tiny_stage(task: str, rewards: dict, steps: int, lr: float, num_prompts: int = 14) -> dict:
@@ -224,6 +249,10 @@ def read_words(arg: str) -> tuple[set[str], dict[str, str]]:
     without = [task for task in ("edit", "t2i") if made.get(task) == "none"]
     if len(without) == 2 or (without and "joint" in flags):
         raise ValueError(f"configs/pdtr.py:{arg} leaves out what it is about; leave out {without[0]}=none instead.")
+    if made.get("algorithm") == "nft" and (own := flags & {"fast", "guard"}):
+        raise ValueError(
+            f"configs/pdtr.py:{arg} asks for '{min(own)}', which is GRPO's; leave it or algorithm=nft out."
+        )
     watched = made.get("watch")
     if watched and ("tiny" in flags or made.get("edit", "editreward") in ("none", watched)):
         raise ValueError(f"configs/pdtr.py:{arg} has nothing new for watch={watched} to watch; leave it out.")
@@ -234,13 +263,13 @@ def get_config(arg: str = "") -> ConfigDict:
     """`arg` is a comma-separated list of words, see above."""
     flags, made = read_words(arg)
     tiny, smoke, metaquery = "tiny" in flags, "smoke" in flags, made.get("model") == "metaquery"
-    known = TINY_REWARDS if tiny else REWARDS
+    known, algorithm = TINY_REWARDS if tiny else REWARDS, made.get("algorithm", "grpo")
     # What rewards each task; the first is the default.
     rewards = {task: known[task][made.get(task, next(iter(known[task])))] for task in known if made.get(task) != "none"}
     if watched := made.get("watch"):
         rewards["edit"] = {**rewards["edit"], watched: {**known["edit"][watched][watched], "weight": 0.0}}
     if tiny:
-        length = LENGTH["smoke" if smoke else "long" if "long" in flags else "demo"]
+        length = LENGTH[algorithm]["smoke" if smoke else "long" if "long" in flags else "demo"]
         stages = {
             task: tiny_stage(task, task_rewards, *length[task], 2 if smoke else 14)
             for task, task_rewards in rewards.items()
@@ -252,7 +281,7 @@ def get_config(arg: str = "") -> ConfigDict:
         model = {"model": size, "init": None, "precision": "mixed", "parallel": {"preset": "auto"}}
     if "joint" in flags:
         stages = {"joint": joined(stages, tiny)}
-    for stage in stages.values():
+    for name, stage in stages.items():
         if "fast" in flags and not tiny:  # tiny rollouts are that already
             stage["grpo"] |= {"window": {"size": 2, "low": 0, "high": 5}, "cfg_in_window": False}
         if "guard" in flags:
@@ -261,5 +290,8 @@ def get_config(arg: str = "") -> ConfigDict:
         if tiny:
             stage["evaluations"] = evaluations(6, 1) if smoke else evaluations(750, 2)
         else:
-            stage["evaluations"] = full_evaluations(rewards)
+            # As the published scripts draw; DiffusionNFT's pictures have no guidance, which is what the policy becomes good at.
+            stage["evaluations"] = full_evaluations(rewards, 1.0 if algorithm == "nft" else 3.5)
+        if algorithm == "nft":
+            stages[name] = with_nft(stage, tiny)
     return share_evaluations(make_config({**model, "schedule": tuple(stages), "stages": stages}))

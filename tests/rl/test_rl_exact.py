@@ -13,8 +13,8 @@ from unipic2_jax.models.sampling import velocity_fn
 from unipic2_jax.models.sd3.lora import init_lora
 from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 from unipic2_jax.rl.config import GRPOConfig
-from unipic2_jax.rl.rollout import guided_policies
-from unipic2_jax.rl.update import init_state, make_rollout, make_update
+from unipic2_jax.rl.grpo import init_state, make_rollout, make_update
+from unipic2_jax.rl.policy import guided_policies
 
 WIDE = MMDiTConfig(
     sample_size=8,

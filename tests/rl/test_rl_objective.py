@@ -180,3 +180,52 @@ def test_missing_inputs_are_named():
         loss_of(velocity, None, *rest, GRPOConfig())
     with pytest.raises(ValueError, match="old policy's means"):
         loss_of(velocity, None, *rest, GRPOConfig(guard=True, kl_beta=0.0))
+
+
+def test_flow_dppo_holds_back_what_has_moved_and_would_move_further():
+    """Its formula in float64: left out where D >= tau and the ratio is on the side that the advantage asks for."""
+    config = GRPOConfig(trust="dppo", trust_tau=1e-3, kl_beta=0.0)
+    x, old = draw(0, 8), draw(1, 8)
+    # Some steps move by little, some by more than tau, towards what was sampled or away from it.
+    x_next, old_log_prob, old_mean = old_policy(old, x, 9, config)
+    sizes = jnp.array([0.0, 0.01, 0.3, 0.3, -0.3, -0.3, 0.01, -0.01]).reshape(8, 1, 1, 1)
+    new = old - sizes * (x_next - old_mean) * 4
+    advantage = jnp.array([1.0, 1.0, 1.0, -1.0, 1.0, -1.0, -1.0, 7.0])
+
+    def total(v):
+        loss, metrics = loss_of(v, None, x, x_next, old_log_prob, advantage, config, old_mean)
+        return loss.sum(), (loss, metrics)
+
+    gradient, (loss, metrics) = jax.grad(total, has_aux=True)(new)
+    mean, std = (np.asarray(a, np.float64) for a in sde_step_mean_std(new, x, *LEVELS, config.sde))
+    noise, before = np.asarray(x_next, np.float64), np.asarray(old_mean, np.float64)
+    per_sample = lambda a: a.reshape(8, -1).mean(axis=1)
+    ratio = np.exp(per_sample((noise - before) ** 2 - (noise - mean) ** 2) / (2 * std**2))
+    moved = per_sample((mean - before) ** 2) / (2 * std**2)
+    clipped = np.clip(advantage, -5, 5)
+    further = ((ratio > 1) & (clipped > 0)) | ((ratio < 1) & (clipped < 0))
+    held = (moved >= 1e-3) & further
+    assert 0 < held.sum() < 8 and (further & ~held).any() and ((moved >= 1e-3) & ~held).any()
+    np.testing.assert_allclose(metrics["moved"], moved, rtol=2e-3, atol=1e-9)
+    np.testing.assert_allclose(loss, np.where(held, 0, -clipped * ratio), rtol=1e-3)
+    np.testing.assert_array_equal(metrics["clip_fraction"], held)
+    silent = np.abs(gradient).max(axis=(1, 2, 3)) == 0
+    np.testing.assert_array_equal(silent, held)
+
+
+def test_flow_dppo_needs_means_and_holds_nothing_on_policy():
+    config = GRPOConfig(trust="dppo", kl_beta=0.0)
+    x, velocity = draw(0), draw(1)
+    x_next, log_probs, mean = old_policy(velocity, x, 9, config)
+    with pytest.raises(ValueError, match=r"trust='dppo' needs the old policy's means"):
+        loss_of(velocity, None, x, x_next, log_probs, jnp.ones(4), config)
+    loss, metrics = loss_of(velocity, None, x, x_next, log_probs, jnp.ones(4), config, mean)
+    assert (np.asarray(metrics["clip_fraction"]) == 0).all() and (np.asarray(loss) == -1).all()
+    for wrong, words in (
+        ({"trust": "dppo", "guard": True}, "without guard"),
+        ({"trust": "dppo", "sde": SDEConfig("cps")}, "flow_grpo SDE"),
+        ({"trust": "hope"}, "choose one of clip, dppo"),
+        ({"trust_tau": 0.0}, "trust_tau is 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            GRPOConfig(**wrong)

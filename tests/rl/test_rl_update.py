@@ -20,8 +20,9 @@ from unipic2_jax.flow.schedule import sigmas as make_sigmas
 from unipic2_jax.flow.sde import SDEConfig
 from unipic2_jax.rl.advantages import group_advantages
 from unipic2_jax.rl.config import OLD_LOG_PROBS, GRPOConfig
-from unipic2_jax.rl.rollout import draw_window, guided_policies, jit_exactly, once_per_group, rollout
-from unipic2_jax.rl.update import OldPolicy, accumulate_gradients, init_state, make_loss, make_rollout, make_update
+from unipic2_jax.rl.grpo import OldPolicy, accumulate_gradients, init_state, make_loss, make_rollout, make_update
+from unipic2_jax.rl.policy import guided_policies, once_per_group
+from unipic2_jax.rl.rollout import draw_window, jit_exactly, rollout
 
 STEPS, BATCH = 6, 8
 SIGMAS = make_sigmas(STEPS, 3.0)
@@ -267,11 +268,12 @@ def test_updates_split_the_rollout():
     (
         {},
         {"guard": True},
+        {"trust": "dppo", "trust_tau": 1e-3},
         {"sde": SDEConfig("cps", 0.5), "kl_on": "velocity"},
         {"window": (2, (0, 4)), "updates_per_rollout": 4, "micro_batch": 1},
         {"updates_per_rollout": 1},
     ),
-    ids=("flow_grpo", "guard", "cps", "window", "one-update"),
+    ids=("flow_grpo", "guard", "dppo", "cps", "window", "one-update"),
 )
 def test_the_trainers_old_policy_is_the_samplers_up_to_rounding(change):
     fields = {"updates_per_rollout": 2, "micro_batch": 2, "kl_beta": 0.1, "clip_range": 0.2, **change}
@@ -280,7 +282,7 @@ def test_the_trainers_old_policy_is_the_samplers_up_to_rounding(change):
     for whose in OLD_LOG_PROBS:
         own = dataclasses.replace(config, old_log_probs=whose)
         trajectory = sample(own, lora)
-        assert (trajectory.means is not None) == (config.guard and whose == "sampler")
+        assert (trajectory.means is not None) == (config.compares_means and whose == "sampler")
         update = make_update(network, optimizer, own)
         states[whose], metrics[whose] = update(
             PARAMS, init_state(lora, optimizer), None, trajectory, ADVANTAGES, INPUTS
@@ -352,9 +354,10 @@ def test_non_finite_is_reported_and_the_state_survives(where):
         {"sde": SDEConfig("cps", 0.5), "kl_on": "velocity"},
         {"window": (2, (0, 4))},
         {"guard": True},
+        {"trust": "dppo", "trust_tau": 1e-2, "updates_per_rollout": 2},
         {"updates_per_rollout": 2, "micro_batch": 16, "global_std": True},
     ),
-    ids=("flow_grpo", "cps", "window", "guard", "two-updates"),
+    ids=("flow_grpo", "cps", "window", "guard", "dppo", "two-updates"),
 )
 def test_toy_policy_learns(change):
     """32 prompts x 8 samples of a 2-D latent; the reward is the closeness to a point the base model misses."""

@@ -17,8 +17,8 @@ from jax.experimental import mesh_utils
 from unipic2_jax.data.examples import EXAMPLES, EndlessExamples, Example
 from unipic2_jax.parallel import processes
 from unipic2_jax.training import loop
+from unipic2_jax.training.stage import stage_class
 from unipic2_jax.training.stages.flow import FlowStage
-from unipic2_jax.training.stages.grpo import GRPOStage
 
 
 class ToyExamples(EndlessExamples):
@@ -64,7 +64,7 @@ if __name__ == "__main__":
     processes.initialize(heartbeat=HEARTBEAT)
     if len(sys.argv) > 3:
         killing(FlowStage, *sys.argv[3:])
-        killing(GRPOStage, *sys.argv[3:])
+        killing(stage_class("grpo"), *sys.argv[3:])
     if "TOY_ORDER" in os.environ:
         mesh_utils.create_device_mesh = in_order(os.environ["TOY_ORDER"])
     flow = {

@@ -17,7 +17,7 @@ from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.models.sd3.flops import forward_flops
 from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig
 from unipic2_jax.optim.optimizer import make_optimizer, make_schedule, merge_params, optimizer_fields, split_params
-from unipic2_jax.rl.update import grpo_step_flops
+from unipic2_jax.rl.algorithm import Passes
 from unipic2_jax.training.config import make_config, to_json, unknown_override, validate
 from unipic2_jax.training.curves import smooth
 from unipic2_jax.training.metrics import Metrics, read_rows
@@ -168,9 +168,8 @@ def test_flops_agree_with_what_the_compiler_counts(references):
 
 
 def test_grpo_flops():
-    assert grpo_step_flops(10, sampled=80, trained=72, reference=True) == 10 * (80 + 72 * 3)
-    assert grpo_step_flops(10, sampled=80, trained=72, reference=False) == 10 * (80 + 72 * 2)
-    assert grpo_step_flops(10, sampled=0, trained=72, reference=True, old=36) == 10 * (36 + 72 * 3)
+    assert Passes(80, trained=72, watched=0).flops(10) == (800, 10 * 72 * 2)
+    assert Passes(80, trained=72, watched=36).flops(10, trains_weights=True) == (800, 10 * (72 * 3 + 36))
 
 
 def test_records_are_cut_to_the_resumed_step(tmp_path):

@@ -1,5 +1,6 @@
 """GRPO as a stage of a run: what it logs, that it learns, failed rewards, several stages, resume, devices."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -24,10 +25,10 @@ from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.rewards.base import RewardError
 from unipic2_jax.training import loop
 from unipic2_jax.training.metrics import read_evaluations, read_rows
-from unipic2_jax.training.stage import StageContext
-from unipic2_jax.training.stages import grpo as grpo_stage
+from unipic2_jax.training.stage import StageContext, stage_class
 from unipic2_jax.weights import table
 
+GRPOStage = stage_class("grpo")
 LOGGED = [
     "reward",
     "reward_std",
@@ -63,7 +64,7 @@ def stage(tmp_path_factory):
     config = toy_grpo.config(edit=toy_grpo.stage(edit=True, error_window=2)).stages.edit
     mesh = make_mesh(jax.devices()[:1])
     context = StageContext("edit", 0, 0, mesh, tmp_path_factory.mktemp("stage"))
-    return grpo_stage.GRPOStage(config, toy_grpo.load(mesh=mesh), context)
+    return GRPOStage(config, toy_grpo.load(mesh=mesh), context)
 
 
 def test_a_step_logs_what_it_did_and_is_on_policy(stage):
@@ -72,7 +73,7 @@ def test_a_step_logs_what_it_did_and_is_on_policy(stage):
     assert all(np.isfinite(value) for value in metrics.values())
     assert metrics["log_prob_difference"] < 1e-5 and metrics["failed"] == 0
     assert metrics["reward"] == pytest.approx(metrics["reward_brightness"])
-    assert int(state.step) == 2  # two updates per rollout
+    assert int(state.policy.step) == 2  # two updates per rollout
     again, _ = stage.step(stage.init(), 0)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again)))
 
@@ -81,7 +82,7 @@ def test_a_step_moves_nothing_unasked_and_gives_up_the_old_state(stage):
     state, _ = stage.step(stage.init(), 0)
     with jax.transfer_guard("disallow"):
         new, _ = stage.step(state, 1)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.policy))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, stage.params)))
 
 
@@ -94,14 +95,17 @@ def test_failed_rewards_are_left_out_and_counted(stage):
 
 def test_a_reward_that_always_fails_stops_the_run(stage):
     Brightness.trouble = lambda values: np.full_like(values, np.nan)
-    stage.failed.clear()
     state = stage.init()
     after, metrics = stage.step(state, 0)
-    assert after is state and "reward" not in metrics and metrics["failed"] == 16
+    assert after.policy is state.policy and "reward" not in metrics and metrics["failed"] == 16
+    assert after.failures.tolist() == [-1, 16]
     with pytest.raises(
         loop.TrainingError, match=r"100% of the samples of stage 'edit' could not be scored in the 2 steps up to step 1"
     ):
-        stage.step(state, 1)
+        stage.step(after, 1)
+    # As soon as scores come the run goes on, whatever its window holds.
+    Brightness.trouble = None
+    assert stage.step(after, 1)[0].failures.tolist() == [16, 0]
 
 
 def test_it_learns(stage):
@@ -133,7 +137,7 @@ def test_without_a_lora_all_of_the_transformer_is_reinforced(tmp_path):
     ).stages.edit
     mesh = make_mesh(jax.devices()[:1])
     context = StageContext("edit", 0, 0, mesh, tmp_path)
-    stage = grpo_stage.GRPOStage(config, toy_grpo.load(mesh=mesh), context)
+    stage = GRPOStage(config, toy_grpo.load(mesh=mesh), context)
     state, first = stage.step(stage.init(), 0)
     assert first["ratio_mean"] == pytest.approx(1, abs=1e-3) and first["log_prob_difference"] < 1e-5
     for step in (1, 2):
@@ -150,7 +154,7 @@ def test_without_a_lora_all_of_the_transformer_is_reinforced(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
     with pytest.raises(ConfigError, match="reference='base' continues the LoRA of the stage before"):
         wrong = toy_grpo.config(edit=toy_grpo.stage(lora=None, reference="base")).stages.edit
-        grpo_stage.GRPOStage.check(wrong, mesh)
+        GRPOStage.check(wrong, mesh)
 
 
 def test_reinforcement_goes_on_from_a_lora_file(tmp_path):
@@ -161,7 +165,7 @@ def test_reinforcement_goes_on_from_a_lora_file(tmp_path):
     save_lora(tmp_path, jax.device_get(tree), 3.0, bundle.transformer.config)
     lora = {"rank": 4, "alpha": 8.0, "init": str(tmp_path)}
     config = toy_grpo.config(edit=toy_grpo.stage(lora=lora, grpo={"updates_per_rollout": 1})).stages.edit
-    stage = grpo_stage.GRPOStage(config, bundle, StageContext("edit", 0, 0, mesh, tmp_path))
+    stage = GRPOStage(config, bundle, StageContext("edit", 0, 0, mesh, tmp_path))
     state = stage.init()
     began = table.flatten(jax.device_get(stage.finish(state).params["transformer"]))
     wanted = table.flatten(jax.device_get(merge_lora(bundle.params["transformer"], scaled(tree, 1.5))))
@@ -174,9 +178,9 @@ def test_reinforcement_goes_on_from_a_lora_file(tmp_path):
 
 def test_a_stage_is_not_measured_again_where_the_one_before_ended(tmp_path, monkeypatch):
     calls = []
-    evaluate = grpo_stage.GRPOStage.evaluate
+    evaluate = GRPOStage.evaluate
     monkeypatch.setattr(
-        grpo_stage.GRPOStage, "evaluate", lambda self, state, step: calls.append(step) or evaluate(self, state, step)
+        GRPOStage, "evaluate", lambda self, state, step: calls.append(step) or evaluate(self, state, step)
     )
     config = toy_grpo.config(edit=toy_grpo.stage(), t2i=toy_grpo.stage())
     loop.run(config, tmp_path, load=toy_grpo.load, save=toy_grpo.save, mesh=make_mesh(jax.devices()[:1]))
@@ -271,12 +275,8 @@ import sys, jax, numpy as np
 sys.path.insert(0, {folder!r})
 import toy_grpo
 from pathlib import Path
-from unipic2_jax.models.lora import init_lora, merge_lora, scaled
 from unipic2_jax.parallel.mesh import make_mesh
-from unipic2_jax.training import grpo_stage
-from unipic2_jax.training.stage import StageContext
-from unipic2_jax.weights import table
-from unipic2_jax.weights.lora import save_lora
+from unipic2_jax.training.stage import StageContext, stage_class
 
 # A large epsilon keeps Adam from turning rounding errors of gradients near zero into whole steps.
 optimizer = {{"lr": 0.3, "eps": 0.1}}
@@ -284,12 +284,12 @@ config = toy_grpo.config(edit=toy_grpo.stage(edit=True, evaluations={{}}, num_pr
 found = []
 for count in (1, 8):
     mesh = make_mesh(jax.devices()[:count])
-    stage = grpo_stage.GRPOStage(config, toy_grpo.load(mesh=mesh), StageContext("edit", 0, 0, mesh, Path("."), log=str))
+    stage = stage_class("grpo")(config, toy_grpo.load(mesh=mesh), StageContext("edit", 0, 0, mesh, Path("."), log=str))
     state = stage.init()
     for step in range(2):
         state, metrics = stage.step(state, step)
-    found.append((jax.device_get(state.lora), metrics))
-    assert len(jax.tree.leaves(state)[0].sharding.device_set) == count
+    found.append((jax.device_get(state.policy.lora), metrics))
+    assert len(jax.tree.leaves(state.policy)[0].sharding.device_set) == count
 # The text stream ends in the last block, where its query projection has no effect and its LoRA stays 0.
 for one, eight in zip(jax.tree.leaves(found[0][0]), jax.tree.leaves(found[1][0])):
     difference = np.linalg.norm(one - eight)
@@ -315,13 +315,12 @@ def test_eight_devices_do_what_one_does():
 
 def test_a_group_may_share_its_first_noise(stage):
     key = jax.random.key(0)
-    groups = np.asarray(stage._draw_noise(key)).reshape(stage.config.num_prompts, stage.grpo.group_size, -1)
+    sampler = stage.sampler
+    groups = np.asarray(sampler.draw_noise(key)).reshape(sampler.layout.prompts, sampler.layout.group_size, -1)
     assert (groups[:, 0] != groups[:, 1]).any(axis=-1).all()
-    stage.config.same_latent = True
-    try:
-        groups = np.asarray(stage._draw_noise(key)).reshape(groups.shape)
-    finally:
-        stage.config.same_latent = False
+    shared = copy.copy(sampler)
+    shared.layout = dataclasses.replace(sampler.layout, same_latent=True)
+    groups = np.asarray(shared._draw_noise(key)).reshape(groups.shape)
     assert (groups == groups[:, :1]).all() and (groups[0] != groups[1]).any()
 
 
@@ -332,19 +331,20 @@ def test_sharing_a_group_s_beginning_changes_nothing_but_the_time(tmp_path, monk
     context = StageContext("edit", 0, 0, mesh, tmp_path)
 
     def run():
-        stage = grpo_stage.GRPOStage(config, toy_grpo.load(mesh=mesh), context)
-        assert stage.shared and stage.shared_update
-        return stage.init().lora, *stage.step(stage.init(), 0)
+        stage = GRPOStage(config, toy_grpo.load(mesh=mesh), context)
+        assert stage.algorithm.shares_beginning and stage.algorithm.shares_update
+        return stage.init().policy.lora, *stage.step(stage.init(), 0)
 
     stage_start, state, metrics = run()
-    for module in ("training.grpo_stage", "rl.update"):
-        monkeypatch.setattr(f"unipic2_jax.{module}.once_per_group", lambda policy, groups: policy)
+    monkeypatch.setattr("unipic2_jax.rl.grpo.once_per_group", lambda policy, groups: policy)
     _, plain_state, plain = run()
     # Rounding may turn a pixel, and with it a reward, by one of 255.
     same = ("reward", "loss", "kl", "ratio_max", "gradient_norm")
     np.testing.assert_allclose([metrics[k] for k in same], [plain[k] for k in same], rtol=0.01, atol=1e-5)
     assert metrics["log_prob_difference_max"] < 1e-5 and metrics["gradient_norm"] > 0
-    changes, want = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.lora)]) for s in (state, plain_state))
+    changes, want = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.policy.lora)]) for s in (state, plain_state)
+    )
     start = np.concatenate([np.ravel(x) for x in jax.tree.leaves(stage_start)])
     changes, want = changes - start, want - start
     assert changes @ want > 0.99 * np.linalg.norm(changes) * np.linalg.norm(want) > 0
@@ -354,17 +354,15 @@ def make_stage(tmp_path, **fields):
     config = toy_grpo.config(edit=toy_grpo.stage(edit=True, evaluations={}, **fields)).stages.edit
     mesh = make_mesh(jax.devices()[:1])
     log = []
-    stage = grpo_stage.GRPOStage(
-        config, toy_grpo.load(mesh=mesh), StageContext("edit", 0, 0, mesh, tmp_path, log=log.append)
-    )
+    stage = GRPOStage(config, toy_grpo.load(mesh=mesh), StageContext("edit", 0, 0, mesh, tmp_path, log=log.append))
     return stage, log
 
 
 def test_one_batch_is_scored_while_the_next_is_sampled_and_all_share_a_window(tmp_path):
     window = {"window": {"size": 1, "low": 0, "high": 3}}
     stage, _ = make_stage(tmp_path, sampling_batches=2, audit_every=2, grpo=window)
-    events, sample = [], stage._sample
-    stage._sample = lambda *given: (events.append(given[3]), sample(*given))[1]
+    events, sample = [], stage.sampler.sample
+    stage.sampler.sample = lambda *given: (events.append(int(given[2].part)), sample(*given))[1]
 
     def trouble(values):
         events.append("scored")
@@ -372,14 +370,14 @@ def test_one_batch_is_scored_while_the_next_is_sampled_and_all_share_a_window(tm
 
     Brightness.trouble = trouble
     joined = []
-    join = stage._join
+    join = stage.sampler.join
 
     def look(parts):
         joined.append([part[0] for part in jax.device_get(parts)])
         return join(parts)
 
     look.eval_shape = join.eval_shape
-    stage._join = look
+    stage.sampler.join = look
     state, metrics = stage.step(stage.init(), 0)
     assert events.count("scored") == 2 and [e for e in events if e != "scored"] == [0, 1]
     first, second = joined[0]
@@ -410,11 +408,13 @@ def test_sampler_and_trainer_that_differ_are_told_of_once(tmp_path):
     assert "above grpo.clip_range = 1e-12; " in told[0] and "set grpo.old_log_probs='trainer'" in told[0]
 
 
-def test_the_old_policys_pass_is_work_of_the_algorithm(stage, monkeypatch):
-    sampled, trained = stage._evaluations(True, 0)
-    monkeypatch.setattr(stage, "grpo", dataclasses.replace(stage.grpo, old_log_probs="sampler"))
-    # Forward, backward and reference are three passes; of two updates the second needs one more.
-    assert stage._evaluations(True, 0) == (sampled, trained * 6 // 7)
+def test_the_old_policys_pass_is_work_of_the_algorithm(stage):
+    passes = stage.algorithm.passes()
+    config = dataclasses.replace(stage.algorithm.config, old_log_probs="sampler")
+    without = dataclasses.replace(stage.algorithm, config=config).passes()
+    # Of two updates the second needs one more pass beside the reference's.
+    assert without == dataclasses.replace(passes, watched=passes.trained)
+    assert passes.watched == passes.trained + passes.trained // 2
 
 
 def test_rewards_can_be_normalised_belong_to_datasets_and_only_be_watched(tmp_path):
@@ -448,6 +448,54 @@ def test_a_run_over_its_error_budget_is_saved_and_goes_on_later(tmp_path):
     parts, whole = start(tmp_path / "parts"), start(tmp_path / "whole")
     with np.load(whole / "params.npz") as a, np.load(parts / "params.npz") as b:
         assert all(np.array_equal(a[name], b[name]) for name in a.files)
+
+
+def test_a_run_that_is_killed_within_a_failing_window_stops_at_the_step_it_would_have(tmp_path):
+    """The window is in the state: three steps of four fail, in which a run that forgot it would go on to its end."""
+    fields = {"steps": 6, "save_every": 1, "error_window": 4, "error_budget": 0.7, "evaluations": {}}
+    config = toy_grpo.config(edit=toy_grpo.stage(**fields))
+    start = lambda name: loop.run(
+        config, tmp_path / name, load=toy_grpo.load, save=toy_grpo.save, mesh=make_mesh(jax.devices()[:1])
+    )
+    step, failing = GRPOStage.step, {1, 2, 3, 4, 5}
+
+    def stepping(stop_at, stage, state, number):
+        broken = lambda values: np.full_like(values, np.nan) if number in failing else values
+        stop = toy_grpo.stop_at_call(0)
+        Brightness.trouble = (lambda values: stop(broken(values))) if number == stop_at else broken
+        return step(stage, state, number)
+
+    def run(name, stop_at=None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GRPOStage, "step", lambda *given: stepping(stop_at, *given))
+            start(name)
+
+    message = r"75% of the samples of stage 'edit' could not be scored in the 4 steps up to step 3"
+    with pytest.raises(TrainingPaused, match=message):
+        run("whole")
+    with pytest.raises(SystemExit):
+        run("parts", stop_at=2)
+    with pytest.raises(TrainingPaused, match=message):
+        run("parts")
+    # Started again before anything is repaired, it stops where it is; afterwards it goes on, whatever came before.
+    with pytest.raises(TrainingPaused, match=message):
+        run("parts")
+    failing.clear()
+    run("parts")
+    run("whole")
+    with np.load(tmp_path / "whole/export/params.npz") as a, np.load(tmp_path / "parts/export/params.npz") as b:
+        assert all(np.array_equal(a[name], b[name]) for name in a.files)
+
+
+def test_a_checkpoint_from_before_the_window_was_in_it_can_be_read(stage):
+    state = stage.init()
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(state)]
+    assert stage.saved_as(state, names) is state is stage.restored(state)
+    before = [name.removeprefix("policy/") for name in names if name != "failures"]
+    older = stage.saved_as(state, before)
+    assert older is state.policy and {name.split("/")[0] for name in before} == {*type(older)._fields}
+    restored = stage.restored(older)
+    assert restored.policy is older and restored.failures.tolist() == [-1, -1]
 
 
 def edits(folder, damaged=""):

@@ -19,8 +19,7 @@ from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.rl import rollout
 from unipic2_jax.training import setup
 from unipic2_jax.training.config import validate
-from unipic2_jax.training.grpo_stage import GRPOStage
-from unipic2_jax.training.stage import StageContext
+from unipic2_jax.training.stage import StageContext, stage_class
 
 folder, whose, excess = sys.argv[1:]
 rollout.COMPILER_OPTIONS["xla_allow_excess_precision"] = excess == "excess"
@@ -34,7 +33,7 @@ stage.grpo.window.size = 0
 config, mesh = validate(config), make_mesh(jax.devices()[:1])
 context = StageContext("edit", 0, 0, mesh, Path(folder), log=str, precision=PRECISIONS["mixed"])
 with jax.set_mesh(mesh):
-    made = GRPOStage(config.stages.edit, setup.load_model(config, mesh), context)
+    made = stage_class("grpo")(config.stages.edit, setup.load_model(config, mesh), context)
     print(json.dumps(made.step(made.init(), 0)[1]))
 """
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 PACKAGE = Path(__file__).parents[1]
 # How a module says that it registers something.
-_REGISTERS = re.compile(r"^@?[A-Z_]+\.register\(", re.MULTILINE)
+_REGISTERS = re.compile(r"^@?[A-Z_]+\.(register|adopt)\(", re.MULTILINE)
 _discovered = False
 
 
@@ -46,6 +46,7 @@ class Registry(MutableMapping[str, Any]):
     def __init__(self, what: str):
         self.what = what
         self._entries: dict[str, Any] = {}
+        self._adopted: list[tuple[Registry, Callable[[str], Any]]] = []
 
     def register(self, name: str) -> Callable[[T], T]:
         """A decorator that registers what it decorates."""
@@ -55,6 +56,10 @@ class Registry(MutableMapping[str, Any]):
             return entry
 
         return keep
+
+    def adopt(self, other: Registry, make: Callable[[str], Any]) -> None:
+        """Every name of another registry is one of this too, and stands for what `make` makes of the name."""
+        self._adopted.append((other, make))
 
     def find(self, name: Any) -> Any:
         """What stands under a name.
@@ -84,6 +89,10 @@ class Registry(MutableMapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         discover()
+        if name not in self._entries:
+            for other, make in self._adopted:
+                if name in other:
+                    return make(name)
         return self._entries[name]
 
     def __setitem__(self, name: str, entry: Any) -> None:
@@ -94,8 +103,7 @@ class Registry(MutableMapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         discover()
-        return iter(self._entries)
+        return iter(dict.fromkeys([*self._entries, *(name for other, _ in self._adopted for name in other)]))
 
     def __len__(self) -> int:
-        discover()
-        return len(self._entries)
+        return len(list(iter(self)))

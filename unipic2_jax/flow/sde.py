@@ -17,7 +17,62 @@ import jax.numpy as jnp
 
 from unipic2_jax.flow.path import expand, predict_noise, predict_x0
 
-KINDS = ("flow_grpo", "cps")
+
+@dataclasses.dataclass(frozen=True)
+class FlowGRPO:
+    """Noise `s sqrt(sigma - sigma_next)` with `s = noise_level sqrt(sigma / (1 - sigma))`, pulled back by the score's drift."""
+
+    noise_level: float
+
+    def diffusion(self, sigma: jax.Array, sigma_next: jax.Array, sigma_1: jax.Array) -> jax.Array:
+        """`s`; a sigma of 1 inside the root's denominator is replaced by `sigma_1`, the schedule's second value."""
+        sigma = jnp.asarray(sigma, jnp.float32)
+        return self.noise_level * jnp.sqrt(sigma / (1.0 - jnp.where(sigma == 1.0, sigma_1, sigma)))
+
+    def std(self, s: jax.Array, sigma: jax.Array, sigma_next: jax.Array) -> jax.Array:
+        return s * jnp.sqrt(jnp.asarray(sigma - sigma_next, jnp.float32))
+
+    def mean(
+        self, velocity: jax.Array, x: jax.Array, s: jax.Array, sigma: jax.Array, sigma_next: jax.Array
+    ) -> jax.Array:
+        dt = sigma_next - sigma
+        pull = s**2 / (2.0 * sigma)
+        return x * (1.0 + pull * dt) + velocity * (1.0 + pull * (1.0 - sigma)) * dt
+
+    def log_density(self, squared: jax.Array, std: jax.Array) -> jax.Array:
+        return -squared / (2.0 * std**2) - jnp.log(std) - 0.5 * math.log(2.0 * math.pi)
+
+
+@dataclasses.dataclass(frozen=True)
+class CPS:
+    """Noise `s = sigma_next sin(noise_level pi / 2)` in place of as much of the predicted noise.
+
+    The normalisation of the log-density is dropped (Flow-CPS): `-(x_next - mean)^2`, finite also where the std is 0.
+    """
+
+    noise_level: float
+
+    def diffusion(self, sigma: jax.Array, sigma_next: jax.Array, sigma_1: jax.Array) -> jax.Array:
+        del sigma, sigma_1
+        return jnp.asarray(sigma_next, jnp.float32) * math.sin(self.noise_level * math.pi / 2)
+
+    def std(self, s: jax.Array, sigma: jax.Array, sigma_next: jax.Array) -> jax.Array:
+        del sigma, sigma_next
+        return s
+
+    def mean(
+        self, velocity: jax.Array, x: jax.Array, s: jax.Array, sigma: jax.Array, sigma_next: jax.Array
+    ) -> jax.Array:
+        del s  # sqrt(sigma_next^2 - s^2), without the cancellation:
+        kept = sigma_next * math.cos(self.noise_level * math.pi / 2)
+        return (1.0 - sigma_next) * predict_x0(x, velocity, sigma) + kept * predict_noise(x, velocity, sigma)
+
+    def log_density(self, squared: jax.Array, std: jax.Array) -> jax.Array:
+        del std
+        return -squared
+
+
+KINDS = {"flow_grpo": FlowGRPO, "cps": CPS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,23 +95,20 @@ class SDEConfig:
         if self.kind == "cps" and self.noise_level > 1:
             raise ValueError(f"The noise_level of a cps step is {self.noise_level}; it must be at most 1.")
 
+    @property
+    def noise(self) -> FlowGRPO | CPS:
+        """The formulas of this kind."""
+        return KINDS[self.kind](self.noise_level)
+
 
 def diffusion(sigma: jax.Array, sigma_next: jax.Array, sigma_1: jax.Array, config: SDEConfig) -> jax.Array:
-    """The coefficient `s` of the step from `sigma` to `sigma_next`, float32, shaped like them.
-
-    `flow_grpo`: `noise_level * sqrt(sigma / (1 - sigma))`, where a sigma of 1 inside the root's denominator is
-    replaced by `sigma_1`, the schedule's second value. `cps`: `sigma_next * sin(noise_level * pi / 2)`.
-    """
-    if config.kind == "cps":
-        return jnp.asarray(sigma_next, jnp.float32) * math.sin(config.noise_level * math.pi / 2)
-    sigma = jnp.asarray(sigma, jnp.float32)
-    return config.noise_level * jnp.sqrt(sigma / (1.0 - jnp.where(sigma == 1.0, sigma_1, sigma)))
+    """The coefficient `s` of the step from `sigma` to `sigma_next`, float32, shaped like them."""
+    return config.noise.diffusion(sigma, sigma_next, sigma_1)
 
 
 def step_std(sigma: jax.Array, sigma_next: jax.Array, sigma_1: jax.Array, config: SDEConfig) -> jax.Array:
-    """Standard deviation of the noise that the step adds: `s sqrt(sigma - sigma_next)`, or `s` for `cps`."""
-    s = diffusion(sigma, sigma_next, sigma_1, config)
-    return s if config.kind == "cps" else s * jnp.sqrt(jnp.asarray(sigma - sigma_next, jnp.float32))
+    """Standard deviation of the noise that the step adds."""
+    return config.noise.std(diffusion(sigma, sigma_next, sigma_1, config), sigma, sigma_next)
 
 
 def sde_step_mean_std(
@@ -83,26 +135,15 @@ def sde_step_mean_std(
     s = expand(diffusion(sigma, sigma_next, sigma_1, config), x)
     sigma, sigma_next = expand(sigma, x), expand(sigma_next, x)
     x, velocity = x.astype(jnp.float32), velocity.astype(jnp.float32)
-    if config.kind == "cps":
-        # sqrt(sigma_next^2 - s^2), without the cancellation.
-        kept = sigma_next * math.cos(config.noise_level * math.pi / 2)
-        return (1.0 - sigma_next) * predict_x0(x, velocity, sigma) + kept * predict_noise(x, velocity, sigma), std
-    dt = sigma_next - sigma
-    pull = s**2 / (2.0 * sigma)
-    return x * (1.0 + pull * dt) + velocity * (1.0 + pull * (1.0 - sigma)) * dt, std
+    return config.noise.mean(velocity, x, s, sigma, sigma_next), std
 
 
 def log_prob(x_next: jax.Array, mean: jax.Array, std: jax.Array, config: SDEConfig) -> jax.Array:
     """Log-probability of `x_next` [B, ...], as the *mean* over a sample's elements: float32 [B].
 
     The sum would be the true log-density, but its ratios overflow at latent sizes; the references use the mean.
-    `cps` drops the normalisation (Flow-CPS): `-(x_next - mean)^2`, finite also where its std is 0.
     """
-    squared = jnp.square(x_next.astype(jnp.float32) - mean)
-    if config.kind == "cps":
-        value = -squared
-    else:
-        value = -squared / (2.0 * std**2) - jnp.log(std) - 0.5 * math.log(2.0 * math.pi)
+    value = config.noise.log_density(jnp.square(x_next.astype(jnp.float32) - mean), std)
     return jnp.mean(value, axis=tuple(range(1, value.ndim)))
 
 

@@ -33,9 +33,10 @@ from unipic2_jax.models.sd3.lora import init_lora
 from unipic2_jax.models.sd3.mmdit import MMDiT, MMDiTConfig, position_table
 from unipic2_jax.optim.optimizer import make_optimizer, merge_params, optimizer_fields, split_params
 from unipic2_jax.perf.topology import Chip
+from unipic2_jax.rl.algorithm import Passes
 from unipic2_jax.rl.config import GRPOConfig
-from unipic2_jax.rl.rollout import guided_policies
-from unipic2_jax.rl.update import grpo_step_flops, init_state, make_rollout, make_update
+from unipic2_jax.rl.grpo import init_state, make_rollout, make_update
+from unipic2_jax.rl.policy import guided_policies
 
 # SD3.5-Medium in small: the same heads and parts, a third of the depth and half the width. About 130M parameters, so that a
 # training step takes seconds on two cores.
@@ -158,12 +159,14 @@ class Settings:
         rows, depth, columns = self.product_shape
         evaluations = self.batch * (1 if self.guidance_scale == 1 else 2)
         trained = evaluations * self.grpo.trained_steps
+        passes = Passes(evaluations * self.num_steps, trained, trained * (self.grpo.kl_beta > 0))
+        rollout, update = passes.flops(forward)
         return {
             "product": 2 * rows * depth * columns,
             "forward": self.batch * forward,
             "flow": flow_step_flops(forward, self.batch, trains_weights=True),
-            "rollout": grpo_step_flops(forward, evaluations * self.num_steps, 0, reference=False),
-            "update": grpo_step_flops(forward, 0, trained, reference=self.grpo.kl_beta > 0),
+            "rollout": rollout,
+            "update": update,
         }
 
 
@@ -270,7 +273,7 @@ def make_inputs(settings: Settings) -> Inputs:
     conditioning, unconditional, latents = text(), text(), normal(*shape)
     make_lora = lambda weights: init_lora(jax.random.key(0), weights, settings.lora_rank)
     key = next(keys)
-    # As `rl.update.make_rollout` and `rl.rollout.rollout` draw it.
+    # As `rl.grpo.make_rollout` and `rl.rollout.rollout` draw it.
     steps = jax.random.split(jax.random.split(key)[1], settings.num_steps)
     return Inputs(
         lora=draw_like(jax.eval_shape(make_lora, weight_shapes(config))),

@@ -14,6 +14,7 @@ from unipic2_jax.perf.cost import Cost
 from unipic2_jax.perf.described import Planned, local_bytes
 from unipic2_jax.perf.plan import Plan, plan
 from unipic2_jax.perf.topology import GB, Topology, has_compiler
+from unipic2_jax.rl.algorithm import algorithm_fields
 
 Costs = Mapping[str, Sequence[Cost]]
 
@@ -126,10 +127,13 @@ def _remedy(config: ConfigDict, stage: str, worst: Cost, kept: float, topology: 
         if stage_config.batch_size % (parts * devices) == 0:
             remedies.append(f"compute a batch in more parts: --config.stages.{stage}.accumulation={parts}")
     elif worst.name == "update":
-        part = stage_config.num_prompts * stage_config.grpo.group_size // stage_config.grpo.updates_per_rollout
-        half = max(stage_config.grpo.micro_batch or part, devices) // 2
+        fields = algorithm_fields(stage_config)
+        part = stage_config.num_prompts * fields.group_size // fields.updates_per_rollout
+        half = max(fields.micro_batch or part, devices) // 2
         if half % devices == 0:
-            remedies.append(f"compute an update in more parts: --config.stages.{stage}.grpo.micro_batch={half}")
+            remedies.append(
+                f"compute an update in more parts: --config.stages.{stage}.{stage_config.kind}.micro_batch={half}"
+            )
     else:
         remedies.append(
             f"draw fewer samples a step: --config.stages.{stage}.num_prompts={max(1, stage_config.num_prompts // 2)}"

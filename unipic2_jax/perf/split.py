@@ -15,6 +15,7 @@ from unipic2_jax.parallel.mesh import AXES
 from unipic2_jax.perf.plan import Plan, counted
 from unipic2_jax.perf.plan_report import bound
 from unipic2_jax.perf.topology import GB, NODE, Topology, of_devices
+from unipic2_jax.rl.algorithm import ALGORITHMS, algorithm_fields
 from unipic2_jax.training.config import GATHERS
 
 PARTS = 32  # of a parameter on TPUs, at most
@@ -147,7 +148,7 @@ def _words(parallel: ConfigDict, reinforces: bool) -> str:
 
 
 def _reinforces(config: ConfigDict) -> bool:
-    return any(config.stages[name].kind == "grpo" for name in config.schedule)
+    return any(config.stages[name].kind in ALGORITHMS for name in config.schedule)
 
 
 def _ordered(options: Sequence[Split]) -> list[Split]:
@@ -170,11 +171,11 @@ def _parts(config: ConfigDict, devices: int, samples: int) -> dict[str, int] | N
     parts = {}
     for name in config.schedule:
         stage = config.stages[name]
-        if stage.kind == "grpo":
-            update = stage.num_prompts * stage.grpo.group_size // stage.grpo.updates_per_rollout
+        if (fields := algorithm_fields(stage)) is not None:
+            update = stage.num_prompts * fields.group_size // fields.updates_per_rollout
             if update % (samples * devices):
                 return None
-            parts[f"stages.{name}.grpo.micro_batch"] = samples * devices
+            parts[f"stages.{name}.{stage.kind}.micro_batch"] = samples * devices
         elif stage.kind == "flow":
             if stage.batch_size % (samples * devices):
                 return None

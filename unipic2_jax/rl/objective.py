@@ -49,6 +49,10 @@ def grpo_loss(
     step's std and divides the policy loss by |dt|; its published code averages the bias over the whole batch,
     here every sample has its own.
 
+    Flow-DPPO (arXiv 2606.11025, `trust='dppo'`) has no clip range: the policy loss `-A r` of a sample is left out where its step
+    is `D = mean (mean - mean_old)^2 / (2 std^2) >= trust_tau` away from the old policy's and the ratio is already on the side that
+    its advantage asks for (above 1 with A > 0, below 1 with A < 0).
+
     Args:
       velocity, reference_velocity: [B, ...] at (`x`, `sigma`). No gradient flows to the reference; None when
         `kl_beta` is 0.
@@ -56,7 +60,7 @@ def grpo_loss(
       sigma, sigma_next, sigma_1: scalars.
       old_log_prob, advantage: [B].
       config: the objective's constants.
-      old_mean: [B, ...], the old policy's mean of this step; needed by `guard`.
+      old_mean: [B, ...], the old policy's mean of this step; needed by `guard` and `trust='dppo'`.
       on_policy: scalar; where True the policy is its own old one: the ratio is 1 to the bit, and neither `old_log_prob` nor
         `old_mean` is looked at. Either may be None when it is a Python True.
 
@@ -68,8 +72,9 @@ def grpo_loss(
     """
     if config.kl_beta and reference_velocity is None:
         raise ValueError(f"kl_beta is {config.kl_beta} but there is no reference velocity; give one or set it to 0.")
-    if config.guard and old_mean is None and on_policy is not True:
-        raise ValueError("guard needs the old policy's means; roll out with the same config.")
+    if config.compares_means and old_mean is None and on_policy is not True:
+        needs = "guard" if config.guard else f"trust={config.trust!r}"
+        raise ValueError(f"{needs} needs the old policy's means; roll out with the same config.")
     levels = (x, sigma, sigma_next, sigma_1, config.sde)
     mean, std = sde_step_mean_std(velocity, *levels)
     new_log_prob = log_prob(x_next, mean, std, config.sde)
@@ -77,20 +82,25 @@ def grpo_loss(
     advantage = jnp.clip(advantage, -config.adv_clip_max, config.adv_clip_max)
     metrics = {"log_prob": new_log_prob, "approx_kl": 0.5 * jnp.square(log_ratio)}
 
-    if config.guard:
+    if config.compares_means:
         step_std = jnp.reshape(std, ())
-        log_ratio = (log_ratio + _mean_square(_change(mean, old_mean, on_policy)) / (2.0 * step_std**2)) * step_std
+        moved = _mean_square(_change(mean, old_mean, on_policy)) / (2.0 * step_std**2)
+    if config.guard:
+        log_ratio = (log_ratio + moved) * step_std
     ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1.0 - config.clip_range, 1.0 + config.clip_range)
-    policy_loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
+    if config.trust == "dppo":
+        held = jax.lax.stop_gradient((moved >= config.trust_tau) & ((ratio - 1.0) * advantage > 0))
+        # Chosen and not multiplied: a ratio that overflows must not become NaN.
+        policy_loss = jnp.where(held, 0.0, -advantage * ratio)
+        metrics["moved"] = moved
+    else:
+        clipped = jnp.clip(ratio, 1.0 - config.clip_range, 1.0 + config.clip_range)
+        policy_loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
+        held = jnp.abs(ratio - 1.0) > config.clip_range
     if config.guard:
         policy_loss = policy_loss / (sigma - sigma_next)
     loss = policy_loss
-    metrics |= {
-        "policy_loss": policy_loss,
-        "ratio": ratio,
-        "clip_fraction": (jnp.abs(ratio - 1.0) > config.clip_range).astype(jnp.float32),
-    }
+    metrics |= {"policy_loss": policy_loss, "ratio": ratio, "clip_fraction": held.astype(jnp.float32)}
 
     if config.kl_beta:
         reference_velocity = jax.lax.stop_gradient(reference_velocity)

@@ -9,17 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unipic2_jax.flow import guidance
 from unipic2_jax.flow.guidance import VelocityFn
 from unipic2_jax.flow.ode import euler_step
 from unipic2_jax.flow.sde import sde_step
 from unipic2_jax.parallel.rules import constrain
 from unipic2_jax.rl.config import GRPOConfig
-
-# (params, lora or None, latents [B, ...], sigma scalar or [B], inputs with leading axis B) -> velocity [B, ...].
-# `params` are the frozen weights: an argument, because a jitted function would bake closed-over weights into itself.
-PolicyFn = Callable[[Any, Any, jax.Array, jax.Array, Any], jax.Array]
-
 
 # Inside of a fusion XLA may keep what the program rounds to bfloat16 in float32, and sampler and trainer fuse differently: their
 # log-probabilities then differ by more than the clip range.
@@ -41,61 +35,14 @@ class Trajectory(NamedTuple):
     sigmas: jax.Array  # [T + 1] float32
     steps: jax.Array  # [K] int32, the steps that are trained
 
+    @staticmethod
+    def batch_axes() -> dict[str, int | None]:
+        return {"latents": 1, "log_probs": 1, "means": 1, "sigmas": None, "steps": None}
 
-def guided_policies(
-    network_fn: PolicyFn, config: GRPOConfig, batch_branches: bool = False
-) -> tuple[PolicyFn, PolicyFn]:
-    """The policy of stochastic steps and the one of deterministic steps, which differ with `cfg_in_window=False`.
-
-    Args:
-      network_fn: one network evaluation; its `inputs` are one branch's conditioning.
-      config: says how strong guidance is, where it applies and whether its unconditional branch is differentiated.
-      batch_branches: evaluate both branches in one call of twice the batch (half the program to compile, twice the
-        activations, and no saving from `stop_gradient_uncond`).
-
-    Returns:
-      (policy_fn, outside_fn). Both take `inputs = {'cond': tree, 'uncond': tree}` with equal leaf shapes; 'uncond'
-      may be absent when no guidance is used.
-    """
-
-    def cond_only(params, lora, latents, sigma, inputs):
-        return network_fn(params, lora, latents, sigma, inputs["cond"]).astype(jnp.float32)
-
-    def guided(params, lora, latents, sigma, inputs):
-        if not batch_branches:
-            branches = [network_fn(params, lora, latents, sigma, inputs[name]) for name in ("uncond", "cond")]
-        else:
-            # Interleaved rather than concatenated: a batch split over devices then stays where it is.
-            def pair(uncond, cond):
-                return jnp.stack([uncond, cond], axis=1).reshape((-1,) + cond.shape[1:])
-
-            sigmas = jnp.broadcast_to(sigma, latents.shape[:1])
-            both = jax.tree.map(pair, inputs["uncond"], inputs["cond"])
-            velocity = network_fn(params, lora, pair(latents, latents), pair(sigmas, sigmas), both)
-            velocity = velocity.reshape((-1, 2) + velocity.shape[1:])
-            branches = [velocity[:, 0], velocity[:, 1]]
-        return guidance.combine(*branches, config.guidance_scale, config.stop_gradient_uncond)
-
-    outside = guided if guidance.needs_uncond(config.guidance_scale) else cond_only
-    return (outside if config.cfg_in_window else cond_only), outside
-
-
-def once_per_group(policy_fn: PolicyFn, groups: int) -> PolicyFn:
-    """The same policy for a batch in which each of `groups` contiguous groups is one sample many times over.
-
-    Where a group shares its first noise that is so up to its first stochastic step, and at that step in training too:
-    the samples differ by the noise that is added after the network. One evaluation then serves the whole group.
-    """
-
-    def policy(params, lora, latents, sigma, inputs):
-        copies = latents.shape[0] // groups
-        if latents.shape[0] != groups * copies or not copies:
-            raise ValueError(f"{latents.shape[0]} samples cannot be {groups} groups of equal size.")
-        first = lambda x: x.reshape(groups, copies, *x.shape[1:])[:, 0] if jnp.ndim(x) else x
-        velocity = policy_fn(params, lora, first(latents), first(sigma), jax.tree.map(first, inputs))
-        return jnp.repeat(velocity, copies, axis=0)
-
-    return policy
+    @property
+    def finished(self) -> jax.Array:
+        """The samples, [B, ...]."""
+        return self.latents[-1]
 
 
 def draw_window(key: jax.Array, config: GRPOConfig) -> jax.Array:
@@ -150,27 +97,27 @@ def rollout(
         x_next = euler_step(velocity_fn(x, sigma), x, sigma, sigma_next)
         return x_next, jnp.zeros(x.shape[:1], jnp.float32), x_next
 
-    after, inside = functools.partial(deterministic, outside_fn), functools.partial(stochastic, velocity_fn)
-    if shared_fns is None:
-        kinds = [after, inside]
-    else:
+    end = start + config.trained_steps
+    inside, outside = functools.partial(stochastic, velocity_fn), functools.partial(deterministic, outside_fn)
+    # Where a step stands to the window, and what it does there; the first that is so counts.
+    cases = [(lambda index: (index >= start) & (index < end), inside)]
+    if shared_fns is not None:
         first_fn, before_fn = shared_fns
-        first, before = functools.partial(stochastic, first_fn), functools.partial(deterministic, before_fn)
-        # A window of one step has nothing behind its first: one network less to compile.
-        kinds = [after, first, before, inside][: 3 if config.trained_steps == 1 else 4]
-
-    def kind(index):
-        is_inside = (index >= start) & (index < start + config.trained_steps)
-        if shared_fns is None:
-            return is_inside.astype(jnp.int32)
-        return jnp.select([index < start, index == start, is_inside], [2, 1, 3], 0)
+        cases = [
+            (lambda index: index < start, functools.partial(deterministic, before_fn)),
+            (lambda index: index == start, functools.partial(stochastic, first_fn)),
+            # A window of one step has nothing behind its first: one network less to compile.
+            *(cases if config.trained_steps > 1 else []),
+        ]
+    cases.append((lambda index: index >= 0, outside))
 
     def step(x, scanned):
         index, *rest = scanned
         if config.window is None:
-            x_next, log_prob, mean = stochastic(velocity_fn, x, *rest)
+            x_next, log_prob, mean = inside(x, *rest)
         else:
-            x_next, log_prob, mean = jax.lax.switch(kind(index), kinds, x, *rest)
+            case = jnp.argmax(jnp.stack([holds(index) for holds, _ in cases]))
+            x_next, log_prob, mean = jax.lax.switch(case, [do for _, do in cases], x, *rest)
         x_next = constrain(x_next, "batch", *[None] * (x.ndim - 1))
         return x_next, (x_next, log_prob, mean if config.keeps_means else None)
 

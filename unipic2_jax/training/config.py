@@ -199,7 +199,7 @@ def check_same_run(config: ConfigDict, path: Path) -> list[str]:
     """
     if not path.exists():
         return []
-    saved, asked = _flat(json.loads(path.read_text())), _flat(json.loads(to_json(config)))
+    saved, asked = _flat(_with_new_fields(json.loads(path.read_text()))), _flat(json.loads(to_json(config)))
     steps = {f"stages.{name}.steps": name for name in config.schedule}
     told = []
     for name in sorted({*saved, *asked}):
@@ -214,6 +214,14 @@ def check_same_run(config: ConfigDict, path: Path) -> list[str]:
                 "give the same value or another --workdir."
             )
     return told
+
+
+def _with_new_fields(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the fields that there were not when it was written: their defaults are what was done then."""
+    try:
+        return json.loads(to_json(make_config(saved)))
+    except ConfigError:  # it has a field that there is no more, which is then the one that differs
+        return saved
 
 
 def _other_steps(config: ConfigDict, workdir: Path, name: str, old: int) -> str:

@@ -183,10 +183,10 @@ class _Run:
         def like(record: dict[str, Any]) -> Any:
             nonlocal stage
             stage = self.stage_at(record["stage_index"])
-            return stage.init()
+            return stage.saved_as(stage.init(), record.get("checksums", {}).keys())
 
         if restored := self.checkpoints.restore_newest(like):
-            record, state = restored
+            record, state = restored[0], stage.restored(restored[1])
             step = record["step"]
             self.say(f"Continuing after step {step} of stage '{stage.context.name}' in {self.workdir}.")
             self.put_aside(stage.context.index, step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,14 @@ class Program:
     calls: float = 1.0
     gradients: int = 0
 
+    @classmethod
+    def of(
+        cls, name: str, function: Any, held: Sequence[tuple[str, Any]], model_flops: float = 0.0, **fields: Any
+    ) -> Program:
+        """A program from its arguments in order, each behind its role."""
+        roles, arguments = zip(*held)
+        return cls(name, function, arguments, {}, model_flops, roles, **fields)
+
 
 class Stage:
     """One kind of training: its configuration, `check`, `init` (the state), `step`, `evaluate`, `finish`.
@@ -138,6 +146,18 @@ class Stage:
     def place(self, state: Any) -> Any:
         """A state on the mesh, each leaf where the table of parallelism wants it."""
         return jax.device_put(state, shardings(self.context.mesh, state))
+
+    def saved_as(self, state: Any, names: Collection[str]) -> Any:
+        """A state of the structure that a checkpoint has, made of a new state; `names` are the paths of the checkpoint's leaves.
+
+        It is another one where the checkpoint is older than something in the state; `restored` then adds that.
+        """
+        del names
+        return state
+
+    def restored(self, state: Any) -> Any:
+        """The state, from one of a structure that `saved_as` has given."""
+        return state
 
     def step(self, state: Any, step: int) -> tuple[Any, dict[str, float]]:
         """Does step number `step` (from 0). A metric that has no value in this step is left out, never NaN."""

@@ -1,23 +1,29 @@
-"""Policy updates: gradients over timesteps and micro-batches in one scan, optimizer steps, moving average."""
+"""Flow-GRPO and its variants: policy gradients along the stochastic steps of a rollout, against ratios of their probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from unipic2_jax.flow.sde import log_prob, sde_step_mean_std
-from unipic2_jax.optim.ema import ema_update
-from unipic2_jax.parallel.rules import constrain, constrain_parameters
+from unipic2_jax.flow.sde import SDEConfig, log_prob, sde_step_mean_std
+from unipic2_jax.parallel.rules import constrain
+from unipic2_jax.rl.algorithm import ALGORITHMS, Algorithm, Passes
 from unipic2_jax.rl.config import GRPOConfig
+from unipic2_jax.rl.gradients import (
+    LossFn,
+    accumulate,
+    check_updates,
+    count_micro_batches,
+    optimizer_step,
+    take_part,
+)
 from unipic2_jax.rl.objective import grpo_loss
-from unipic2_jax.rl.rollout import PolicyFn, Trajectory, draw_window, jit_exactly, once_per_group, rollout
-
-# (lora, batch) -> (scalar loss, metrics [B] each)
-LossFn = Callable[[Any, dict[str, Any]], tuple[jax.Array, dict[str, jax.Array]]]
+from unipic2_jax.rl.policy import PolicyFn, guided_policies, once_per_group
+from unipic2_jax.rl.rollout import Trajectory, draw_window, jit_exactly, rollout
 
 
 class PolicyState(NamedTuple):
@@ -35,25 +41,11 @@ def init_state(lora: Any, optimizer: optax.GradientTransformation) -> PolicyStat
     return PolicyState(jax.tree.map(jnp.copy, lora), optimizer.init(lora), ema, jnp.zeros((), jnp.int32))
 
 
-def _part(x: jax.Array, index: jax.Array, parts: int, axis: int = 0) -> jax.Array:
-    """Every `parts`-th entry along `axis`, beginning at `index`.
-
-    Strided, because the batch is split over devices in contiguous blocks: each device then holds an equal share of
-    every part, and no sample moves.
-    """
-    shape = x.shape[:axis] + (x.shape[axis] // parts, parts) + x.shape[axis + 1 :]
-    return jax.lax.dynamic_index_in_dim(x.reshape(shape), index, axis + 1, keepdims=False)
-
-
-def _parts(tree: Any, index: jax.Array, parts: int, axis: int = 0) -> Any:
-    return tree if parts == 1 else jax.tree.map(lambda x: _part(x, index, parts, axis), tree)
-
-
 class OldPolicy(NamedTuple):
     """What ratios are taken against, in micro-batches in the order in which `accumulate_gradients` visits them: V of b samples."""
 
     log_probs: jax.Array | None  # [V, b] float32
-    means: jax.Array | None  # [V, b, ...] float32, for GRPO-Guard only
+    means: jax.Array | None  # [V, b, ...] float32; see `GRPOConfig.compares_means`
     on_policy: jax.Array | bool  # scalar: the policy is its own old one, and the rest is not looked at
 
 
@@ -97,17 +89,13 @@ def _micro_batches(
     Raises:
       ValueError: when `micro_batch` does not divide B.
     """
-    batch = trajectory.latents.shape[1]
-    size = batch if micro_batch is None else micro_batch
-    if batch % size:
-        raise ValueError(f"micro_batch {size} does not divide the {batch} samples of an update; choose a divisor.")
-    parts = batch // size
+    parts = count_micro_batches(trajectory.latents.shape[1], micro_batch)
 
     def data(index):
         step, part = trajectory.steps[index // parts], index % parts
 
         def at(values, offset=0):
-            return _parts(jax.lax.dynamic_index_in_dim(values, step + offset, keepdims=False), part, parts)
+            return take_part(jax.lax.dynamic_index_in_dim(values, step + offset, keepdims=False), part, parts)
 
         return {
             "x": at(trajectory.latents),
@@ -116,7 +104,7 @@ def _micro_batches(
             "mean": None if trajectory.means is None else at(trajectory.means),
             "sigma": trajectory.sigmas[step],
             "sigma_next": trajectory.sigmas[step + 1],
-            **_parts(samples, part, parts),
+            **take_part(samples, part, parts),
         }
 
     return parts * trajectory.steps.shape[0], data
@@ -133,7 +121,7 @@ def old_policy(
         x, sigma = batch["x"], batch["sigma"]
         velocity = policy_fn(params, lora, x, sigma, batch["inputs"])
         mean, std = sde_step_mean_std(velocity, x, sigma, batch["sigma_next"], trajectory.sigmas[1], config.sde)
-        kept = constrain(mean, "batch", *[None] * (x.ndim - 1)) if config.guard else None
+        kept = constrain(mean, "batch", *[None] * (x.ndim - 1)) if config.compares_means else None
         return log_prob(batch["x_next"], mean, std, config.sde), kept
 
     return OldPolicy(*jax.lax.map(visit, jnp.arange(count)), on_policy=False)
@@ -170,21 +158,16 @@ def accumulate_gradients(
     samples = {"advantage": advantages, "inputs": inputs, "weight": weights}
     count, data = _micro_batches(trajectory, samples, micro_batch)
 
-    def visit(gradients, scanned):
-        index, log_probs, means = scanned
+    def batch_at(index, own):
         batch = data(index)
         if old is None:
             batch["old"] = OldPolicy(batch["log_prob"], batch["mean"], False)
         else:
-            batch["old"] = OldPolicy(log_probs, means, old.on_policy)
-        (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(lora, batch)
-        weight = 1.0 / count
-        gradients = jax.tree.map(lambda g, n: g + weight * n.astype(jnp.float32), gradients, new)
-        return constrain_parameters(gradients), metrics
+            batch["old"] = OldPolicy(*own, old.on_policy)
+        return batch
 
-    zeros = constrain_parameters(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), lora))
-    scanned = (jnp.arange(count), None, None) if old is None else (jnp.arange(count), old.log_probs, old.means)
-    gradients, metrics = jax.lax.scan(visit, zeros, scanned)
+    scanned = None if old is None else (old.log_probs, old.means)
+    gradients, metrics = accumulate(loss_fn, lora, batch_at, count, scanned)
     return gradients, jax.tree.map(lambda m: m.reshape(trajectory.steps.shape[0], -1), metrics)
 
 
@@ -253,7 +236,7 @@ def make_update(
     prepare: Callable[[Any], Any] = lambda params: params,
     **jit_options: Any,
 ) -> Callable[..., tuple[PolicyState, dict[str, jax.Array]]]:
-    """A jitted `(params, state, reference_lora, trajectory, advantages [B], inputs) -> (state, metrics)`.
+    """A jitted `(params, state, reference_lora, trajectory, advantages [B], inputs, key=None) -> (state, metrics)`.
 
     The reference policy is `policy_fn` with `reference_lora`, None for the bare weights. The samples are split
     into `updates_per_rollout` strided parts, each used for one optimizer step over all trained timesteps. Gradient
@@ -261,8 +244,8 @@ def make_update(
 
     With `old_log_probs='trainer'` the first of them is on-policy by definition, whatever the trajectory's log-probabilities are:
     its old ones are its own, without gradient. For the others one forward pass with the parameters of before the first step
-    runs first, over their samples alone. What it leaves is small, [U - 1, K, B / U] numbers; for `guard` also that many means,
-    which is less than the rollout's.
+    runs first, over their samples alone. What it leaves is small, [U - 1, K, B / U] numbers; for `guard` and `trust='dppo'` also that
+    many means, which is less than the rollout's.
 
     With `skip_zero_advantage` the loss is the mean over an update's other samples, in the same time; an update that has none is
     left out. Metrics are of all samples but for the loss.
@@ -275,23 +258,21 @@ def make_update(
     """
     updates = config.updates_per_rollout
 
-    def run(params, state, reference_lora, trajectory, advantages, inputs):
-        if advantages.shape[0] % updates:
-            raise ValueError(
-                f"{advantages.shape[0]} samples cannot be split into updates_per_rollout={updates} equal parts."
-            )
+    def run(params, state, reference_lora, trajectory, advantages, inputs, key=None):
+        del key  # nothing is drawn here
+        check_updates(advantages.shape[0], updates)
         params = prepare(params)
         loss_fn = make_loss(policy_fn, params, reference_lora, trajectory.sigmas[1], config)
 
         def part(index):
             latents, log_probs, means = (
-                _parts(values, index, updates, axis=1)
+                take_part(values, index, updates, axis=1)
                 for values in (trajectory.latents, trajectory.log_probs, trajectory.means)
             )
             return trajectory._replace(latents=latents, log_probs=log_probs, means=means)
 
         def before_first(index):
-            own = _parts(inputs, index, updates)
+            own = take_part(inputs, index, updates)
             return old_policy(policy_fn, params, state.lora, part(index), own, config)
 
         later = None
@@ -309,7 +290,7 @@ def make_update(
             return own._replace(on_policy=index == 0)
 
         def update(state, index):
-            own, weights, kept = _parts(advantages, index, updates), None, True
+            own, weights, kept = take_part(advantages, index, updates), None, True
             if config.skip_zero_advantage:
                 weights = (own != 0).astype(jnp.float32)
                 kept = jnp.any(own != 0)
@@ -319,19 +300,14 @@ def make_update(
                 state.lora,
                 part(index),
                 own,
-                _parts(inputs, index, updates),
+                take_part(inputs, index, updates),
                 config.micro_batch,
                 old(index),
                 weights,
             )
             summary = _summarize(metrics, optax.global_norm(gradients))
-            gradients = jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.lora)
-            changes, opt_state = optimizer.update(gradients, state.opt_state, state.lora)
-            lora = optax.apply_updates(state.lora, changes)
-            ema = ema_update(state.ema, lora, state.step, config.ema_decay, config.ema_interval)
-            new = PolicyState(lora, opt_state, ema, state.step + 1)
             good = (summary["non_finite"] == 0) & kept
-            return constrain_parameters(jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)), summary
+            return optimizer_step(state, gradients, optimizer, config.ema_decay, config.ema_interval, good), summary
 
         state, metrics = jax.lax.scan(update, state, jnp.arange(updates))
         return state, _combine(metrics)
@@ -339,20 +315,82 @@ def make_update(
     return jit_exactly(run, **jit_options)
 
 
-def grpo_step_flops(
-    forward: int, sampled: int, trained: int, reference: bool, old: int = 0, trains_weights: bool = False
-) -> int:
-    """One GRPO iteration: sampling, the policy's forward and backward pass, the forward passes of the reference and of the old policy.
+@ALGORITHMS.register("grpo")
+class GRPO(Algorithm):
+    """Flow-GRPO with the variants of `GRPOConfig`."""
 
-    The backward pass of a LoRA policy is one more forward's worth: gradients go through the frozen matrices and not
-    into them. Recomputed activations do not count, as usual for model FLOPs; neither do the VAE and text encoders.
+    name, Config, Rollout = "grpo", GRPOConfig, Trajectory
+    config: GRPOConfig
 
-    Args:
-      forward: of one sample and branch, from `forward_flops`.
-      sampled, trained: evaluations (samples x steps x branches of guidance) of the sampler and of the trainer.
-      reference: whether a reference policy is evaluated.
-      old: evaluations of the old policy by the trainer, whose log-probabilities the algorithm needs: those of all optimizer steps
-        of a rollout but the first, or none where the sampler's are used.
-      trains_weights: whether the transformer's own weights are trained instead of a LoRA: their gradients are one forward's worth more.
-    """
-    return forward * (sampled + trained * (2 + reference + trains_weights) + old)
+    @classmethod
+    def fields(cls) -> dict[str, Any]:
+        """A window is written as three numbers."""
+        return {**super().fields(), "window": {"size": 0, "low": 0, "high": 0}}  # size 0: every step is stochastic
+
+    @classmethod
+    def read(cls, fields: dict[str, Any]) -> GRPOConfig:
+        window = fields["window"]
+        window = (window["size"], (window["low"], window["high"])) if window["size"] else None
+        return GRPOConfig(**{**fields, "window": window, "sde": SDEConfig(**fields["sde"])})
+
+    @property
+    def shares_beginning(self) -> bool:
+        """Samples of a group that share their first noise are one sample until the window's first step."""
+        return self.layout.same_latent and self.config.window is not None
+
+    @property
+    def shares_update(self) -> bool:
+        """They are in the trainer too where that step is the only one, and micro-batches take an equal part of every group."""
+        return self.shares_beginning and self.config.trained_steps == 1 and self.micro_batch % self.layout.prompts == 0
+
+    def init(self, trained: Any, optimizer: optax.GradientTransformation) -> PolicyState:
+        return init_state(trained, optimizer)
+
+    def make_rollout(self, network_fn: PolicyFn, **options: Any) -> Callable[..., Trajectory]:
+        policy, outside = guided_policies(network_fn, self.config, self.layout.batch_branches)
+        groups = self.layout.prompts_at_once if self.shares_beginning else None
+        return make_rollout(policy, self.config, outside, groups, **options)
+
+    def make_update(
+        self, network_fn: PolicyFn, optimizer: optax.GradientTransformation, **options: Any
+    ) -> Callable[..., tuple[PolicyState, dict[str, jax.Array]]]:
+        policy, _ = guided_policies(network_fn, self.config, self.layout.batch_branches)
+        policy = once_per_group(policy, self.layout.prompts) if self.shares_update else policy
+        return make_update(policy, optimizer, self.config, **options)
+
+    def first_step(self, rollout: Trajectory) -> int:
+        """The window's."""
+        return int(jax.device_get(rollout.steps)[0])
+
+    def passes(self, first_step: int | None = None) -> Passes:
+        config, samples, prompts = self.config, self.layout.samples, self.layout.prompts
+        if first_step is None:
+            first_step = 0 if config.window is None else sum(config.window[1]) // 2
+        branches = 1 if config.guidance_scale == 1 else 2
+        inside = branches if config.cfg_in_window else 1
+        sampled = samples * ((config.num_steps - config.trained_steps) * branches + config.trained_steps * inside)
+        if self.shares_beginning:
+            sampled -= (samples - prompts) * (first_step * branches + inside)
+        trained = samples * config.trained_steps * inside
+        if self.shares_update:
+            trained = samples // self.micro_batch * prompts * inside
+        updates, watched = config.updates_per_rollout, trained * (config.kl_beta > 0)
+        if config.old_log_probs == "trainer":  # of all updates but the first
+            watched += trained // updates * (updates - 1)
+        return Passes(sampled, trained, watched)
+
+    def remark(self, metrics: Mapping[str, float]) -> str | None:
+        """Sampler and trainer differ by more than ratios may."""
+        difference, config = metrics["log_prob_difference"], self.config
+        if not difference > config.clip_range:
+            return None
+        advice = (
+            "no ratio depends on it, so that rounding to bfloat16 does no harm; when the run computes in float32, look for what "
+            "rollout and update do differently"
+            if config.old_log_probs == "trainer"
+            else "samples are clipped that no update has moved; set grpo.old_log_probs='trainer' or compute in float32"
+        )
+        return (
+            f"log_prob_difference between sampler and trainer is {difference:.1e}, above "
+            f"grpo.clip_range = {config.clip_range:.0e}; {advice}."
+        )
