@@ -60,7 +60,9 @@ def sample_ode(
         sigma, sigma_next = levels
         return euler_step(velocity_fn(x, sigma), x, sigma, sigma_next), None
 
-    def corrected(carry, scanned):
+    def corrected(
+        carry: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         (x, x0_before), (sigma, sigma_next, weight) = carry, scanned
         velocity = velocity_fn(x, sigma)
         x0 = predict_x0(x, velocity, sigma)

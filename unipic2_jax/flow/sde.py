@@ -72,7 +72,7 @@ class CPS:
         return -squared
 
 
-KINDS = {"flow_grpo": FlowGRPO, "cps": CPS}
+KINDS: dict[str, type[FlowGRPO] | type[CPS]] = {"flow_grpo": FlowGRPO, "cps": CPS}
 
 
 @dataclasses.dataclass(frozen=True)

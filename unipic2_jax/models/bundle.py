@@ -87,16 +87,23 @@ class Bundle:
         if start.init is not None:
             bundle = load_bundle(start.init, precision, mesh, start.vlm)
         else:
-            options = {"parts": start.parts, "zero_projectors": start.zero_projectors}
-            bundle = init_bundle(start.model, start.seed, mesh=mesh, dtype=precision, **options)
-        known = bundle.conditioner.SETTINGS
+            bundle = init_bundle(
+                start.model,
+                start.seed,
+                mesh=mesh,
+                dtype=precision,
+                parts=start.parts,
+                zero_projectors=start.zero_projectors,
+            )
+        conditioner: Any = bundle.conditioner
+        known = conditioner.SETTINGS
         if unknown := [name for name in start.settings if name not in known]:
             raise ConfigError(
                 f"config.settings.{unknown[0]} is no setting of this model's conditioner" + nearest(unknown[0], known)
             )
         return bundle.replace(
             transformer=bundle.transformer.clone(attention_implementation=start.attention),
-            conditioner=dataclasses.replace(bundle.conditioner, **start.settings),
+            conditioner=dataclasses.replace(conditioner, **start.settings),
         )
 
     def replace(self, **changes: Any) -> Self:

@@ -12,7 +12,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,6 +46,7 @@ def from_torch(src: str | os.PathLike, dst: str | os.PathLike, base: str | os.Pa
     src, dst, base = Path(src), Path(dst), None if base is None else Path(base)
     if base is not None and not base.is_dir():
         raise FileNotFoundError(f"There is no folder {base}; --base is a model folder in diffusers layout.")
+    make: Callable[[Path, Path, Path | None], list[str]]
     if src.is_file() and (file := _file_of(src)):
         make = functools.partial(_packed_from_torch, file)
     elif src.is_file():

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from unipic2_jax.models.conditioner import check_prompts
-from unipic2_jax.models.deepgen.network import DecoderLoRA, DecoderLoRAConfig
+from unipic2_jax.models.deepgen.network import DecoderLoRA, DecoderLoRAConfig, DeepGenConfig
 from unipic2_jax.models.deepgen.pictures import TowerPictures
 from unipic2_jax.models.metaquery.conditioner import T2I_TEMPLATE, MetaQueryConditioner
 from unipic2_jax.models.qwen.decoder import example_inputs
@@ -53,7 +53,7 @@ class DeepGenConditioner(MetaQueryConditioner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        deepest, layers = max(self.connector.config.fused_layers), self.vlm.config.num_hidden_layers
+        deepest, layers = max(self.sizes.fused_layers), self.vlm.config.num_hidden_layers
         if deepest >= layers:
             raise ValueError(
                 f"The connector reads what layer {deepest} reads but the vision-language model has {layers} layers, counted from 0; "
@@ -69,6 +69,11 @@ class DeepGenConditioner(MetaQueryConditioner):
                 )
 
     @property
+    def sizes(self) -> DeepGenConfig:
+        """Of queries and connector."""
+        return cast(DeepGenConfig, self.connector.config)
+
+    @property
     def context_length(self) -> int:
         """Tokens of the context of a prompt without pictures, S."""
         queries = self.connector.config.num_queries
@@ -77,7 +82,7 @@ class DeepGenConditioner(MetaQueryConditioner):
     @property
     def description(self) -> str:
         """The vision-language model's and the connector's sizes."""
-        layers, config = self.vlm.config.num_hidden_layers, self.connector.config
+        layers, config = self.vlm.config.num_hidden_layers, self.sizes
         return f"DeepGen (Qwen2.5-VL of {layers} layers, {config.num_queries} queries, {len(config.fused_layers)} layers' states)"
 
     @property
@@ -133,7 +138,7 @@ class DeepGenConditioner(MetaQueryConditioner):
         vlm, connector = {"params": params["vlm"]}, {"params": params["conditioner"]}
         if self.lora is not None:
             vlm["lora"] = self.lora.apply({"params": params["lora"]})
-        reader, count = self.vlm.clone(states=self.connector.config.fused_layers), self.connector.config.num_queries
+        reader, count = self.vlm.clone(states=self.sizes.fused_layers), self.sizes.num_queries
         batch = tokens.input_ids.shape[0]
         embeddings = reader.apply(vlm, tokens.input_ids, tokens.vision, method="embed")
         queries = self.connector.apply(connector, batch, method="queries").astype(embeddings.dtype)
@@ -153,7 +158,7 @@ class DeepGenConditioner(MetaQueryConditioner):
         """Fresh parameters of the networks."""
         keys = jax.random.split(key, 3)
         params = {
-            "conditioner": self.connector.init(keys[0], jnp.zeros((1, 1, self.connector.config.read_size)))["params"],
+            "conditioner": self.connector.init(keys[0], jnp.zeros((1, 1, self.sizes.read_size)))["params"],
             "vlm": self.vlm.init(keys[1], *example_inputs(self.vlm.config))["params"],
         }
         return params if self.lora is None else {**params, "lora": self.lora.init(keys[2])["params"]}

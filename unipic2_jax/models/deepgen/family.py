@@ -44,7 +44,9 @@ def make_conditioner(
 
 def load_processor(folder: Path | None, configs: Mapping[str, Any], folders: Mapping[str, Path]) -> VLMProcessor:
     """See `Family.load_tokenizers`: the vision-language model's folder holds them."""
-    return VLMProcessor.load(folders["vlm"] if "vlm" in folders else folder / "vlm", configs["vlm"])
+    if folder is None:  # a model that is put together has it among its parts
+        return VLMProcessor.load(folders["vlm"], configs["vlm"])
+    return VLMProcessor.load(folders.get("vlm", folder / "vlm"), configs["vlm"])
 
 
 def recognises(folder: Path) -> bool:

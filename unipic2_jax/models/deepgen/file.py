@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.deepgen import names
 from unipic2_jax.models.deepgen.network import DecoderLoRAConfig, DeepGenConfig
 from unipic2_jax.models.family import FileFormat
+from unipic2_jax.models.qwen.decoder import Qwen2_5_VLConfig
 from unipic2_jax.models.registry import FAMILIES, network_of, read_network
 from unipic2_jax.weights import io, native, table
 
@@ -45,15 +47,18 @@ def unpack(source: io.Checkpoint, base: Path | None, out: Path) -> list[str]:
     """
     found = names.parts(source)
     configs = _configs(base)
+    base = cast(Path, base)  # `_configs` refuses to go without
     placed = {folder: _placed(configs[folder], stored) for folder, stored in found.items()}
-    update = _embedding_update(source, found.get("lora", {}), placed.get("lora", {}), configs["lora"])
+    update = _embedding_update(
+        source, found.get("lora", {}), placed.get("lora", {}), cast(DecoderLoRAConfig, configs["lora"])
+    )
     for folder, own in placed.items():
         if folder != "vlm":
             _write(out / folder, configs[folder], ((name, source[at][...]) for name, at in own.items()))
     if "vlm" in placed or update is not None:
-        own = {name: source[at] for name, at in placed.get("vlm", {}).items()}
+        stored_there = {name: source[at] for name, at in placed.get("vlm", {}).items()}
         rules = network_of(configs["vlm"]).rules(configs["vlm"])
-        held = own or table.canonical(rules, io.open_folder(base / "vlm"))
+        held = stored_there or table.canonical(rules, io.open_folder(base / "vlm"))
         _write(out / "vlm", configs["vlm"], _updated(held, rules, update))
         for file in (file for kind in BESIDE for file in (base / "vlm").glob(kind)):
             if not (out / "vlm" / file.name).exists() and not file.name.endswith(".index.json"):
@@ -101,8 +106,10 @@ def _configs(base: Path | None) -> dict[str, ModelConfig]:
             f"A file of DeepGen's needs a --base with {missing[0]}/config.json: a folder of UniPic2-SD3.5M-Kontext's transformer/, "
             "vae/ and scheduler/, and of Qwen2.5-VL-3B as vlm/."
         )
-    own = {folder: read_network(base / folder)[1] for folder in (*needed, "conditioner", "lora") if has(folder)}
-    return {"conditioner": DeepGenConfig(), "lora": DecoderLoRAConfig.of(own["vlm"]), **own}
+    own = {
+        folder: read_network(cast(Path, base) / folder)[1] for folder in (*needed, "conditioner", "lora") if has(folder)
+    }
+    return {"conditioner": DeepGenConfig(), "lora": DecoderLoRAConfig.of(cast(Qwen2_5_VLConfig, own["vlm"])), **own}
 
 
 def _placed(config: ModelConfig, stored: Mapping[str, str]) -> dict[str, str]:
@@ -125,8 +132,8 @@ def _embedding_update(
             raise ValueError(
                 f"{source.origin(at)} holds the update {at!r}, which is not zero; only decoder and embedding may have one."
             )
-    sides = [stored.get(EMBEDDING.format(side)) for side in "AB"]
-    if None in sides:
+    sides = [stored[name] for name in map(EMBEDDING.format, "AB") if name in stored]
+    if len(sides) < 2:
         return None
     a, b = (np.asarray(source[at]).astype(np.float32) for at in sides)
     return (b @ a).T * np.float32(config.lora_alpha / config.r)

@@ -5,7 +5,7 @@ Original: the attributes of `Qwen2p5VLStableDiffusion3HF` (deepgenteam/deepgen),
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from unipic2_jax.models.deepgen.network import DecoderLoRAConfig, DeepGenConfig
 from unipic2_jax.models.metaquery import names as metaquery
@@ -63,7 +63,7 @@ def place(name: str) -> tuple[str, str] | None:
     return folder, name.replace(".base_layer.", ".")
 
 
-def parts(names: Iterable[str]) -> dict[str, Mapping[str, str]]:
+def parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Folder -> {name in its file: name in the training code's file}, of everything that has a place."""
     found: dict[str, dict[str, str]] = {}
     for name in names:

@@ -110,7 +110,8 @@ class DecoderLoRA(nn.Module):
 
     def _new(self, key: jax.Array) -> dict[str, Any]:
         """{'self_attn': {'q_proj': {'a': [L, in, r], 'b': [L, r, out]}, ...}, 'mlp': ...} of all L layers."""
-        count, rank, layers = self.config.num_hidden_layers, self.config.r, {}
+        count, rank = self.config.num_hidden_layers, self.config.r
+        layers: dict[str, Any] = {}
         for index, (part, name, size_in, size_out) in enumerate(self.config.matrices()):
             drawn = jax.random.normal(jax.random.fold_in(key, index), (count, size_in, rank), self.param_dtype)
             zeros = jnp.zeros((count, rank, size_out), self.param_dtype)
