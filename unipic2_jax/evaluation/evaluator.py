@@ -13,6 +13,7 @@ from unipic2_jax.core.errors import ConfigError, nearest
 from unipic2_jax.data.prompts import PromptRecord, PromptSource, make_source
 from unipic2_jax.evaluation import marks
 from unipic2_jax.evaluation.maker import PictureMaker
+from unipic2_jax.models.bundle import Bundle
 from unipic2_jax.rewards.scoring import Scorer, check_tasks, make_entries
 from unipic2_jax.weights.precision import PRECISIONS, Precision
 
@@ -106,7 +107,7 @@ class Evaluator:
         self,
         name: str,
         config: ConfigDict,
-        bundle: Any,
+        bundle: Bundle,
         mesh: jax.sharding.Mesh,
         precision: Precision = PRECISIONS["float32"],
     ):
@@ -141,7 +142,7 @@ class Evaluator:
 
 def make_evaluators(
     evaluations: Mapping[str, Mapping[str, Any]],
-    bundle: Any,
+    bundle: Bundle,
     mesh: jax.sharding.Mesh,
     precision: Precision,
     stage: str,

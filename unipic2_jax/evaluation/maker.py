@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.data.prompts import PromptRecord, source_pictures, stack_sources
 from unipic2_jax.models import sampling
+from unipic2_jax.models.bundle import Bundle
 from unipic2_jax.models.conditioner import tokenize_negative
 from unipic2_jax.parallel.mesh import batch_shards, shard_batch
 from unipic2_jax.parallel.processes import to_host
@@ -24,7 +25,7 @@ class PictureMaker:
     A number has the seed `config.seed + number`, whatever the batch size or number of devices, so any picture can be made alone.
     """
 
-    def __init__(self, config: ConfigDict, records: Sequence[PromptRecord], bundle: Any, mesh: jax.sharding.Mesh):
+    def __init__(self, config: ConfigDict, records: Sequence[PromptRecord], bundle: Bundle, mesh: jax.sharding.Mesh):
         self.config, self.records, self.bundle, self.mesh = config, records, bundle, mesh
         factor = bundle.vae.config.downsampling
         pictures.check_size(config.height, config.width, factor * bundle.transformer.config.patch_size)

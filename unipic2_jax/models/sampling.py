@@ -6,7 +6,7 @@ LoRA trees are arguments, so the same compiled program serves the live, the refe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from unipic2_jax.models.registry import backbone_of
 from unipic2_jax.models.sd3.vae import AutoencoderKL, decode_chunked, denormalize, encode_chunked, normalize
 from unipic2_jax.parallel.compat import current_mesh
 from unipic2_jax.parallel.rules import RULES, devices_along
+
+if TYPE_CHECKING:
+    from unipic2_jax.models.bundle import Bundle
 
 # Pixels of images that the VAE works on at a time, on each device: 16 images of 512 x 512, 4 of 1024 x 1024.
 VAE_PIXELS = 2**22
@@ -163,7 +166,7 @@ def denoise(
 
 
 def sample_images(
-    bundle: Any,
+    bundle: Bundle,
     params: Any,
     tokens: dict[str, jax.Array],
     noise: jax.Array,

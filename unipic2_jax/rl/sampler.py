@@ -11,6 +11,7 @@ import numpy as np
 
 from unipic2_jax.data.prompts import UNREAD, PromptRecord, source_pictures, stack_sources
 from unipic2_jax.models import sampling
+from unipic2_jax.models.bundle import Bundle
 from unipic2_jax.models.conditioner import tokenize_negative
 from unipic2_jax.parallel.mesh import (
     batch_sharding,
@@ -58,7 +59,7 @@ class Sampler:
     def __init__(
         self,
         algorithm: Algorithm,
-        bundle: Any,
+        bundle: Bundle,
         network_fn: PolicyFn,
         mesh: jax.sharding.Mesh,
         *,

@@ -41,9 +41,7 @@ class StageContext:
     seed: int
     mesh: jax.sharding.Mesh
     workdir: Path
-    next_lora: ConfigDict | None = (
-        None  # the LoRA fields of the next stage, when that goes on with the LoRA of this one
-    )
+    next_lora: ConfigDict | None = None  # LoRA fields of the next stage, when that goes on with this one's LoRA
     log: Callable[[str], None] = print  # a sentence for the person who watches
     precision: Precision = PRECISIONS["float32"]
     gather: str = "update"  # config.parallel.gather
