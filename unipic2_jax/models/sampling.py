@@ -196,7 +196,7 @@ def sample_images(
     unconditional = None
     if negative_tokens is not None:
         unconditional = bundle.conditioner.apply(params["conditioner"], negative_tokens)
-        unconditional = tuple(jnp.broadcast_to(u, c.shape) for u, c in zip(unconditional, conditioning, strict=True))
+        unconditional = jax.tree.map(lambda u, c: jnp.broadcast_to(u, c.shape), unconditional, conditioning)
     references = None
     if reference_images is not None and bundle.conditioner.latent_references:
         batch, count = reference_images.shape[:2]

@@ -229,6 +229,14 @@ def make_rollout(
     return jit_exactly(run, **jit_options)
 
 
+def _samples_of(trajectory: Trajectory, index: jax.Array, updates: int) -> Trajectory:
+    """The samples of update number `index`."""
+    fields = ("latents", "log_probs", "means")
+    return trajectory._replace(
+        **{name: take_part(getattr(trajectory, name), index, updates, axis=1) for name in fields}
+    )
+
+
 def make_update(
     policy_fn: PolicyFn,
     optimizer: optax.GradientTransformation,
@@ -264,12 +272,7 @@ def make_update(
         params = prepare(params)
         loss_fn = make_loss(policy_fn, params, reference_lora, trajectory.sigmas[1], config)
 
-        def part(index):
-            latents, log_probs, means = (
-                take_part(values, index, updates, axis=1)
-                for values in (trajectory.latents, trajectory.log_probs, trajectory.means)
-            )
-            return trajectory._replace(latents=latents, log_probs=log_probs, means=means)
+        part = lambda index: _samples_of(trajectory, index, updates)
 
         def before_first(index):
             own = take_part(inputs, index, updates)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +27,23 @@ def _change(new: jax.Array, old: jax.Array | None, on_policy: jax.Array | bool) 
     if isinstance(on_policy, bool):
         return own if on_policy else new - old
     return jnp.where(on_policy, own, new - old)
+
+
+def _kl(
+    velocity: jax.Array,
+    reference_velocity: jax.Array,
+    mean: jax.Array,
+    std: jax.Array,
+    levels: tuple[Any, ...],
+    config: GRPOConfig,
+) -> jax.Array:
+    """[B]; see `grpo_loss`. `levels` are what `sde_step_mean_std` takes behind a velocity."""
+    if config.kl_on == "velocity":
+        return _mean_square(velocity.astype(jnp.float32) - reference_velocity.astype(jnp.float32))
+    x, *sigmas, sde = levels
+    reference_mean, _ = sde_step_mean_std(reference_velocity, *levels)
+    s = std if config.kl_divide_by_dt else expand(diffusion(*sigmas, sde), x)
+    return _mean_square((mean - reference_mean) / s) / 2.0
 
 
 def grpo_loss(
@@ -103,13 +122,6 @@ def grpo_loss(
     metrics |= {"policy_loss": policy_loss, "ratio": ratio, "clip_fraction": held.astype(jnp.float32)}
 
     if config.kl_beta:
-        reference_velocity = jax.lax.stop_gradient(reference_velocity)
-        if config.kl_on == "velocity":
-            kl = _mean_square(velocity.astype(jnp.float32) - reference_velocity.astype(jnp.float32))
-        else:
-            reference_mean, _ = sde_step_mean_std(reference_velocity, *levels)
-            s = std if config.kl_divide_by_dt else expand(diffusion(sigma, sigma_next, sigma_1, config.sde), x)
-            kl = _mean_square((mean - reference_mean) / s) / 2.0
-        loss = loss + config.kl_beta * kl
-        metrics["kl"] = kl
+        metrics["kl"] = _kl(velocity, jax.lax.stop_gradient(reference_velocity), mean, std, levels, config)
+        loss = loss + config.kl_beta * metrics["kl"]
     return loss, metrics | {"loss": loss}
