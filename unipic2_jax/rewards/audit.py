@@ -14,7 +14,11 @@ from unipic2_jax.rewards.scoring import Scored
 
 
 def write_audit(
-    folder: Path, numbers: Sequence[int], images: Sequence[np.ndarray], records: Sequence[PromptRecord], scored: Scored
+    folder: Path,
+    numbers: Sequence[int] | np.ndarray,
+    images: Sequence[np.ndarray] | np.ndarray,
+    records: Sequence[PromptRecord],
+    scored: Scored,
 ) -> None:
     """Writes NNNNN.png for each image, NNNNN_source.png where a new one was edited, and scores_FIRST.jsonl.
 

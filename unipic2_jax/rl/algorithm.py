@@ -30,10 +30,21 @@ ALGORITHMS = Registry("reinforcement algorithm")
 class State(Protocol):
     """What changes during a stage: a NamedTuple, and so a plain pytree that can be saved whole. An algorithm may have more in it."""
 
-    lora: Any  # what is trained: a LoRA, or parameters of the transformer
-    opt_state: Any
-    ema: Any  # like lora, float32
-    step: jax.Array  # optimizer steps so far, int32
+    @property
+    def lora(self) -> Any:
+        """What is trained: a LoRA, or parameters of the transformer."""
+
+    @property
+    def opt_state(self) -> Any:
+        """The optimizer's."""
+
+    @property
+    def ema(self) -> Any:
+        """The moving average of `lora`, float32."""
+
+    @property
+    def step(self) -> jax.Array:
+        """Optimizer steps so far, int32."""
 
 
 class Rollout(Protocol):
@@ -114,7 +125,7 @@ class Algorithm:
     Attributes:
       name: under which it is registered.
       Config: the hyper-parameters. A field that an algorithm has no use for is none of its Config's, or refused by it.
-      Rollout: what `make_rollout`'s function returns.
+      rollout_type: what `make_rollout`'s function returns.
       stage_defaults: fields of its stages whose defaults are not those of all.
 
     Raises:
@@ -126,7 +137,7 @@ class Algorithm:
 
     name: ClassVar[str]
     Config: ClassVar[type[RLConfig]]
-    Rollout: ClassVar[type[Rollout]]
+    rollout_type: ClassVar[type[Rollout]]
     stage_defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
@@ -155,11 +166,11 @@ class Algorithm:
         """The state before the first update, in arrays of its own."""
         raise NotImplementedError
 
-    def behaviour(self, state: State) -> Any:
+    def behaviour(self, state: Any) -> Any:
         """The weights that samples are drawn under, like `state.lora`."""
         return state.lora
 
-    def make_rollout(self, network_fn: PolicyFn, **options: Any) -> Callable[..., Rollout]:
+    def make_rollout(self, network_fn: PolicyFn, **options: Any) -> Any:
         """A jitted `(params, trained, inputs, initial_noise [B, ...], key, sigmas [T + 1], part=None) -> Rollout`.
 
         Args:
@@ -182,7 +193,7 @@ class Algorithm:
         """What a step costs whose rollout has this `first_step`; None: on the average."""
         raise NotImplementedError
 
-    def first_step(self, rollout: Rollout) -> int:
+    def first_step(self, rollout: Any) -> int:
         """What of a rollout decides how much was computed."""
         del rollout
         return 0
@@ -204,7 +215,7 @@ def make_algorithm(stage: ConfigDict, devices: int = 1) -> Algorithm:
     Raises:
       ValueError: one sentence about the fields.
     """
-    cls, fields = ALGORITHMS.find(stage.kind), algorithm_fields(stage).to_dict()
+    cls, fields = ALGORITHMS.find(stage.kind), stage[stage.kind].to_dict()
     fields["micro_batch"] = max(fields["micro_batch"], devices) if fields["micro_batch"] else None
     weights = tuple((name, float(options.get("weight", 1.0))) for name, options in stage.rewards.items())
     config = cls.read({**fields, "weights": tuple((name, weight) for name, weight in weights if weight)})

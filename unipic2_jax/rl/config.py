@@ -39,7 +39,7 @@ class RLConfig:
     ema_interval: int = 8  # optimizer steps between EMA updates
     weights: tuple[tuple[str, float], ...] = ()  # (reward name, weight); empty: the only reward, with weight 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require = self.require
         require(self.num_steps >= 1, f"num_steps is {self.num_steps}; use at least 1")
         require(self.group_size >= 2, f"group_size is {self.group_size}; advantages need at least 2 samples per group")
@@ -105,7 +105,7 @@ class GRPOConfig(RLConfig):
     cfg_in_window: bool = True  # False: no guidance in the window's steps
     guard: bool = False  # GRPO-Guard: ratios corrected per sample, steps weighted by 1 / |dt|
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         require, plain = self.require, self.sde.kind == "flow_grpo"
         for field, known in {"old_log_probs": OLD_LOG_PROBS, "trust": TRUSTS, "kl_on": KL_KINDS}.items():

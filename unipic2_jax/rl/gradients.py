@@ -64,7 +64,7 @@ def accumulate(
       Gradients (float32, shaped like `trained`) and metrics [count, b].
     """
 
-    def visit(gradients, own):
+    def visit(gradients: Any, own: tuple[jax.Array, Any]) -> tuple[Any, dict[str, jax.Array]]:
         (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(trained, batch_at(*own))
         weight = 1.0 / count
         gradients = jax.tree.map(lambda g, n: g + weight * n.astype(jnp.float32), gradients, new)

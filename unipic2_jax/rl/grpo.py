@@ -52,7 +52,7 @@ class OldPolicy(NamedTuple):
 def make_loss(policy_fn: PolicyFn, params: Any, reference_lora: Any, sigma_1: jax.Array, config: GRPOConfig) -> LossFn:
     """The loss of a micro-batch at one timestep, as `accumulate_gradients` wants it."""
 
-    def loss_fn(lora, batch):
+    def loss_fn(lora: Any, batch: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         x, sigma, inputs, old = batch["x"], batch["sigma"], batch["inputs"], batch["old"]
         reference = policy_fn(params, reference_lora, x, sigma, inputs) if config.kl_beta else None
         velocity = policy_fn(params, lora, x, sigma, inputs)
@@ -91,10 +91,10 @@ def _micro_batches(
     """
     parts = count_micro_batches(trajectory.latents.shape[1], micro_batch)
 
-    def data(index):
+    def data(index: jax.Array) -> dict[str, Any]:
         step, part = trajectory.steps[index // parts], index % parts
 
-        def at(values, offset=0):
+        def at(values: jax.Array, offset: int = 0) -> jax.Array:
             return take_part(jax.lax.dynamic_index_in_dim(values, step + offset, keepdims=False), part, parts)
 
         return {
@@ -116,7 +116,7 @@ def old_policy(
     """The policy's log-probabilities by the trainer: a forward pass in the update's micro-batches, without gradients."""
     count, data = _micro_batches(trajectory, {"inputs": inputs}, config.micro_batch)
 
-    def visit(index):
+    def visit(index: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         batch = data(index)
         x, sigma = batch["x"], batch["sigma"]
         velocity = policy_fn(params, lora, x, sigma, batch["inputs"])
@@ -124,7 +124,8 @@ def old_policy(
         kept = constrain(mean, "batch", *[None] * (x.ndim - 1)) if config.compares_means else None
         return log_prob(batch["x_next"], mean, std, config.sde), kept
 
-    return OldPolicy(*jax.lax.map(visit, jnp.arange(count)), on_policy=False)
+    log_probs, means = jax.lax.map(visit, jnp.arange(count))
+    return OldPolicy(log_probs, means, on_policy=False)
 
 
 def accumulate_gradients(
@@ -158,12 +159,13 @@ def accumulate_gradients(
     samples = {"advantage": advantages, "inputs": inputs, "weight": weights}
     count, data = _micro_batches(trajectory, samples, micro_batch)
 
-    def batch_at(index, own):
+    def batch_at(index: jax.Array, own: Any) -> dict[str, Any]:
         batch = data(index)
         if old is None:
             batch["old"] = OldPolicy(batch["log_prob"], batch["mean"], False)
         else:
-            batch["old"] = OldPolicy(*own, old.on_policy)
+            log_probs, means = own
+            batch["old"] = OldPolicy(log_probs, means, old.on_policy)
         return batch
 
     scanned = None if old is None else (old.log_probs, old.means)
@@ -190,7 +192,11 @@ def _summarize(metrics: dict[str, jax.Array], gradient_norm: jax.Array) -> dict[
 
 def _combine(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Scalars of a rollout's updates, each metric [U]."""
-    reduce = {"ratio_min": jnp.min, "ratio_max": jnp.max, "non_finite": jnp.max}
+    reduce: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "ratio_min": jnp.min,
+        "ratio_max": jnp.max,
+        "non_finite": jnp.max,
+    }
     # Only before the first optimizer step do sampler and trainer have the same policy, and must agree.
     reduce |= {name: lambda values: values[0] for name in ("log_prob_difference", "log_prob_difference_max")}
     return {name: reduce.get(name, jnp.mean)(values) for name, values in metrics.items()}
@@ -213,20 +219,45 @@ def make_rollout(
     `prepare` is applied to the frozen weights before anything else.
     """
     outside_fn = policy_fn if outside_fn is None else outside_fn
-    shared = shared_groups is not None and config.window is not None
+    groups = shared_groups if config.window is not None else None
 
-    def run(params, lora, inputs, initial_noise, key, sigmas, part=None):
+    def run(
+        params: Any,
+        lora: Any,
+        inputs: Any,
+        initial_noise: jax.Array,
+        key: jax.Array,
+        sigmas: jax.Array,
+        part: Any = None,
+    ) -> Trajectory:
         params = prepare(params)
         window_key, noise_key = jax.random.split(key)
         noise_key = noise_key if part is None else jax.random.fold_in(noise_key, part)
         bound = lambda fn: lambda x, sigma: fn(params, lora, x, sigma, inputs)
-        policies = (policy_fn, outside_fn)
-        shared_fns = tuple(bound(once_per_group(fn, shared_groups)) for fn in policies) if shared else None
+        shared_fns = None
+        if groups is not None:
+            shared_fns = (bound(once_per_group(policy_fn, groups)), bound(once_per_group(outside_fn, groups)))
         start = draw_window(window_key, config)
-        velocity, outside = map(bound, policies)
-        return rollout(velocity, initial_noise, noise_key, sigmas, config, start, outside, shared_fns)
+        velocity = bound(policy_fn)
+        return rollout(velocity, initial_noise, noise_key, sigmas, config, start, bound(outside_fn), shared_fns)
 
     return jit_exactly(run, **jit_options)
+
+
+def _old_of(index: jax.Array, later: OldPolicy | None, config: GRPOConfig) -> OldPolicy | None:
+    """The old policy of update number `index`, as `accumulate_gradients` takes it; `later` are those of all updates but the first."""
+    if config.old_log_probs == "sampler":
+        return None
+    if later is None:
+        return OldPolicy(None, None, True)
+    at = lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(index - 1, 0), keepdims=False)
+    return jax.tree.map(at, later)._replace(on_policy=index == 0)
+
+
+def _without_zeros(advantages: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights [B], with mean 1, of the samples whose advantage is not 0, and whether there are any."""
+    weights, kept = (advantages != 0).astype(jnp.float32), jnp.any(advantages != 0)
+    return weights / jnp.where(kept, weights.mean(), 1.0), kept
 
 
 def _samples_of(trajectory: Trajectory, index: jax.Array, updates: int) -> Trajectory:
@@ -266,7 +297,15 @@ def make_update(
     """
     updates = config.updates_per_rollout
 
-    def run(params, state, reference_lora, trajectory, advantages, inputs, key=None):
+    def run(
+        params: Any,
+        state: PolicyState,
+        reference_lora: Any,
+        trajectory: Trajectory,
+        advantages: jax.Array,
+        inputs: Any,
+        key: Any = None,
+    ) -> tuple[PolicyState, dict[str, jax.Array]]:
         del key  # nothing is drawn here
         check_updates(advantages.shape[0], updates)
         params = prepare(params)
@@ -274,7 +313,7 @@ def make_update(
 
         part = lambda index: _samples_of(trajectory, index, updates)
 
-        def before_first(index):
+        def before_first(index: jax.Array) -> OldPolicy:
             own = take_part(inputs, index, updates)
             return old_policy(policy_fn, params, state.lora, part(index), own, config)
 
@@ -282,22 +321,9 @@ def make_update(
         if config.old_log_probs == "trainer" and updates > 1:
             later = jax.lax.map(before_first, jnp.arange(1, updates))
 
-        def old(index):
-            if config.old_log_probs == "sampler":
-                return None
-            if later is None:
-                return OldPolicy(None, None, True)
-            own = jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, jnp.maximum(index - 1, 0), keepdims=False), later
-            )
-            return own._replace(on_policy=index == 0)
-
-        def update(state, index):
-            own, weights, kept = take_part(advantages, index, updates), None, True
-            if config.skip_zero_advantage:
-                weights = (own != 0).astype(jnp.float32)
-                kept = jnp.any(own != 0)
-                weights = weights / jnp.where(kept, weights.mean(), 1.0)
+        def update(state: PolicyState, index: jax.Array) -> tuple[PolicyState, dict[str, jax.Array]]:
+            own = take_part(advantages, index, updates)
+            weights, kept = _without_zeros(own) if config.skip_zero_advantage else (None, True)
             gradients, metrics = accumulate_gradients(
                 loss_fn,
                 state.lora,
@@ -305,7 +331,7 @@ def make_update(
                 own,
                 take_part(inputs, index, updates),
                 config.micro_batch,
-                old(index),
+                _old_of(index, later, config),
                 weights,
             )
             summary = _summarize(metrics, optax.global_norm(gradients))
@@ -322,7 +348,7 @@ def make_update(
 class GRPO(Algorithm):
     """Flow-GRPO with the variants of `GRPOConfig`."""
 
-    name, Config, Rollout = "grpo", GRPOConfig, Trajectory
+    name, Config, rollout_type = "grpo", GRPOConfig, Trajectory
     config: GRPOConfig
 
     @classmethod

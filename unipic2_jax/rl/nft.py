@@ -67,7 +67,7 @@ class NFTConfig(RLConfig):
     old_rate: float = 1e-3
     old_max: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         require = self.require
         require(
@@ -180,7 +180,7 @@ def nft_loss(
     negative = _denoising_loss(x0, x, (1.0 + config.beta) * old - config.beta * velocity, sigma)
     loss = config.adv_clip_max / config.beta * (good * positive + (1.0 - good) * negative)
     metrics = {"policy_loss": loss, "old_difference": _per_sample(jnp.square(velocity - old))}
-    if config.kl_beta:
+    if reference_velocity is not None and config.kl_beta:
         reference = jax.lax.stop_gradient(reference_velocity.astype(jnp.float32))
         metrics["kl"] = _per_sample(jnp.square(velocity - reference))
         loss = loss + config.kl_beta * metrics["kl"]
@@ -190,7 +190,7 @@ def nft_loss(
 def make_loss(policy_fn: PolicyFn, params: Any, old_lora: Any, reference_lora: Any, config: NFTConfig) -> LossFn:
     """The loss of a micro-batch at one noise level a sample, as `gradients.accumulate` wants it."""
 
-    def loss_fn(lora, batch):
+    def loss_fn(lora: Any, batch: dict[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         given = batch["x"], batch["sigma"], batch["inputs"]
         old = policy_fn(params, old_lora, *given)
         reference = policy_fn(params, reference_lora, *given) if config.kl_beta else None
@@ -216,7 +216,7 @@ def _micro_batches(
     levels = samples.pop("levels")
     parts = count_micro_batches(levels.shape[1], config.micro_batch)
 
-    def batch_at(index, _):
+    def batch_at(index: jax.Array, _: Any) -> dict[str, Any]:
         step, part = index // parts, index % parts
         own = take_part(samples, part, parts)
         sigma = take_part(jax.lax.dynamic_index_in_dim(levels, step, keepdims=False), part, parts)
@@ -250,7 +250,15 @@ def make_rollout(
     frozen weights before anything else.
     """
 
-    def run(params, lora, inputs, initial_noise, key, sigmas, part=None):
+    def run(
+        params: Any,
+        lora: Any,
+        inputs: Any,
+        initial_noise: jax.Array,
+        key: jax.Array,
+        sigmas: jax.Array,
+        part: Any = None,
+    ) -> Finished:
         del key, part
         params, sigmas = prepare(params), jnp.asarray(sigmas, jnp.float32)
         velocity = lambda x, sigma: policy_fn(params, lora, x, sigma, inputs)
@@ -280,7 +288,15 @@ def make_update(
     """
     updates = config.updates_per_rollout
 
-    def run(params, state, reference_lora, finished, advantages, inputs, key):
+    def run(
+        params: Any,
+        state: NFTState,
+        reference_lora: Any,
+        finished: Finished,
+        advantages: jax.Array,
+        inputs: Any,
+        key: jax.Array,
+    ) -> tuple[NFTState, dict[str, jax.Array]]:
         check_updates(advantages.shape[0], updates)
         loss_fn = make_loss(policy_fn, prepare(params), state.old, reference_lora, config)
         keys = jax.random.split(key, (2, advantages.shape[0]))
@@ -288,7 +304,7 @@ def make_update(
         samples = {"x0": finished.latents, "good": good, "inputs": inputs, "key": keys[0]}
         levels = noise_levels(keys[1], finished.sigmas, config)
 
-        def update(state, index):
+        def update(state: NFTState, index: jax.Array) -> tuple[NFTState, dict[str, jax.Array]]:
             own = take_part(samples, index, updates) | {"levels": take_part(levels, index, updates, axis=1)}
             count, batch_at = _micro_batches(own, config)
             gradients, metrics = accumulate(loss_fn, state.lora, batch_at, count)
@@ -309,14 +325,14 @@ def make_update(
 class NFT(Algorithm):
     """DiffusionNFT."""
 
-    name, Config, Rollout = "nft", NFTConfig, Finished
+    name, Config, rollout_type = "nft", NFTConfig, Finished
     stage_defaults: ClassVar[Mapping[str, Any]] = {
         "num_prompts": 48,
         "optimizer": {"name": "adamw", "weight_decay": 1e-4},
     }
     config: NFTConfig
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.layout.same_latent:
             raise ValueError(
                 "same_latent gives the samples of a group one noise, from which an ODE makes one picture; switch it off for nft."

@@ -17,7 +17,7 @@ def _mean_square(x: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))
 
 
-def _change(new: jax.Array, old: jax.Array | None, on_policy: jax.Array | bool) -> jax.Array:
+def _change(new: jax.Array, old: Any, on_policy: jax.Array | bool) -> jax.Array:
     """`new - old`; where `on_policy`, exactly 0 (or NaN) with the gradient of `new`.
 
     The two differences are made before one is chosen: a compiler may compute `new` twice, once for each operation that uses it,
@@ -40,9 +40,9 @@ def _kl(
     """[B]; see `grpo_loss`. `levels` are what `sde_step_mean_std` takes behind a velocity."""
     if config.kl_on == "velocity":
         return _mean_square(velocity.astype(jnp.float32) - reference_velocity.astype(jnp.float32))
-    x, *sigmas, sde = levels
+    x, sigma, sigma_next, sigma_1, sde = levels
     reference_mean, _ = sde_step_mean_std(reference_velocity, *levels)
-    s = std if config.kl_divide_by_dt else expand(diffusion(*sigmas, sde), x)
+    s = std if config.kl_divide_by_dt else expand(diffusion(sigma, sigma_next, sigma_1, sde), x)
     return _mean_square((mean - reference_mean) / s) / 2.0
 
 
@@ -121,7 +121,7 @@ def grpo_loss(
     loss = policy_loss
     metrics |= {"policy_loss": policy_loss, "ratio": ratio, "clip_fraction": held.astype(jnp.float32)}
 
-    if config.kl_beta:
+    if reference_velocity is not None and config.kl_beta:
         metrics["kl"] = _kl(velocity, jax.lax.stop_gradient(reference_velocity), mean, std, levels, config)
         loss = loss + config.kl_beta * metrics["kl"]
     return loss, metrics | {"loss": loss}

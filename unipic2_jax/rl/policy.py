@@ -56,7 +56,7 @@ class PolicyNetwork:
 def conditional_policy(network_fn: PolicyFn) -> PolicyFn:
     """The policy without guidance, float32, of `inputs = {'cond': tree}`."""
 
-    def policy(params, lora, latents, sigma, inputs):
+    def policy(params: Any, lora: Any, latents: jax.Array, sigma: jax.Array, inputs: Any) -> jax.Array:
         return network_fn(params, lora, latents, sigma, inputs["cond"]).astype(jnp.float32)
 
     return policy
@@ -80,20 +80,20 @@ def guided_policies(
 
     cond_only = conditional_policy(network_fn)
 
-    def guided(params, lora, latents, sigma, inputs):
+    def guided(params: Any, lora: Any, latents: jax.Array, sigma: jax.Array, inputs: Any) -> jax.Array:
         if not batch_branches:
-            branches = [network_fn(params, lora, latents, sigma, inputs[name]) for name in ("uncond", "cond")]
+            uncond, cond = (network_fn(params, lora, latents, sigma, inputs[name]) for name in ("uncond", "cond"))
         else:
             # Interleaved rather than concatenated: a batch split over devices then stays where it is.
-            def pair(uncond, cond):
+            def pair(uncond: jax.Array, cond: jax.Array) -> jax.Array:
                 return jnp.stack([uncond, cond], axis=1).reshape((-1,) + cond.shape[1:])
 
             sigmas = jnp.broadcast_to(sigma, latents.shape[:1])
             both = jax.tree.map(pair, inputs["uncond"], inputs["cond"])
             velocity = network_fn(params, lora, pair(latents, latents), pair(sigmas, sigmas), both)
             velocity = velocity.reshape((-1, 2) + velocity.shape[1:])
-            branches = [velocity[:, 0], velocity[:, 1]]
-        return guidance.combine(*branches, config.guidance_scale, config.stop_gradient_uncond)
+            uncond, cond = velocity[:, 0], velocity[:, 1]
+        return guidance.combine(uncond, cond, config.guidance_scale, config.stop_gradient_uncond)
 
     outside = guided if guidance.needs_uncond(config.guidance_scale) else cond_only
     return (outside if config.cfg_in_window else cond_only), outside
@@ -106,7 +106,7 @@ def once_per_group(policy_fn: PolicyFn, groups: int) -> PolicyFn:
     the samples differ by the noise that is added after the network. One evaluation then serves the whole group.
     """
 
-    def policy(params, lora, latents, sigma, inputs):
+    def policy(params: Any, lora: Any, latents: jax.Array, sigma: jax.Array, inputs: Any) -> jax.Array:
         copies = latents.shape[0] // groups
         if latents.shape[0] != groups * copies or not copies:
             raise ValueError(f"{latents.shape[0]} samples cannot be {groups} groups of equal size.")

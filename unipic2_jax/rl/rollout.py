@@ -89,11 +89,15 @@ def rollout(
     start = jnp.asarray(window_start if config.window is not None else 0, jnp.int32)
     outside_fn = velocity_fn if outside_fn is None else outside_fn
 
-    def stochastic(velocity_fn, x, key, sigma, sigma_next):
+    def stochastic(
+        velocity_fn: VelocityFn, x: jax.Array, key: jax.Array, sigma: jax.Array, sigma_next: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         x_next, mean, _, log_prob = sde_step(key, velocity_fn(x, sigma), x, sigma, sigma_next, sigmas[1], config.sde)
         return x_next, log_prob, mean
 
-    def deterministic(velocity_fn, x, key, sigma, sigma_next):
+    def deterministic(
+        velocity_fn: VelocityFn, x: jax.Array, key: jax.Array, sigma: jax.Array, sigma_next: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         x_next = euler_step(velocity_fn(x, sigma), x, sigma, sigma_next)
         return x_next, jnp.zeros(x.shape[:1], jnp.float32), x_next
 
@@ -111,7 +115,7 @@ def rollout(
         ]
     cases.append((lambda index: index >= 0, outside))
 
-    def step(x, scanned):
+    def step(x: jax.Array, scanned: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
         index, *rest = scanned
         if config.window is None:
             x_next, log_prob, mean = inside(x, *rest)

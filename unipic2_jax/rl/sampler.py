@@ -79,7 +79,7 @@ class Sampler:
         self.negative_prompt, self.reference_mode = negative_prompt, reference_mode
         pictures.check_size(height, width, bundle.vae.config.downsampling * bundle.transformer.config.patch_size)
         self.sigmas = bundle.scheduler.sigmas(algorithm.config.num_steps)
-        sharded, placed = batch_sharding(mesh), places(algorithm.Rollout, mesh)
+        sharded, placed = batch_sharding(mesh), places(algorithm.rollout_type, mesh)
         self.encode = jax.jit(self._encode, out_shardings=sharded)
         self.draw_noise = jax.jit(self._draw_noise, out_shardings=sharded)
         self.rollout = algorithm.make_rollout(network_fn, out_shardings=placed, **options)
