@@ -171,6 +171,22 @@ def accumulate_gradients(
     return gradients, jax.tree.map(lambda m: m.reshape(trajectory.steps.shape[0], -1), metrics)
 
 
+def _part(trajectory: Trajectory, index: jax.Array, parts: int) -> Trajectory:
+    """The trajectory of a part of its samples."""
+    latents, log_probs, means = (
+        take_part(values, index, parts, axis=1)
+        for values in (trajectory.latents, trajectory.log_probs, trajectory.means)
+    )
+    return trajectory._replace(latents=latents, log_probs=log_probs, means=means)
+
+
+def _with_advantage(advantages: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights [B] with mean 1 that leave out samples whose advantage is 0, and whether there are others."""
+    weights = (advantages != 0).astype(jnp.float32)
+    kept = jnp.any(advantages != 0)
+    return weights / jnp.where(kept, weights.mean(), 1.0), kept
+
+
 def _summarize(metrics: dict[str, jax.Array], gradient_norm: jax.Array) -> dict[str, jax.Array]:
     """Scalars of one update from per-sample metrics [K, B]."""
     ratio = metrics.pop("ratio")
@@ -264,16 +280,9 @@ def make_update(
         params = prepare(params)
         loss_fn = make_loss(policy_fn, params, reference_lora, trajectory.sigmas[1], config)
 
-        def part(index):
-            latents, log_probs, means = (
-                take_part(values, index, updates, axis=1)
-                for values in (trajectory.latents, trajectory.log_probs, trajectory.means)
-            )
-            return trajectory._replace(latents=latents, log_probs=log_probs, means=means)
-
         def before_first(index):
             own = take_part(inputs, index, updates)
-            return old_policy(policy_fn, params, state.lora, part(index), own, config)
+            return old_policy(policy_fn, params, state.lora, _part(trajectory, index, updates), own, config)
 
         later = None
         if config.old_log_probs == "trainer" and updates > 1:
@@ -290,15 +299,12 @@ def make_update(
             return own._replace(on_policy=index == 0)
 
         def update(state, index):
-            own, weights, kept = take_part(advantages, index, updates), None, True
-            if config.skip_zero_advantage:
-                weights = (own != 0).astype(jnp.float32)
-                kept = jnp.any(own != 0)
-                weights = weights / jnp.where(kept, weights.mean(), 1.0)
+            own = take_part(advantages, index, updates)
+            weights, kept = _with_advantage(own) if config.skip_zero_advantage else (None, True)
             gradients, metrics = accumulate_gradients(
                 loss_fn,
                 state.lora,
-                part(index),
+                _part(trajectory, index, updates),
                 own,
                 take_part(inputs, index, updates),
                 config.micro_batch,

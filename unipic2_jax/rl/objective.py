@@ -27,6 +27,26 @@ def _change(new: jax.Array, old: jax.Array | None, on_policy: jax.Array | bool) 
     return jnp.where(on_policy, own, new - old)
 
 
+def _reference_kl(
+    velocity: jax.Array,
+    reference_velocity: jax.Array,
+    mean: jax.Array,
+    std: jax.Array,
+    x: jax.Array,
+    sigma: jax.Array,
+    sigma_next: jax.Array,
+    sigma_1: jax.Array,
+    config: GRPOConfig,
+) -> jax.Array:
+    """How far a step is from the reference's, as `config.kl_on` says: [B], with gradient for `velocity` and `mean` alone."""
+    reference_velocity = jax.lax.stop_gradient(reference_velocity)
+    if config.kl_on == "velocity":
+        return _mean_square(velocity.astype(jnp.float32) - reference_velocity.astype(jnp.float32))
+    reference_mean, _ = sde_step_mean_std(reference_velocity, x, sigma, sigma_next, sigma_1, config.sde)
+    s = std if config.kl_divide_by_dt else expand(diffusion(sigma, sigma_next, sigma_1, config.sde), x)
+    return _mean_square((mean - reference_mean) / s) / 2.0
+
+
 def grpo_loss(
     velocity: jax.Array,
     reference_velocity: jax.Array | None,
@@ -75,8 +95,8 @@ def grpo_loss(
     if config.compares_means and old_mean is None and on_policy is not True:
         needs = "guard" if config.guard else f"trust={config.trust!r}"
         raise ValueError(f"{needs} needs the old policy's means; roll out with the same config.")
-    levels = (x, sigma, sigma_next, sigma_1, config.sde)
-    mean, std = sde_step_mean_std(velocity, *levels)
+    levels = (x, sigma, sigma_next, sigma_1)
+    mean, std = sde_step_mean_std(velocity, *levels, config.sde)
     new_log_prob = log_prob(x_next, mean, std, config.sde)
     log_ratio = _change(new_log_prob, old_log_prob, on_policy)
     advantage = jnp.clip(advantage, -config.adv_clip_max, config.adv_clip_max)
@@ -103,13 +123,6 @@ def grpo_loss(
     metrics |= {"policy_loss": policy_loss, "ratio": ratio, "clip_fraction": held.astype(jnp.float32)}
 
     if config.kl_beta:
-        reference_velocity = jax.lax.stop_gradient(reference_velocity)
-        if config.kl_on == "velocity":
-            kl = _mean_square(velocity.astype(jnp.float32) - reference_velocity.astype(jnp.float32))
-        else:
-            reference_mean, _ = sde_step_mean_std(reference_velocity, *levels)
-            s = std if config.kl_divide_by_dt else expand(diffusion(sigma, sigma_next, sigma_1, config.sde), x)
-            kl = _mean_square((mean - reference_mean) / s) / 2.0
-        loss = loss + config.kl_beta * kl
-        metrics["kl"] = kl
+        metrics["kl"] = _reference_kl(velocity, reference_velocity, mean, std, *levels, config)
+        loss = loss + config.kl_beta * metrics["kl"]
     return loss, metrics | {"loss": loss}
