@@ -166,7 +166,15 @@ def test_the_words_of_pdtr():
         for words in ("", "edit=judge", "edit=none", "joint", "model=metaquery")
     ]
     assert of_batch == [[True, False], [True, False], [False], [True], [True, False]]
+    other = recipe("pdtr", "algorithm=nft")
+    for stage in other.stages.values():
+        assert (stage.kind, stage.num_prompts, stage.nft.group_size, stage.optimizer.name) == ("nft", 48, 24, "adamw")
+        assert "grpo" not in stage and {fields.guidance_scale for fields in stage.evaluations.values()} == {1.0}
+    tiny = recipe("pdtr", "tiny,algorithm=nft,joint,edit=judge").stages.joint
+    assert tiny.kind == "nft" and tiny.source.kind == "turns" and not tiny.same_latent and tiny.nft.solver == "euler"
     wrong = {
+        "tiny,algorithm=nft,guard": "asks for 'guard', which is GRPO's",
+        "algorithm=ppo": "no variant 'algorithm=ppo'",
         "edit=nobody": "no variant 'edit=nobody'; combine some of tiny",
         "colour": "no variant 'colour'",
         "edit=judge,edit=none": "makes a choice twice",

@@ -397,6 +397,18 @@ def test_another_configuration_is_refused(tmp_path):
     with pytest.raises(loop.config_lib.ConfigError, match=r"config.stages.first.nan_at = -1"):
         toy_stage.run(tmp_path / "run", nan_at=13)
     toy_stage.run(tmp_path / "run", save_every=4)
+    # A field that came later stands for its default in what was saved before.
+    path = tmp_path / "run/config.json"
+    saved = json.loads(path.read_text())
+    for stage in saved["stages"].values():
+        del stage["nan_at"]
+    path.write_text(json.dumps(saved))
+    toy_stage.run(tmp_path / "run")
+    path.write_text(json.dumps(saved))
+    with pytest.raises(
+        loop.config_lib.ConfigError, match=r"config.stages.first.nan_at = -1, and this command asks for 13"
+    ):
+        toy_stage.run(tmp_path / "run", nan_at=13)
 
 
 def longer(workdir, **steps):

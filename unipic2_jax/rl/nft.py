@@ -273,13 +273,14 @@ def make_update(
     optimizer: optax.GradientTransformation,
     config: NFTConfig,
     prepare: Callable[[Any], Any] = lambda params: params,
+    good_fn: Callable[[jax.Array, NFTConfig], jax.Array] = optimality,
     **jit_options: Any,
 ) -> Callable[..., tuple[NFTState, dict[str, jax.Array]]]:
     """A jitted `(params, state, reference_lora, finished, advantages [B], inputs, key) -> (state, metrics)`.
 
     The samples are split into `updates_per_rollout` strided parts, each used for one optimizer step; then the old policy moves.
     Noise and noise levels come from the key. The reference policy is `policy_fn` with `reference_lora`, None for the bare
-    weights.
+    weights. `good_fn` is the r of an advantage.
 
     Metrics are float32 scalars. When a loss or gradient is not finite, `non_finite` is 1 and that optimizer step is left out.
 
@@ -300,7 +301,7 @@ def make_update(
         check_updates(advantages.shape[0], updates)
         loss_fn = make_loss(policy_fn, prepare(params), state.old, reference_lora, config)
         keys = jax.random.split(key, (2, advantages.shape[0]))
-        good = optimality(advantages, config)
+        good = good_fn(advantages, config)
         samples = {"x0": finished.latents, "good": good, "inputs": inputs, "key": keys[0]}
         levels = noise_levels(keys[1], finished.sigmas, config)
 
