@@ -16,7 +16,7 @@ import jax, numpy as np, optax
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.parallel.rules import shardings
 from unipic2_jax.pipelines import TINY, TINY_METAQUERY
-from unipic2_jax.pipelines.bundle import load_bundle
+from unipic2_jax.models.bundle import load_bundle
 from unipic2_jax.training.config import make_stage
 from unipic2_jax.training.stage import StageContext, stage_class
 

@@ -17,7 +17,7 @@ LAYERS, WIDTH, ROWS = 13, 64, 32
 SHARDED = f"""
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from unipic2_jax.training.hlo import Module
+from unipic2_jax.perf.hlo import Module
 
 mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
 place = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))

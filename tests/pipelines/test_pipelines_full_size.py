@@ -18,13 +18,13 @@ def run(code, *arguments):
 
 ABSTRACT = """
     import jax, jax.numpy as jnp, numpy as np
-    from unipic2_jax.models.precision import as_precision
-    from unipic2_jax.models.qwen_vision import VisionInput
+    from unipic2_jax.weights.precision import as_precision
+    from unipic2_jax.models.qwen.vision import VisionInput
     from unipic2_jax.models.registry import SIZES
     from unipic2_jax.parallel.mesh import batch_sharding, make_mesh
     from unipic2_jax.parallel.rules import shardings
-    from unipic2_jax.pipelines.bundle import init_params, make_modules
-    from unipic2_jax.pipelines.vlm import VLMInput
+    from unipic2_jax.models.bundle import init_params, make_modules
+    from unipic2_jax.models.qwen.processor import VLMInput
 
     sizes, mesh = SIZES["unipic2_metaquery"], make_mesh(preset="fsdp")
     transformer, vae, conditioner = make_modules(sizes.networks, None, sizes.settings, "mixed")
@@ -69,10 +69,12 @@ STREAM = """
     from pathlib import Path
     import jax, jax.numpy as jnp, numpy as np
     from ml_dtypes import bfloat16
-    from unipic2_jax.models.qwen import QWEN2_5_VL_7B, Qwen2_5_VL
+    from unipic2_jax.models.qwen.decoder import QWEN2_5_VL_7B, Qwen2_5_VL
     from unipic2_jax.parallel.mesh import make_mesh
     from unipic2_jax.parallel.rules import shardings
-    from unipic2_jax.weights import io, native, qwen, registry, table
+    from unipic2_jax.models import registry
+    from unipic2_jax.models.qwen import names as qwen
+    from unipic2_jax.weights import io, native, table
 
     tower = dataclasses.replace(
         QWEN2_5_VL_7B.vision_config, hidden_size=192, intermediate_size=384, num_heads=4, out_hidden_size=256

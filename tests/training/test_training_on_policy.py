@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from configs import pdtr
-from unipic2_jax.models.precision import PRECISIONS
+from unipic2_jax.weights.precision import PRECISIONS
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.rl import rollout
 from unipic2_jax.training import setup
