@@ -224,11 +224,11 @@ def test_an_update_is_the_formula_and_the_old_policy_follows():
 
 
 def test_r_may_be_another_function_of_the_advantage():
-    above = lambda advantage, config: (advantage > 0).astype(jnp.float32)
-    other = make_update(network, optax.sgd(0.1), BASE, good_fn=above)
+    side = lambda advantage, config: 0.5 + 0.5 * jnp.sign(advantage)
+    other = make_update(network, optax.sgd(0.1), BASE, good_fn=side)
     given = (PARAMS, init_state(perturb(LORA), optax.sgd(0.1)), None, FINISHED)
     state, _ = other(*given, ADVANTAGES, INPUTS, KEY)
-    same, _ = updater(BASE)(*given, jnp.where(ADVANTAGES > 0, 5.0, -5.0), INPUTS, KEY)
+    same, _ = updater(BASE)(*given, 5.0 * jnp.sign(ADVANTAGES), INPUTS, KEY)
     assert_trees_close(state, same, rtol=1e-5, atol=1e-7)
 
 
