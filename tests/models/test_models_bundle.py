@@ -19,6 +19,7 @@ from unipic2_jax.models.conditioner import tokenize_negative
 from unipic2_jax.models.sd3.conditioner import EDIT_NEGATIVE
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.perf.blank_model import abstract_bundle
+from unipic2_jax.pipelines.request import picture_size
 from unipic2_jax.training.config import make_config
 from unipic2_jax.weights import io
 
@@ -67,9 +68,8 @@ def test_models_of_full_size_have_the_published_defaults():
         assert bundle.default_size == size
         assert [bundle.conditioner.default_negative(is_edit) for is_edit in (False, True)] == ["", negative]
         # The picture's size, with and without one to edit.
-        pipe = pipelines.Pipeline(bundle)
-        assert pipe._size(None, None, ()) == (size, size)
-        assert pipe._size(None, None, (Image.new("RGB", (700, 700)),)) == (size, size)
+        assert picture_size(bundle, None, None, ()) == (size, size)
+        assert picture_size(bundle, None, None, (Image.new("RGB", (700, 700)),)) == (size, size)
     for folder in (pipelines.TINY, pipelines.TINY_METAQUERY):
         assert json.loads((Path(folder) / "unipic2.json").read_text())["edit_negative"] == ""
 
@@ -214,7 +214,7 @@ def test_what_does_not_fit_a_file_is_not_written(bundle, tmp_path):
 def test_unknown_sizes_and_dtypes(saved):
     with pytest.raises(
         ValueError,
-        match="size 'huge' is unknown; choose one of sd35_medium, tiny, tiny_metaquery, unipic2_metaquery, unipic2_metaquery_3b",
+        match="size 'huge' is unknown; choose one of deepgen, sd35_medium, tiny, tiny_deepgen, tiny_metaquery, unipic2_metaquery",
     ):
         pipelines.init_bundle("huge")
     with pytest.raises(ValueError, match="dtype 'int8' is not supported"):

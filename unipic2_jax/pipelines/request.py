@@ -85,7 +85,7 @@ def make_requests(
     if latents is not None:
         latents = _check_latents(bundle, latents, count, height, width)
         height, width = (edge * bundle.vae_scale for edge in latents.shape[1:3])
-    sizes = [_size(bundle, height, width, own) for own in references]
+    sizes = [picture_size(bundle, height, width, own) for own in references]
     if output_type != "pil" and len(set(sizes)) > 1:
         raise ValueError(
             f"The pictures would have different sizes, which output_type {output_type!r} cannot stack; "
@@ -114,7 +114,7 @@ def _check_latents(bundle: Bundle, latents: Any, count: int, height: int | None,
     return latents.transpose(0, 2, 3, 1)
 
 
-def _size(
+def picture_size(
     bundle: Bundle, height: int | None, width: int | None, references: tuple[Image.Image, ...]
 ) -> tuple[int, int]:
     """(height, width) of the picture made for a prompt with these references."""
