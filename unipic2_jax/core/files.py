@@ -30,7 +30,7 @@ def write_text(path: Path, text: str, durable: bool = False) -> None:
 
 
 def to_text(values: Mapping[str, Any]) -> str:
-    """As indented JSON."""
+    """The values as indented JSON."""
     return json.dumps(values, indent=2) + "\n"
 
 

@@ -183,7 +183,7 @@ class Benchmark:
         raise NotImplementedError
 
     def report(self, works: Path, items: Sequence[Item], marks: Sequence[Mark]) -> Report:
-        """Of the items and their marks, in the same order; `Report.failed` is filled in by who asks."""
+        """The report about the items and their marks, which come in the same order. Whoever asks fills in `Report.failed`."""
         raise NotImplementedError
 
     def headline(self, scores: Mapping[str, Any]) -> dict[str, float]:

@@ -121,7 +121,7 @@ def _component_from_torch(src: Path, out: Path) -> str:
 
 
 def _stem(folder: Path) -> str:
-    """Of the weights in a folder that has been opened, and so has some."""
+    """The stem of the weights in a folder that has been opened, and so has some."""
     return cast(str, io.weight_stem(folder))
 
 

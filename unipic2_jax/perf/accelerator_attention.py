@@ -41,12 +41,12 @@ class Case:
 
     @property
     def network(self) -> str:
-        """With its use, for people."""
+        """The network with its use, for people."""
         return f"{self.call.network}, {self.use}"
 
     @property
     def shape(self) -> str:
-        """For people."""
+        """The shape, for people."""
         call = self.call
         found = f"{call.operands['query'].shape[0]} x {call.queries} x {call.keys}, {call.heads} heads of {call.width}"
         for name in ("mask", "bias"):

@@ -59,7 +59,7 @@ class _Settings:
 
     @property
     def steps(self) -> int:
-        """Of the sampling loop."""
+        """The number of steps of the sampling loop."""
         return len(self.sigmas) - 1
 
 

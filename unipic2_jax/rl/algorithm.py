@@ -52,7 +52,7 @@ class Rollout(Protocol):
 
     @staticmethod
     def batch_axes() -> Mapping[str, int | None]:
-        """Of each field, the axis of its samples; None: it is the batch's, and all batches of a step have the same."""
+        """Each field's name, and the axis of its samples; None: the field belongs to the batch, and all batches of a step have the same."""
 
     @property
     def finished(self) -> jax.Array:
@@ -82,12 +82,12 @@ class Layout:
 
     @property
     def prompts_at_once(self) -> int:
-        """Of a sampling batch."""
+        """Prompts of a sampling batch."""
         return self.prompts // self.batches
 
     @property
     def samples_at_once(self) -> int:
-        """Of a sampling batch."""
+        """Samples of a sampling batch."""
         return self.prompts_at_once * self.group_size
 
 
@@ -106,7 +106,7 @@ class Passes:
     watched: int
 
     def flops(self, forward: int, trains_weights: bool = False) -> tuple[int, int]:
-        """Of the rollout and of the update.
+        """FLOPs of the rollout and of the update.
 
         The backward pass of a LoRA policy is one more forward's worth: gradients go through the frozen matrices and not into
         them. Recomputed activations do not count, as usual for model FLOPs; neither do the VAE and text encoders.

@@ -115,7 +115,7 @@ class Sampler:
         return Prepared(inputs, self.draw_noise(noise_key), rollout_key, sigmas, number)
 
     def arguments(self, params: Any, trained: Any, prepared: Prepared) -> tuple[Any, ...]:
-        """Of `rollout`; `trained` is what the algorithm samples under."""
+        """The arguments of `rollout`; `trained` is what the algorithm samples under."""
         own = (params["transformer"], trained, prepared.inputs, prepared.noise, prepared.key, prepared.sigmas)
         return own if prepared.part is None else (*own, prepared.part)
 

@@ -70,7 +70,7 @@ class DeepGenConditioner(MetaQueryConditioner):
 
     @property
     def sizes(self) -> DeepGenConfig:
-        """Of queries and connector."""
+        """The sizes of queries and connector."""
         return cast(DeepGenConfig, self.connector.config)
 
     @property

@@ -98,7 +98,7 @@ class Adapter:
     origin: str
 
     def __str__(self) -> str:
-        """In a few words."""
+        """The adapter in a few words."""
         parts = []
         for component, layers in self.updates.items():
             ranks, scales = ({f"{getattr(u, what):g}" for u in layers.values()} for what in ("rank", "scale"))

@@ -218,7 +218,7 @@ class FlowStage(Stage):
         return {"empty_conditioning": apply(self.bundle.params["conditioner"], tokens)}
 
     def _arguments(self, state: FlowState, shape: BatchShape, batch: dict[str, Any], step: int) -> tuple[Any, ...]:
-        """Of the training step, on the mesh."""
+        """The arguments of the training step, on the mesh."""
         if shape.task not in self._dropped:
             row = self._stand_in(shape.task, batch)
             self._dropped[shape.task] = jax.device_put(row, replicated(self.context.mesh))

@@ -270,7 +270,7 @@ class RegressionStage(Stage):
         return {"metrics": metrics, "scores": {f"{NAME}/error": errors}, "images": picture}
 
     def _agreement(self, state: RegressionState) -> Agreement:
-        """Of the stage's end with the judge. A run that was killed after its last evaluation does not evaluate again: then it is
+        """How far the stage's end agrees with the judge. A run that was killed after its last evaluation does not evaluate again: then it is
         measured here."""
         if self._measured is None or self._measured[0] != self.config.steps:
             self.evaluate(state, self.config.steps)
