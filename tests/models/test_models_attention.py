@@ -62,7 +62,7 @@ def test_auto_takes_what_the_platform_has_and_logs_it_once(caplog):
 def test_which_kernel_where(platform, dtype, keys, options, chosen):
     query, key, _, _ = arrays(4, keys, dtype)
     mask, bias = (jnp.ones(options[name]) if name in options else None for name in ("mask", "bias"))
-    with mock.patch.object(module, "_platform", return_value=platform):
+    with mock.patch.object(module, "platform", return_value=platform):
         assert module._best(query, key, mask, bias)[0] == chosen
 
 
@@ -70,7 +70,7 @@ def test_cudnn_takes_whole_samples_and_narrow_heads():
     best = lambda *arrays: module._best(*arrays, None, None)[0]
     narrow, wide = (arrays(4, 8, jnp.bfloat16, width=width)[:2] for width in (64, 512))
     sizes, types = {"data": 1, "fsdp": 2, "tensor": 1}, (AxisType.Auto,) * 4
-    with mock.patch.object(module, "_platform", return_value="gpu"):
+    with mock.patch.object(module, "platform", return_value="gpu"):
         for sequence, chosen in {1: "cudnn", 2: "xla"}.items():
             shape = (*sizes.values(), sequence)
             with jax.sharding.use_abstract_mesh(AbstractMesh(shape, AXES, axis_types=types)):
@@ -117,7 +117,7 @@ def test_keys_that_are_padding_are_seen_by_none():
 
     with mock.patch.object(jax.nn, "dot_product_attention", kernel):
         assert module._cudnn(query, key, value, None, None, SCALE, 5) is not None
-    with mock.patch.object(module, "_platform", return_value="gpu"):
+    with mock.patch.object(module, "platform", return_value="gpu"):
         filled = [module.filler(tokens, jnp.bfloat16) for tokens in (1357, 1358)]
         assert filled == [1, 0] and module.filler(1357, jnp.float32) == 0
     assert module.filler(1357, jnp.bfloat16) == 0  # a CPU

@@ -18,7 +18,7 @@ def traced(name, arg, devices, *programs):
     asked, also those of gradients."""
     config = validate(importlib.import_module(f"configs.{name}").get_config(arg))
     mesh = make_mesh(jax.devices()[:1], "fsdp")
-    platform = mock.patch.object(attention, "_platform", return_value="gpu")
+    platform = mock.patch.object(attention, "platform", return_value="gpu")
     version = mock.patch.object(cudnn, "check_cudnn_version", return_value=91000)
     with jax.set_mesh(mesh), platform, version, attention.recorded() as calls:
         for planned in described.stages(config, mesh, shards=devices):

@@ -186,7 +186,7 @@ def test_attention_is_counted_alike_where_its_kernel_is_there(monkeypatch):
     def work(platform):
         # Another function each time: what was traced before is not traced again.
         loss = lambda q, k, v: jnp.sum(attention.attention(q, k, v).astype(jnp.float32))
-        monkeypatch.setattr(attention, "_platform", lambda: platform)
+        monkeypatch.setattr(attention, "platform", lambda: platform)
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(shape, shape, shape)
         return measure(traced, [None] * 3, flash=True), jaxpr_flops(traced.jaxpr.jaxpr)
 

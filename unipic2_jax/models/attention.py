@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from unipic2_jax.models.splash import fits, splash
-from unipic2_jax.parallel.compat import current_mesh
+from unipic2_jax.parallel.mesh import platform
 from unipic2_jax.parallel.rules import constrain, split_over
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def attention(
     reason = None
     if implementation == "auto":
         implementation, reason = _best(query, key, mask, bias)
-        _say(network, implementation, _platform(), reason)
+        _say(network, implementation, platform(), reason)
     elif refused := _refusal(implementation, query, key, mask, bias):
         raise ValueError(f"Attention by '{implementation}' cannot be had here: {refused}; use 'auto'.")
     if (calls := _RECORD.get()) is not None:
@@ -135,7 +135,7 @@ def filler(tokens: int, dtype: jnp.dtype, implementation: str = "auto") -> int:
     JAX lets cuDNN have even lengths alone in a gradient; an odd one costs an H200 a half to all of the attention's time again
     (docs/performance.md).
     """
-    cudnn = implementation == "cudnn" or (implementation == "auto" and _platform() == "gpu")
+    cudnn = implementation == "cudnn" or (implementation == "auto" and platform() == "gpu")
     return tokens % 2 if cudnn and dtype in (jnp.bfloat16, jnp.float16) and not split_over("sequence") else 0
 
 
@@ -148,14 +148,8 @@ def check_implementation(implementation: str) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention is '{implementation}'; use one of {', '.join(IMPLEMENTATIONS)}.")
     wanted = KERNELS.get(implementation)
-    if wanted not in (None, _platform()):
-        raise ValueError(f"attention is '{implementation}', which a {_platform()} has not; use 'auto'.")
-
-
-def _platform() -> str:
-    """What programs traced here will run on."""
-    device = current_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    if wanted not in (None, platform()):
+        raise ValueError(f"attention is '{implementation}', which a {platform()} has not; use 'auto'.")
 
 
 def _refusal(
@@ -164,8 +158,8 @@ def _refusal(
     """Why this kernel cannot do it; None: it can."""
     if implementation not in KERNELS:
         return f"there is {', '.join(IMPLEMENTATIONS)}"
-    if KERNELS[implementation] not in (None, _platform()):
-        return f"this is a {_platform()}"
+    if KERNELS[implementation] not in (None, platform()):
+        return f"this is a {platform()}"
     if implementation == "cudnn":
         width = query.shape[-1]
         if query.dtype not in (jnp.bfloat16, jnp.float16):
@@ -186,7 +180,7 @@ def _refusal(
 
 def _best(query: jax.Array, key: jax.Array, mask: jax.Array | None, bias: jax.Array | None) -> tuple[str, str | None]:
     """The kernel to take, and what there is to say about that."""
-    wanted = {"gpu": "cudnn", "tpu": "splash"}.get(_platform(), "xla")
+    wanted = {"gpu": "cudnn", "tpu": "splash"}.get(platform(), "xla")
     reason = _refusal(wanted, query, key, mask, bias)
     if wanted == "splash" and not reason and key.shape[1] < SPLASH_KEYS:
         reason = f"there are fewer than {SPLASH_KEYS} keys"

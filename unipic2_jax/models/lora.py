@@ -15,12 +15,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
+from jax.ad_checkpoint import checkpoint_name
 
 from unipic2_jax.parallel.rules import split_over
 
 
 class LoRADense(nn.Module):
-    """x [..., I] -> [..., features]; adds its own low-rank update when the collection 'lora' holds one for it."""
+    """x [..., I] -> [..., features]; adds its own low-rank update when the collection 'lora' holds one for it.
+
+    For remat policies the result is called 'dense', and what is between the two matrices of the update 'low_rank'.
+    """
 
     features: int
     use_bias: bool = True
@@ -41,8 +45,8 @@ class LoRADense(nn.Module):
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         if self.has_variable("lora", "a"):
             a, b = (self.get_variable("lora", name).astype(self.dtype) for name in ("a", "b"))
-            y = y + (x @ a) @ b
-        return y.reshape(*lead, self.features)
+            y = y + checkpoint_name(x @ a, "low_rank") @ b
+        return checkpoint_name(y, "dense").reshape(*lead, self.features)
 
 
 def scaled(lora: Mapping[str, Any], scale: float | jax.Array) -> dict[str, Any]:

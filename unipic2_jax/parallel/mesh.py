@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unipic2_jax.parallel.compat import auto_axes, mesh_utils
+from unipic2_jax.parallel.compat import auto_axes, current_mesh, mesh_utils
 from unipic2_jax.parallel.rules import RULES, devices_along
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -140,3 +140,9 @@ def shard_batch(batch: Any, mesh: Mesh, *, local: bool = False) -> Any:
         return jax.device_put(x, batch_sharding(mesh))
 
     return jax.tree.map(place, batch)
+
+
+def platform() -> str:
+    """What programs traced here will run on: 'cpu', 'gpu' or 'tpu'; of a mesh in use its devices', which need not be there."""
+    device = current_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

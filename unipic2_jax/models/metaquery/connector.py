@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from unipic2_jax.models.config import ModelConfig
-from unipic2_jax.models.remat import rematerialised
+from unipic2_jax.models.remat import stacked
 from unipic2_jax.models.sd3.clip import ACTIVATIONS, CLIPMLP, CLIPAttention
 from unipic2_jax.parallel.rules import constrain
 
@@ -98,13 +98,7 @@ class MetaQuery(nn.Module):
             "meta_queries", nn.initializers.normal(c.llm_hidden_size**-0.5), shape, self.param_dtype
         )
         self.projector_1 = nn.Dense(c.connector_config.hidden_size, **kinds)
-        layers = nn.scan(
-            rematerialised(ConnectorLayer, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=c.connector_config.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        layers = stacked(ConnectorLayer, self.remat, c.connector_config.num_hidden_layers)
         self.layers = layers(c.connector_config, **kinds)
         start = {"kernel_init": nn.initializers.zeros} if self.zero_projectors else {}
         self.projector_2 = nn.Dense(c.pooled_projection_dim, **kinds, **start)

@@ -30,7 +30,7 @@ from unipic2_jax.models.qwen.vision import (
     VisionTower,
     rotate,
 )
-from unipic2_jax.models.remat import rematerialised
+from unipic2_jax.models.remat import stacked
 from unipic2_jax.parallel.rules import constrain
 
 # Keys and values of the places seen so far: {'key': [L, B, T, KV, D], 'value': the same}.
@@ -293,14 +293,8 @@ class Qwen2_5_VL(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.visual = VisionTower(c.vision_config, **kinds, remat=self.remat)
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, **kinds)
-        layers = nn.scan(
-            rematerialised(QwenLayer, self.remat),
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)
+        layers = stacked(QwenLayer, self.remat, c.num_hidden_layers, in_axes=in_axes)
         self.layers = layers(c, **kinds, keep=bool(self.states))
         self.norm = nn.RMSNorm(epsilon=c.rms_norm_eps, **kinds)
         if not c.tie_word_embeddings:

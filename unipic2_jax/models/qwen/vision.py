@@ -21,7 +21,7 @@ from flax import linen as nn
 from unipic2_jax.models.attention import attention
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.lora import LoRADense
-from unipic2_jax.models.remat import rematerialised
+from unipic2_jax.models.remat import stacked
 from unipic2_jax.parallel.rules import constrain
 
 EPS = 1e-6
@@ -321,14 +321,7 @@ class VisionTower(nn.Module):
         frequencies = ROPE_THETA ** -(np.arange(count, dtype=np.float32) / count)
         angle = rearrange(vision.places[..., None] * frequencies, "b w s two f -> b w s 1 (two f)")
         full = np.isin(np.arange(c.depth), c.fullatt_block_indexes)
-        blocks = nn.scan(
-            rematerialised(VisionBlock, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=c.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        blocks = stacked(VisionBlock, self.remat, c.depth, in_axes=(0, nn.broadcast, nn.broadcast))
         x, _ = blocks(c, **kinds, name="blocks")(x, full, angle, vision.frames)
         x = nn.RMSNorm(epsilon=EPS, **kinds, name="merger_norm")(x)
         x = rearrange(x, "b w (m k) d -> b (w m) (k d)", k=c.merged)

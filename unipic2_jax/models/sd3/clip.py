@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from unipic2_jax.models.attention import attention
 from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.models.remat import stacked
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -161,13 +162,7 @@ class CLIPTextModelWithProjection(nn.Module):
         )
         x = embed(c.vocab_size, name="token_embedding")(input_ids)
         x = x + embed(c.max_position_embeddings, name="position_embedding")(jnp.arange(length))[None]
-        layers = nn.scan(
-            CLIPLayer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=c.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        layers = stacked(CLIPLayer, "none", c.num_hidden_layers)
         (last, penultimate), _ = layers(c, **kinds, name="layers")((x, x))
         last = nn.LayerNorm(epsilon=c.layer_norm_eps, **kinds, name="final_layer_norm")(last)
         pooled = jnp.take_along_axis(last, end_of_text_index(input_ids, c.eos_token_id)[:, None, None], axis=1)[:, 0]

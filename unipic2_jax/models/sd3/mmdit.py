@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from unipic2_jax.models.attention import filler
 from unipic2_jax.models.config import ModelConfig
-from unipic2_jax.models.remat import rematerialised
+from unipic2_jax.models.remat import stacked
 from unipic2_jax.models.sd3.layers import Block, Compute, Modulation, TwoLayer, dense, layer_norm, modulate
 
 TIME_CHANNELS = 256
@@ -180,7 +180,7 @@ class MMDiT(nn.Module):
       dtype, param_dtype: of computation and of stored parameters. Norms and softmax are float32 always.
       remat: what of a block is kept for the backward pass, see `models.remat`.
       attention_implementation: see `models.attention`.
-      scan_unroll: blocks per iteration of the compiled loop.
+      scan_unroll: blocks in a turn of the compiled loop, see `models.remat.stacked`.
     """
 
     config: MMDiTConfig
@@ -188,7 +188,7 @@ class MMDiT(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str = "full"
     attention_implementation: str = "auto"
-    scan_unroll: int = 1
+    scan_unroll: int = 0
 
     @nn.compact
     def __call__(
@@ -247,16 +247,8 @@ class MMDiT(nn.Module):
                     streams, emb, mask
                 )
                 continue
-            stacked = nn.scan(
-                rematerialised(Block, self.remat),
-                variable_axes={"params": 0, "lora": 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,
-                length=len(layers),
-                unroll=min(self.scan_unroll, len(layers)),
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            streams, _ = stacked(heads, qk_norm, compute, dual, padding=padding, name=name)(streams, emb, mask)
+            blocks = stacked(Block, self.remat, len(layers), unroll=self.scan_unroll, in_axes=nn.broadcast)
+            streams, _ = blocks(heads, qk_norm, compute, dual, padding=padding, name=name)(streams, emb, mask)
 
         scale, shift = Modulation(2, compute, name="norm_out")(emb)
         channels = config.patch_size**2 * config.velocity_channels

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from unipic2_jax.models.attention import attention
 from unipic2_jax.models.config import ModelConfig
+from unipic2_jax.models.remat import stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +154,6 @@ class T5Encoder(nn.Module):
         )
         bias = table(buckets).transpose(2, 0, 1)[None]
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        layers = nn.scan(
-            T5Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        layers = stacked(T5Layer, "none", c.num_layers, in_axes=(nn.broadcast, nn.broadcast))
         x, _ = layers(c, **kinds, name="layers")(x, bias, mask)
         return nn.RMSNorm(epsilon=c.layer_norm_epsilon, **kinds, name="final_layer_norm")(x)
