@@ -42,6 +42,13 @@ _SEARCH = flags.DEFINE_bool(
     False,
     "The splits and the parts of a batch that fit, by arithmetic and fastest first, instead of one plan.",
 )
+_MOVERS = flags.DEFINE_integer("movers", 0, "So many of the largest movers of memory of every compiled program.")
+_EFFORT = flags.DEFINE_enum(
+    "effort",
+    "quick",
+    ["quick", "run"],
+    "How hard the compiler for TPUs tries: 'run' as in a run, in four times the time, which decides what moves memory.",
+)
 _COUNT = flags.DEFINE_bool("count", False, "By arithmetic also where there is a compiler.")
 _MARKDOWN = flags.DEFINE_bool("markdown", False, "For a document: the command comes before its table.")
 flags.mark_flags_as_required(["topology"])
@@ -59,7 +66,7 @@ def main(argv: list[str]) -> None:
     from unipic2_jax.perf import compiler, plan, plan_report, split, topology
     from unipic2_jax.training import config as config_lib
 
-    cache = compiler.Cache(compiler.default_cache() if _CACHE.value is None else _CACHE.value)
+    cache = compiler.Cache(compiler.default_cache() if _CACHE.value is None else _CACHE.value, _EFFORT.value)
     log = lambda sentence: print(sentence, file=sys.stderr, flush=True)
     try:
         given = config_lib.validate(CONFIG.value)
@@ -82,6 +89,8 @@ def main(argv: list[str]) -> None:
             if _MARKDOWN.value:
                 print(f"    {_command(machine.name)}\n")
             print(plan_report.table(made.costs, machine))
+            if _MOVERS.value:
+                print(plan_report.movers(made.costs, _MOVERS.value))
             for sentence in (*plan_report.kernels(made), *plan_report.advice(config, made.costs, machine)):
                 print(f"{sentence}\n")
             if _SMALLEST.value != "off":

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from unipic2_jax.perf import movers
 from unipic2_jax.perf.hlo import Module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,3 +100,93 @@ def test_what_the_compiler_for_tpus_writes():
     found = Module.read(TPU)
     assert found.runs == {"main": 1, "body": 3}
     assert found.collective_bytes() == {"reduce-scatter": 3 * 1536 * 64 * 2}
+
+
+GPU = """HloModule step
+
+%first_rows (whole: f32[8,64,64], turn: s32[], other: f32[64,64]) -> f32[64,64] {
+  %whole = f32[8,64,64]{2,1,0} parameter(0)
+  %turn = s32[] parameter(1)
+  %other = f32[64,64]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %layer = f32[1,64,64]{2,1,0} dynamic-slice(%whole, %turn, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  %flat = f32[64,64]{1,0} bitcast(%layer)
+  ROOT %sum = f32[64,64]{1,0} add(%flat, %other)
+}
+
+%half (joined: f32[64,128]) -> f32[64,64] {
+  %joined = f32[64,128]{1,0} parameter(0)
+  %same = f32[64,128]{1,0} bitcast(%joined)
+  ROOT %left = f32[64,64]{1,0} slice(%same), slice={[0:64], [0:64]}
+}
+
+%product (a: f32[64,128], b: f32[64,64]) -> f32[64,64] {
+  %a = f32[64,128]{1,0} parameter(0)
+  %b = f32[64,64]{1,0} parameter(1)
+  %inner = f32[64,64]{1,0} fusion(%a), kind=kLoop, calls=%half
+  ROOT %dot = f32[64,64]{1,0} dot(%inner, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%put (stack: f32[8,64,64], row: f32[64,64], at: s32[]) -> f32[8,64,64] {
+  %stack = f32[8,64,64]{2,1,0} parameter(0)
+  %row = f32[64,64]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %one = f32[1,64,64]{2,1,0} bitcast(%row)
+  %null = s32[] constant(0)
+  ROOT %put.1 = f32[8,64,64]{2,1,0} dynamic-update-slice(%stack, %one, %at, %null, %null)
+}
+
+ENTRY %main (x: f32[8,64,64], i: s32[], y: f32[64,64], z: f32[64,128]) -> f32[8,64,64] {
+  %x = f32[8,64,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %y = f32[64,64]{1,0} parameter(2)
+  %z = f32[64,128]{1,0} parameter(3)
+  %gated = f32[64,64]{1,0} fusion(%x, %i, %y), kind=kLoop, calls=%first_rows, metadata={op_name="jit(run)/while/body/jvp(MMDiT)/checkpoint/blocks/ff/mul"}
+  %made = f32[64,64]{1,0} fusion(%z, %gated), kind=kCustom, calls=%product, metadata={op_name="jit(run)/transpose(jvp(MMDiT))/rematted_computation/blocks/ff/dot_general"}
+  %called = (f32[64,64]{1,0}, s8[4194304]{0}) custom-call(%made, %y), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(run)/transpose(jvp(MMDiT))/blocks/ff/dot_general"}, backend_config={"gemm_backend_config":{}}
+  %gotten = f32[64,64]{1,0} get-tuple-element(%called), index=0
+  ROOT %kept = f32[8,64,64]{2,1,0} fusion(%x, %gotten, %i), kind=kLoop, calls=%put, metadata={op_name="jit(run)/while/body/jvp(MMDiT)/dynamic_update_slice"}
+}
+"""
+
+
+def test_what_the_compiler_for_gpus_writes():
+    """Slices inside of fusions, also of fusions in them, updates in place, and a library's room to work in count for what they are."""
+    found = Module.read(GPU)
+    lines, layer = found.computations["main"], 64 * 64 * 4
+    moved = {name: found.moved(lines, lines[name]) for name in ("gated", "made", "called", "kept")}
+    assert moved == {"gated": 3 * layer + 4, "made": 3 * layer, "called": 3 * layer, "kept": 2 * layer + 4}
+
+
+def test_movers_are_all_of_what_is_moved_by_kind_and_pass():
+    found = Module.read(GPU)
+    listed = movers.movers(found)
+    assert sum(mover.moved for mover in listed) == found.moved_bytes()
+    assert {mover[:3] for mover in listed} == {
+        ("element-wise", "forward", "MMDiT/blocks/ff/mul"),
+        ("products", "recomputed", "MMDiT/blocks/ff/dot_general"),
+        ("products", "backward", "MMDiT/blocks/ff/dot_general"),
+        ("layers of a stack", "forward", "MMDiT/dynamic_update_slice"),
+    }
+    written = movers.table(listed, 1)
+    whole = found.moved_bytes()
+    (products,) = [moved for (kind,), moved in movers.by(listed, "kind") if kind == "products"]
+    assert f"| products | {products / 1e12:.3f} | {products / whole:.1%} |" in written
+    assert written.count("| blocks") == 0 and written.count("MMDiT/blocks/ff") == 1
+
+
+def test_movers_of_a_program_of_this_machine():
+    """A scan with a gradient: its products are found in both passes, and every byte has a place."""
+
+    def loss(weights, x):
+        return jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, weights)[0].sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(jnp.ones((3, 64, 64)), jnp.ones((32, 64))).compile()
+    found = Module.read(compiled.as_text())
+    listed = movers.movers(found)
+    assert sum(mover.moved for mover in listed) == found.moved_bytes()
+    assert {mover.kind for mover in listed} <= set(movers.KINDS) and {mover.phase for mover in listed} <= set(
+        movers.PASSES
+    )
+    passes = {mover.phase for mover in listed if mover.kind == "products"}
+    assert passes == set(movers.PASSES)

@@ -21,10 +21,15 @@ from unipic2_jax.core.files import write_text
 from unipic2_jax.parallel.compat import core
 from unipic2_jax.perf.counting import inner_jaxprs
 from unipic2_jax.perf.hlo import Module
+from unipic2_jax.perf.movers import movers
 from unipic2_jax.perf.topology import Topology
 
-# Of TPU programs: a quarter of the compiler's time, and about the same memory: what it leaves out are searches for faster code.
-EFFORT = {"jax_optimization_level": "O0"}
+# How hard the compiler for TPUs tries, by name. 'quick' takes a quarter of its time and about the same memory: what it leaves out are
+# searches for faster code, so that more bytes are moved than in a run.
+EFFORTS: dict[str, dict[str, Any]] = {"quick": {"jax_optimization_level": "O0"}, "run": {}}
+
+# Products by cuBLAS, as in a run. Without a GPU nothing can be timed, and tiles of Triton's that were not chosen say little of it.
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 # How the compiler says that a program is too large, in units of GiB or MiB.
@@ -34,10 +39,6 @@ _TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)(
 _ADDRESS = re.compile(r'backend_config = "\d+"')
 
 
-# How XLA says that its default tiles of a product cannot be had. On a GPU it measures several, and cuBLAS beside them.
-_TILES = "find output tile sizes"
-
-
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -45,19 +46,20 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 COMPILERS = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
 
 
-CACHE_FORMAT = 6  # of what is kept between plans
+CACHE_FORMAT = 7  # of what is kept between plans
 
 
 class Cache:
-    """What compiled programs were found to take, in small files; without a folder nothing is kept."""
+    """What compiled programs were found to take, in small files; without a folder nothing is kept. `effort` is one of EFFORTS."""
 
-    def __init__(self, folder: str | os.PathLike | None):
-        self.folder = Path(folder) if folder else None
+    def __init__(self, folder: str | os.PathLike | None, effort: str = "quick"):
+        self.folder, self.effort = Path(folder) if folder else None, effort
 
     def key(self, text: str, topology: Topology) -> str:
         """The key of a lowered program and everything else that decides how it is compiled."""
         libraries = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", *COMPILERS)]
-        parts = [str(CACHE_FORMAT), str(topology), json.dumps(EFFORT), *libraries, text]
+        options = GPU_OPTIONS if not topology.is_tpu else EFFORTS[self.effort]
+        parts = [str(CACHE_FORMAT), str(topology), json.dumps(options), *libraries, text]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def read(self, key: str) -> dict[str, Any] | None:
@@ -103,7 +105,7 @@ def compile_program(
     traced: jax.stages.Traced, mesh: Mesh, topology: Topology, cache: Cache, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """What the compiler says of a program: bytes of its 'arguments', 'results', 'temporary', 'moved', 'collectives' and 'ports',
-    and its 'kernels'.
+    its 'movers' (`perf.movers`) and its 'kernels'.
 
     'moved' and 'collectives' are None where it is too large to be compiled; 'temporary' is then what it would have needed.
 
@@ -120,8 +122,8 @@ def compile_program(
         return said
     started = time.perf_counter()
     try:
-        with _settings(EFFORT if topology.is_tpu else {}):
-            compiled = _compiled(lowered, log)
+        with _settings(EFFORTS[cache.effort] if topology.is_tpu else {}):
+            compiled = lowered.compile(compiler_options=None if topology.is_tpu else GPU_OPTIONS)
     except jax.errors.JaxRuntimeError as error:
         if not (too_large := _TOO_LARGE.search(str(error))):
             raise
@@ -134,6 +136,7 @@ def compile_program(
             "collectives": None,
             "ports": 0.0,
             "kernels": {},
+            "movers": [],
         }
     else:
         memory, module = compiled.memory_analysis(), _module(compiled)
@@ -147,6 +150,7 @@ def compile_program(
             "collectives": module.collective_bytes(nodes),
             "ports": module.port_bytes(nodes),
             "kernels": module.kernels(),
+            "movers": movers(module),
         }
     seconds = time.perf_counter() - started
     log(f"compiled in {seconds:.0f} s" + (", too large" if said["moved"] is None else ""))
@@ -160,16 +164,6 @@ def _attention_calls(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
             yield eqn
         for inner in inner_jaxprs(eqn.params.values()):
             yield from _attention_calls(inner)
-
-
-def _compiled(lowered: jax.stages.Lowered, log: Callable[[str], None]) -> jax.stages.Compiled:
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if _TILES not in str(error):
-            raise
-    log("products by cuBLAS: Triton's first choice of tiles does not fit one of them, and a GPU would try others")
-    return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def _module(compiled: jax.stages.Compiled) -> Module:

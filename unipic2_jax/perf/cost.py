@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from unipic2_jax.perf.hlo import BETWEEN_NODES
+from unipic2_jax.perf.movers import Mover
 from unipic2_jax.perf.topology import NETWORK, Topology
 
 
@@ -25,6 +26,7 @@ class Cost:
         program is too large.
       ports: of `collectives`, through a chip's own port to the network between nodes.
       kernels: of libraries, in the compiled program, and in how many places.
+      movers: of `moved`, where it was compiled.
       calibrated: the class of `CALIBRATION` that counted activations are multiplied for; empty: they are compiled ones.
     """
 
@@ -43,6 +45,7 @@ class Cost:
     collectives: Mapping[str, float] | None
     ports: float = 0.0
     kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    movers: Sequence[Mover] = ()
     calibrated: str = ""
 
     @property

@@ -20,9 +20,13 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
     *("iota", "partition-id", "replica-id", "opt-barrier"),
 }
+# What reads a part of its first operand.
+SLICES = ("slice", "dynamic-slice", "gather")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
+# What a kernel of a library returns beside its results: room that it was given to work in.
+_WORKSPACE = re.compile(r", [su]8\[\d+\](?:\{[^}]*\})?(?=\))")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 # The devices of a collective: listed, or the rows of an array of all of them, transposed or not.
@@ -92,7 +96,8 @@ class Module:
                 # Of a parameter the parentheses hold its number, of a constant its value.
                 named = match[3] not in ("parameter", "constant")
                 names = tuple(_NAME.findall(operands)) if named else (operands,)
-                computation[match[1]] = Instruction(match[1], match[3], _sizes(match[2]), names, rest)
+                shape = _WORKSPACE.sub("", match[2]) if match[3] == "custom-call" else match[2]
+                computation[match[1]] = Instruction(match[1], match[3], _sizes(shape), names, rest)
         if entry is None:
             raise ValueError("The text of the compiled program has no entry.")
         return cls(computations, entry)
@@ -130,7 +135,8 @@ class Module:
         }
         return limits.pop() if len(limits) == 1 else 1
 
-    def _running(self) -> Iterator[tuple[Mapping[str, Instruction], Instruction, int]]:
+    def running(self) -> Iterator[tuple[Mapping[str, Instruction], Instruction, int]]:
+        """Every instruction outside of fusions, with its computation and how often that runs."""
         for name, times in self.runs.items():
             for instruction in self.computations[name].values():
                 yield self.computations[name], instruction, times
@@ -138,7 +144,7 @@ class Module:
     def kernels(self) -> dict[str, int]:
         """Names of the kernels of libraries that the program calls, and in how many places it does."""
         counts: dict[str, int] = {}
-        for _, instruction, _ in self._running():
+        for _, instruction, _ in self.running():
             if target := instruction.op == "custom-call" and _TARGET.search(instruction.rest):
                 counts[target[1]] = counts.get(target[1], 0) + 1
         return counts
@@ -166,7 +172,7 @@ class Module:
 
     def _collectives(self) -> Iterator[tuple[str, int, Instruction]]:
         """Kind, bytes that a device receives in all of the program's turns, and the instruction."""
-        for computation, instruction, times in self._running():
+        for computation, instruction, times in self.running():
             inside = {}
             if instruction.op == "fusion":
                 inside = self.computations[instruction.called("calls")[0]]
@@ -187,32 +193,49 @@ class Module:
 
         Of an array that is sliced or updated in place the slice counts alone.
         """
-        return sum(times * self._moved(computation, instruction) for computation, instruction, times in self._running())
+        return sum(times * self.moved(computation, instruction) for computation, instruction, times in self.running())
 
-    def _moved(self, computation: Mapping[str, Instruction], instruction: Instruction) -> int:
+    def moved(self, computation: Mapping[str, Instruction], instruction: Instruction) -> int:
+        """Bytes of one instruction in one of its turns, see `moved_bytes`."""
         if instruction.op in FREE or instruction.op.endswith("-done"):
             return 0
         sizes = [computation[name].size if name in computation else 0 for name in instruction.operands]
-        if instruction.op == "dynamic-slice":
+        if instruction.op in SLICES:
             return 2 * instruction.size
         if instruction.op == "dynamic-update-slice":
             return 2 * sizes[1]
         if instruction.op != "fusion":
             return instruction.size + sum(sizes)
         inside = self.computations[instruction.called("calls")[0]]
-        read = {}
-        for line in inside.values():
-            if line.op == "parameter":
-                read[line.name] = sizes[int(line.operands[0])]
         written = instruction.size
-        for name in read:
-            users = [line for line in inside.values() if name in line.operands]
-            if users and all(line.op == "dynamic-slice" and line.operands[0] == name for line in users):
-                read[name] = sum(line.size for line in users)
-            elif users and all(line.op == "dynamic-update-slice" and line.operands[0] == name for line in users):
-                read[name] = 0
-                written += sum(inside[line.operands[1]].size - line.size for line in users)
-        return max(written, 0) + sum(read.values())
+        for update in inside.values():
+            # An array that is updated in place comes in and goes out, and all but the update stays where it is.
+            if update.op == "dynamic-update-slice" and self._is_parameter(inside, update.operands[0]):
+                written += inside[update.operands[1]].size - update.size
+        return max(written, 0) + sum(self._read(inside, number, size) for number, size in enumerate(sizes))
+
+    def _is_parameter(self, inside: Mapping[str, Instruction], name: str) -> bool:
+        while inside[name].op == "bitcast":
+            name = inside[name].operands[0]
+        return inside[name].op == "parameter"
+
+    def _read(self, inside: Mapping[str, Instruction], number: int, size: int) -> int:
+        """Bytes that a fusion reads of the argument of this number, which has `size`: of one that it only slices, the slices."""
+        names = [line.name for line in inside.values() if line.op == "parameter" and int(line.operands[0]) == number]
+        read = 0
+        while names:
+            name = names.pop()
+            for line in inside.values():
+                for place in (place for place, operand in enumerate(line.operands) if operand == name):
+                    if line.op == "bitcast":
+                        names.append(line.name)
+                    elif line.op in SLICES and place == 0:
+                        read += line.size
+                    elif line.op == "fusion":
+                        read += self._read(self.computations[line.called("calls")[0]], place, size)
+                    elif line.op != "dynamic-update-slice" or place != 0:
+                        return size
+        return min(read, size)
 
 
 def _crossing(collective: Instruction, nodes: Sequence[int]) -> int:

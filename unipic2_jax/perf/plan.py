@@ -26,6 +26,7 @@ from unipic2_jax.perf.counting import is_single, jaxpr_flops
 from unipic2_jax.perf.described import Planned, held, local, stages
 from unipic2_jax.perf.hlo import BETWEEN_NODES
 from unipic2_jax.perf.liveness import measure
+from unipic2_jax.perf.movers import Mover
 from unipic2_jax.perf.topology import Topology, has_compiler
 from unipic2_jax.training.stage import Program
 
@@ -69,6 +70,7 @@ def compiled_cost(
         **_flops(traced, topology.count),
         model_flops=program.model_flops / topology.count,
         **{field: said[field] for field in ("moved", "collectives", "ports", "kernels")},
+        movers=[Mover(*mover) for mover in said["movers"]],
     )
 
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.parallel.mesh import batch_shards
+from unipic2_jax.perf import movers as moving
 from unipic2_jax.perf.compiler import Cache
 from unipic2_jax.perf.cost import Cost
 from unipic2_jax.perf.described import Planned, local_bytes
@@ -51,6 +52,14 @@ def table(costs: Costs, topology: Topology) -> str:
             f"| {stage} | **a step, on the average** |{' |' * 8} {whole:.3f} | {model / chip.flops / whole:.0%} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def movers(costs: Costs, count: int) -> str:
+    """Of every compiled program the bytes of memory that it moves, by kind and by pass, and its `count` largest movers; Markdown."""
+    parts = []
+    for stage, rows in costs.items():
+        parts += [f"**{stage}: {cost.name}**\n\n{moving.table(cost.movers, count)}" for cost in rows if cost.movers]
+    return "\n".join(parts)
 
 
 SUMMARY = "| recipe | machine | split | fits | peak, of memory | seconds a step | MFU bound | bound by |\n|---|---|---|---|---:|---|---|---|"
