@@ -29,7 +29,6 @@ def full_stage(trainable: str, iterations: int, lr: float, tasks: tuple[str, ...
     of tasks before an update; here an update has as many examples, of one task."""
     turn = len(tasks)
     stage = pretraining.full_stage(trainable, iterations // turn, 256 * turn, lr, tasks, ((0.0, 512),), ema_decay=0.0)
-    stage["accumulation"] = turn
     stage["timesteps"] = {"kind": "uniform", "shift": None}
     stage["optimizer"] |= {"betas": (0.9, 0.95), "weight_decay": 0.05}
     return stage

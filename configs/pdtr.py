@@ -107,7 +107,10 @@ def full_stage(task: str, rewards: dict) -> dict:
         "num_prompts": 16,
         "audit_every": 50,
         "negative_prompt": None,  # the model's own: for edits the published quality string
-        "grpo": {"micro_batch": 32, **OPEN},
+        # The plan chooses how an update is computed: what the backward pass finds of the forward pass, and in how many parts.
+        "remat": "auto",
+        "batch_branches": True,
+        "grpo": {"micro_batch": 0, **OPEN},
     }
 
 

@@ -23,6 +23,8 @@ CHOICES = {
     "ema_decay": 0.999,
 }
 FULL = {
+    "remat": "auto",
+    "accumulation": 0,
     "save_every": 1000,
     "eval_every": 10000,
     "log_every": 10,

@@ -76,8 +76,8 @@ def main(argv: list[str]) -> None:
                 print("\n".join(split.table(split.searched(given, machine, log), machine)), end="\n\n")
                 continue
             config = given
-            if given.parallel.preset == config_lib.AUTO:
-                config = split.chosen(given, split.priced(given, machine, log), log)
+            if given.parallel.preset == config_lib.AUTO or config_lib.left_to_plan(given):
+                config = split.settled(given, machine, log)
             made = plan.plan(config, machine, all_shapes=_ALL_SHAPES.value, cache=cache, log=log, count=_COUNT.value)
             compiled = topology.has_compiler(machine) and not _COUNT.value
             print(f"**{machine}**, {machine.count} chips, {split.described(config)}", end="")

@@ -23,7 +23,7 @@ from unipic2_jax.perf import described, plan, plan_report
 from unipic2_jax.perf.counting import jaxpr_flops
 from unipic2_jax.perf.liveness import measure
 from unipic2_jax.perf.topology import SLICES, has_compiler, read_topology
-from unipic2_jax.training.config import validate
+from unipic2_jax.training.config import unplanned, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 GPUS = read_topology("gpu:8xh200")
@@ -207,7 +207,8 @@ def test_the_table(counted):
 
 
 def test_advice():
-    config = recipe("kontext", **{"parallel.preset": "ddp"})
+    whole = {"stages.kontext.remat": "full", "stages.kontext.accumulation": 1}
+    config = recipe("kontext", **{"parallel.preset": "ddp"}, **whole)
     say = lambda config, on=GPUS, **fields: plan_report.advice(config, {"kontext": [cost(**fields)]}, on)
     assert say(config, activations=100e9) == []
     (sentence,) = say(config, activations=200e9)
@@ -220,9 +221,10 @@ def test_advice():
     assert "accumulation" not in sentence and "fsdp_sp" in sentence
     (sentence,) = say(config, parameters=200e9)
     assert "preset=fsdp." in sentence
-    (sentence,) = say(recipe("kontext", **{"parallel.preset": "fsdp"}), parameters=200e9)
+    (sentence,) = say(recipe("kontext", **{"parallel.preset": "fsdp"}, **whole), parameters=200e9)
     assert "larger slice" in sentence
-    reinforced = recipe("pdtr", **{"parallel.preset": "fsdp"})
+    parts = {"stages.edit.remat": "full", "stages.edit.grpo.micro_batch": 32}
+    reinforced = recipe("pdtr", **{"parallel.preset": "fsdp"}, **parts)
     for name, remedy in {"update": "micro_batch=16", "rollout": "num_prompts=8"}.items():
         costs = {"edit": [cost(stage="edit", name=name, activations=200e9)]}
         (sentence,) = plan_report.advice(reinforced, costs, GPUS)
@@ -310,9 +312,9 @@ def test_the_command_of_the_readme_is_one():
 def test_the_full_recipe_can_be_planned_for_more_chips_than_a_micro_batch_has_samples():
     """`launch.plan --config=configs/pdtr.py --topology=v5p:4x4x4`, up to the compiler."""
     said = []
-    made = plan.plan(
-        recipe("pdtr", **{"parallel.preset": "fsdp"}), read_topology("v5p:4x4x4"), log=said.append, **NOTHING
-    )
+    small = {f"stages.{name}.grpo.micro_batch": 32 for name in ("edit", "t2i")}
+    config = unplanned(recipe("pdtr", **{"parallel.preset": "fsdp"}, **small))
+    made = plan.plan(config, read_topology("v5p:4x4x4"), log=said.append, **NOTHING)
     assert [stage.name for stage in made.stages] == ["edit", "t2i"]
     assert said == [f"{name}: micro_batch is 64 instead of 32, a sample for each device." for name in ("edit", "t2i")]
 

@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from unipic2_jax.core.errors import ConfigError
-from unipic2_jax.parallel.mesh import AXES
+from unipic2_jax.parallel.mesh import AXES, make_mesh
 from unipic2_jax.perf import plan, plan_check, plan_report, split
 from unipic2_jax.perf.hlo import Module
 from unipic2_jax.perf.topology import GPUS, NETWORK, NODE, TARGETS, has_compiler, of_devices, read_topology
 from unipic2_jax.training import setup
 from unipic2_jax.training.config import validate
+from unipic2_jax.training.stage import stage_class
 
 ONE, TWO = read_topology("gpu:8xh100"), read_topology("gpu:16xh100")
 
@@ -51,10 +52,10 @@ def test_splits_of_two_nodes(found):
 
 
 def test_what_is_fast_enough_stays_inside_of_a_node(found):
-    config, splits = found
+    _, splits = found
     said = []
-    chosen = split.chosen(config, splits, said.append)
-    assert chosen.parallel.fsdp <= NODE and (chosen.parallel.preset, chosen.parallel.gather) == ("fsdp", "update")
+    chosen = split.chosen(splits, said.append).parallel
+    assert chosen.fsdp <= NODE and (chosen.preset, chosen.gather) == ("fsdp", "update")
     (sentence,) = said
     assert sentence.startswith("parallel.preset=auto: ") and "rather than" in sentence
     near = [s for s in splits if s.seconds <= 1.01 * min(other.seconds for other in splits)]
@@ -62,7 +63,7 @@ def test_what_is_fast_enough_stays_inside_of_a_node(found):
 
 
 def test_memory_decides_first(found, monkeypatch):
-    config, splits = found
+    _, splits = found
     smallest = min(s.peak for s in splits)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", str(1.001 * smallest / TWO.chip.memory))
     again = split._ordered([dataclasses.replace(s, memory=TWO.memory) for s in splits])
@@ -71,7 +72,7 @@ def test_memory_decides_first(found, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", str(0.5 * smallest / TWO.chip.memory))
     none = [dataclasses.replace(s, memory=TWO.memory) for s in splits]
     with pytest.raises(ConfigError, match=r"No split of this recipe fits .* GB a chip, the smallest needs"):
-        split.chosen(config, split._ordered(none), print)
+        split.chosen(split._ordered(none), print)
 
 
 def test_parts_of_a_batch_are_searched():
@@ -88,18 +89,48 @@ def test_parts_of_a_batch_are_searched():
     assert moved[1] < moved[2]
 
 
+def test_the_plan_chooses_how_a_batch_is_computed(monkeypatch):
+    """As much at once, and as much kept, as the memory allows; fields that a recipe sets stay, and so does every number of a batch."""
+    auto = {"stages.kontext.remat": "auto", "stages.kontext.batch_size": 64}
+    make = lambda **fields: recipe("kontext", "tiny", schedule=("kontext",), **{**auto, **fields})
+
+    def peak(remat, parts):
+        config = make(
+            **{"stages.kontext.remat": remat, "stages.kontext.accumulation": parts, "parallel.preset": "fsdp"}
+        )
+        return max(cost.peak for cost in plan.counted(config, ONE, [config.parallel])[0].costs["kontext"])
+
+    said = []
+    for best in (("dots", 1), ("dots", 4)):
+        room = 1.01 * peak(*best) / split.ROOM
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", str(room / ONE.chip.memory))
+        config = make(**{"stages.kontext.accumulation": 0, "parallel.preset": "fsdp"})
+        stage = split.settled(config, ONE, said.append).stages.kontext
+        assert (stage.remat, stage.accumulation, stage.batch_size) == (*best, 64)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", str(0.5 * peak("full", 8) / ONE.chip.memory))
+    assert split.settled(config, ONE, said.append).stages.kontext.remat == "full" and "not even one sample" in said[-1]
+    assert any("kontext: remat is 'dots', 8 samples a chip at once" in sentence for sentence in said)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    given = make(**{"stages.kontext.accumulation": 2})
+    assert split.settled(given, ONE, print).stages.kontext.accumulation == 2
+    lost = recipe("kontext", "tiny", schedule=("kontext",), **{"stages.kontext.accumulation": 0})
+    with pytest.raises(ConfigError, match="accumulation is 0, which leaves it to the plan"):
+        stage_class("flow").check(lost.stages.kontext, make_mesh(jax.devices()[:1]))
+
+
 def test_auto_on_what_there_is(monkeypatch):
     config = recipe("pdtr")
     assert config.parallel.preset == "auto" and recipe("pdtr", "tiny").parallel.preset == "ddp"
     for name in plan_check.RECIPES:
         assert recipe(name).parallel.preset == "auto"
-    assert setup.shared(config, None).parallel.preset == "ddp"  # CPUs have no data sheet
+    alone = setup.settled(config, None)  # CPUs have no data sheet
+    assert alone.parallel.preset == "ddp" and {stage.remat for stage in alone.stages.values()} == {"full"}
     devices = [mock.Mock(platform="gpu", device_kind="NVIDIA H200", slice_index=0, spec=["slice_index"])] * 8
     assert (of_devices(devices).kind, of_devices(devices).count) == ("h200", 8)
     devices = [mock.Mock(platform="gpu", device_kind="NVIDIA L40S")] * 8
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     with pytest.raises(ConfigError, match="'auto', which nothing was given to choose with"):
-        setup.shared(config, None)
+        setup.settled(config, None)
     with pytest.raises(
         ConfigError, match=r"no data sheet of a NVIDIA L40S, .* choose one: --config.parallel.preset=fsdp"
     ):

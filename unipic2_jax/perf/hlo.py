@@ -20,11 +20,12 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
     *("iota", "partition-id", "replica-id", "opt-barrier"),
 }
+UNPAID = ("AllocateBuffer", "ConcatBitcast")  # "kernels" of TPUs
 # What reads a part of its first operand.
 SLICES = ("slice", "dynamic-slice", "gather")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\bS\([1-4]\)[^}]*\})?")
 # What a kernel of a library returns beside its results: room that it was given to work in.
 _WORKSPACE = re.compile(r", [su]8\[\d+\](?:\{[^}]*\})?(?=\))")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -41,12 +42,14 @@ class Instruction:
 
     Attributes:
       sizes: bytes of each array that it makes, several for a tuple.
+      stored: of these the bytes in memory, 0 for arrays that a TPU keeps on its chip.
       rest: of the line, with its attributes.
     """
 
     name: str
     op: str
     sizes: tuple[int, ...]
+    stored: tuple[int, ...]
     operands: tuple[str, ...]
     rest: str
 
@@ -54,6 +57,12 @@ class Instruction:
     def size(self) -> int:
         """Bytes of all that it makes."""
         return sum(self.sizes)
+
+    @property
+    def called_kernel(self) -> str:
+        """The name of the library's kernel that it calls; empty where it calls none."""
+        target = _TARGET.search(self.rest) if self.op == "custom-call" else None
+        return target[1] if target else ""
 
     def called(self, attribute: str) -> list[str]:
         """Computations that an attribute names."""
@@ -97,7 +106,7 @@ class Module:
                 named = match[3] not in ("parameter", "constant")
                 names = tuple(_NAME.findall(operands)) if named else (operands,)
                 shape = _WORKSPACE.sub("", match[2]) if match[3] == "custom-call" else match[2]
-                computation[match[1]] = Instruction(match[1], match[3], _sizes(shape), names, rest)
+                computation[match[1]] = Instruction(match[1], match[3], *_sizes(shape), names, rest)
         if entry is None:
             raise ValueError("The text of the compiled program has no entry.")
         return cls(computations, entry)
@@ -145,8 +154,8 @@ class Module:
         """Names of the kernels of libraries that the program calls, and in how many places it does."""
         counts: dict[str, int] = {}
         for _, instruction, _ in self.running():
-            if target := instruction.op == "custom-call" and _TARGET.search(instruction.rest):
-                counts[target[1]] = counts.get(target[1], 0) + 1
+            if name := instruction.called_kernel:
+                counts[name] = counts.get(name, 0) + 1
         return counts
 
     def port_bytes(self, nodes: Sequence[int]) -> float:
@@ -197,20 +206,29 @@ class Module:
 
     def moved(self, computation: Mapping[str, Instruction], instruction: Instruction) -> int:
         """Bytes of one instruction in one of its turns, see `moved_bytes`."""
-        if instruction.op in FREE or instruction.op.endswith("-done"):
+        if instruction.op in FREE or instruction.op.endswith("-done") or instruction.called_kernel in UNPAID:
             return 0
-        sizes = [computation[name].size if name in computation else 0 for name in instruction.operands]
+        sizes = [sum(computation[name].stored) if name in computation else 0 for name in instruction.operands]
+        written = sum(instruction.stored)
+        if instruction.op == "copy-start":  # it gives its result, then its operand again
+            return sum(instruction.stored[:2])
+        if instruction.op == "slice-start":  # it gives its operand again, then its result
+            (source, result), size = instruction.stored[:2], instruction.sizes[1]
+            return (size if source else 0) + result
         if instruction.op in SLICES:
-            return 2 * instruction.size
+            return written + min(sizes[0], instruction.size)
         if instruction.op == "dynamic-update-slice":
             return 2 * sizes[1]
         if instruction.op != "fusion":
-            return instruction.size + sum(sizes)
+            return written + sum(sizes)
         inside = self.computations[instruction.called("calls")[0]]
-        written = instruction.size
         for update in inside.values():
             # An array that is updated in place comes in and goes out, and all but the update stays where it is.
-            if update.op == "dynamic-update-slice" and self._is_parameter(inside, update.operands[0]):
+            if (
+                update.op == "dynamic-update-slice"
+                and self._is_parameter(inside, update.operands[0])
+                and any(update.stored)
+            ):
                 written += inside[update.operands[1]].size - update.size
         return max(written, 0) + sum(self._read(inside, number, size) for number, size in enumerate(sizes))
 
@@ -247,8 +265,11 @@ def _crossing(collective: Instruction, nodes: Sequence[int]) -> int:
     return min((min(collections.Counter(nodes[device] for device in group).values()) for group in over), default=0)
 
 
-def _sizes(shape: str) -> tuple[int, ...]:
-    return tuple(_array_bytes(kind, axes) for kind, axes in _ARRAY.findall(shape))
+def _sizes(shape: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes of every array of a shape, and those of them that are in memory."""
+    arrays = _ARRAY.findall(shape)
+    sizes = tuple(_array_bytes(kind, axes) for kind, axes, _ in arrays)
+    return sizes, tuple(0 if on_chip else size for size, (*_, on_chip) in zip(sizes, arrays))
 
 
 def _array_bytes(kind: str, axes: str) -> int:

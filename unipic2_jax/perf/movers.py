@@ -10,11 +10,12 @@ from typing import NamedTuple
 from unipic2_jax.perf.hlo import COLLECTIVES, Instruction, Module
 
 KINDS = ("products", "attention", "layers of a stack", "copies", "sums", "element-wise", "collectives")
+ATTENTION = ("__cudnn$fmha", "tpu_custom_call")  # kernels; splash attention is the one Pallas kernel here
 PASSES = ("forward", "backward", "recomputed")
 # What gives other places to numbers and computes none.
 PLACING = {
     *("copy", "transpose", "reshape", "slice", "concatenate", "pad", "reverse", "broadcast", "gather", "copy-start"),
-    *("dynamic-slice", "dynamic-update-slice"),
+    *("dynamic-slice", "dynamic-update-slice", "slice-start"),
 }
 # Where an element comes from, and its format.
 ADDRESSES = {
@@ -91,10 +92,10 @@ def table(found: Sequence[Mover], count: int) -> str:
 def _kind(module: Module, instruction: Instruction, path: str) -> str:
     if instruction.op.removesuffix("-start") in COLLECTIVES:
         return "collectives"
-    if instruction.op == "custom-call" and re.search("fmha|splash|attention", instruction.rest):
+    if instruction.called_kernel.startswith(ATTENTION):
         return "attention"
     inside = set(_inside(module, instruction)) if instruction.op == "fusion" else {instruction.op}
-    if inside & {"dot", "convolution"} or (instruction.op == "custom-call" and "gemm" in instruction.rest):
+    if inside & {"dot", "convolution"} or instruction.called_kernel.startswith("__cublas"):
         return "products"
     if inside & {"reduce", "reduce-window"}:
         return "sums"

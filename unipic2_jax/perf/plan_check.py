@@ -15,7 +15,7 @@ import jax
 from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.perf import plan, plan_report, split
 from unipic2_jax.perf.topology import GB, has_compiler, read_topology
-from unipic2_jax.training.config import validate
+from unipic2_jax.training.config import unplanned, validate
 
 RECIPES = ("connector", "kontext", "unified", "unipic2", "pdtr")
 GPUS = ("gpu:8xh100", "gpu:8xh200")
@@ -60,9 +60,10 @@ def check(recipe: str, machine: str, cache: str) -> Checked:
     topology = read_topology(machine)
     try:
         config = validate(importlib.import_module(f"configs.{recipe}").get_config())
-        splits = split.priced(config, topology)
-        config = split.chosen(config, splits, log)
+        config = split.settled(config, topology, log)
         made = plan.plan(config, topology, cache=plan.Cache(cache), log=log)
+        counted = plan.counted(config, topology, [config.parallel])[0]
+        others = [s for s in split.priced(config, topology) if str(s) != split.described(config)][:3]
     except (ConfigError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         return Checked(recipe, machine, problems=(f"{recipe} on {machine}: {reason}",))
@@ -71,12 +72,12 @@ def check(recipe: str, machine: str, cache: str) -> Checked:
         f"## {recipe} on {machine}\n\n{topology.count} chips, {split.described(config)}, compiled:\n\n    {command}\n",
         plan_report.table(made.costs, topology),
         *(f"{sentence}\n" for sentence in plan_report.kernels(made)),
-        "The next splits, by arithmetic: " + "; ".join(f"{other} ({other.figures()})" for other in splits[1:4]) + ".\n",
+        "The next splits, by arithmetic: " + "; ".join(f"{other} ({other.figures()})" for other in others) + ".\n",
     ]
     advice = plan_report.advice(config, made.costs, topology)
     ratios = []
     for stage, rows in made.costs.items():
-        for cost, guess in zip(rows, splits[0].plan.costs[stage], strict=True):
+        for cost, guess in zip(rows, counted.costs[stage], strict=True):
             raw = guess.activations / plan.CALIBRATION[guess.calibrated] if guess.calibrated else 0.0
             if raw:
                 ratios.append((guess.calibrated, cost.activations / raw))
@@ -94,7 +95,7 @@ def check_all(units: Sequence[tuple[str, str]], cache: str, jobs: int) -> Iterat
 
 def bounds() -> str:
     """What two nodes are to be better at than one, and what a chip holds between programs, by arithmetic as Markdown."""
-    config = validate(importlib.import_module("configs.pdtr").get_config())
+    config = unplanned(validate(importlib.import_module("configs.pdtr").get_config()))
     lines, edits = [], []
     for machine in ("gpu:8xh100", "gpu:16xh100"):
         topology = read_topology(machine)

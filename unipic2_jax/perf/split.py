@@ -1,4 +1,5 @@
-"""How devices can share a recipe's work: every split priced by the arithmetic of `perf.plan`, the fastest that fits first."""
+"""How devices can share a recipe's work, and in what parts they compute a batch: priced by the arithmetic of `perf.plan`, the fastest
+that fits first."""
 
 from __future__ import annotations
 
@@ -16,9 +17,13 @@ from unipic2_jax.perf.plan import Plan, counted
 from unipic2_jax.perf.plan_report import bound
 from unipic2_jax.perf.topology import GB, NODE, Topology, of_devices
 from unipic2_jax.rl.algorithm import ALGORITHMS, algorithm_fields
-from unipic2_jax.training.config import GATHERS
+from unipic2_jax.training.config import AUTO, GATHERS, left_to_plan, unplanned
 
 PARTS = 32  # of a parameter on TPUs, at most
+FEW = 4  # samples a device, while the split is chosen
+ROOM = 0.95  # of a chip's memory, that parts may fill by arithmetic
+# What a plan may choose for `remat`, the least work first.
+REMATS = ("dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +124,14 @@ def priced(
 
 
 def searched(config: ConfigDict, topology: Topology, log: Callable[[str], None] = lambda sentence: None) -> list[Split]:
-    """`priced` for the parts too that a batch can be computed in: GRPO's micro_batch, a flow stage's accumulation."""
+    """`priced` for the parts too that a batch can be computed in, GRPO's micro_batch and a flow stage's accumulation, and for what the
+    backward pass finds of the forward pass where a recipe leaves that to the plan."""
     options = []
-    for factor in (1, 2, 4, 8):
+    for remat, factor in itertools.product(REMATS if left_to_plan(config) else REMATS[:1], (1, 2, 4, 8)):
         parts = _parts(config, topology.count, factor)
         if parts is None:
             continue
+        parts |= {f"stages.{name}.remat": remat for name in left_to_plan(config)}
         with (changed := config.copy_and_resolve_references()).unlocked():
             changed.update_from_flattened_dict(parts)
         try:
@@ -166,34 +173,104 @@ def _ordered(options: Sequence[Split]) -> list[Split]:
     return sorted(options, key=place)
 
 
-def _parts(config: ConfigDict, devices: int, samples: int) -> dict[str, int] | None:
+def _parts(config: ConfigDict, devices: int, samples: int) -> dict[str, Any] | None:
     """Fields with which a device computes so many samples of every stage at once; None where that does not come out even."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for name in config.schedule:
-        stage = config.stages[name]
-        if (fields := algorithm_fields(stage)) is not None:
-            update = stage.num_prompts * fields.group_size // fields.updates_per_rollout
-            if update % (samples * devices):
-                return None
-            parts[f"stages.{name}.{stage.kind}.micro_batch"] = samples * devices
-        elif stage.kind == "flow":
-            if stage.batch_size % (samples * devices):
-                return None
-            parts[f"stages.{name}.accumulation"] = stage.batch_size // (samples * devices)
+        stage, fields = config.stages[name], algorithm_fields(config.stages[name])
+        if fields is None and stage.kind != "flow":
+            continue
+        whole = (
+            stage.batch_size if fields is None else stage.num_prompts * fields.group_size // fields.updates_per_rollout
+        )
+        if whole % (samples * devices):
+            return None
+        parts |= _fields(config, name, devices, samples)
     return parts
 
 
 def resolved(config: ConfigDict, log: Callable[[str], None]) -> ConfigDict:
-    """The configuration with a split in place of `parallel.preset='auto'`, for the devices that JAX has; says which and why.
+    """`settled` for the devices that JAX has.
 
     Raises:
-      ConfigError: when none fits, or there is no data sheet of the devices.
+      ConfigError: when nothing fits, or there is no data sheet of the devices.
     """
-    return chosen(config, priced(config, of_devices(jax.devices())), log)
+    return settled(config, of_devices(jax.devices()), log)
 
 
-def chosen(config: ConfigDict, options: Sequence[Split], log: Callable[[str], None]) -> ConfigDict:
-    """The configuration with the first of `priced` or `searched`.
+def settled(config: ConfigDict, topology: Topology, log: Callable[[str], None]) -> ConfigDict:
+    """The configuration with nothing 'auto' in it; says what was chosen and why.
+
+    The split comes first, by what a step takes in small parts. Then each stage whose `remat` is 'auto' gets what makes it fastest in the
+    memory that is left: what the backward pass finds, and as many samples at once as fit, since weights then travel for more of them.
+
+    Raises:
+      ConfigError: when nothing fits.
+    """
+    stages = left_to_plan(config)
+    small = {name: value for stage in stages for name, value in _least(config, stage, topology.count).items()}
+    changed = _with(unplanned(config), small)
+    if config.parallel.preset == AUTO:
+        split = chosen(priced(changed, topology), log)
+        changed = _with(changed, {f"parallel.{name}": value for name, value in split.parallel.items()})
+    for stage in stages:
+        changed = _with_parts(config, changed, stage, topology, log)
+    return changed
+
+
+def _least(config: ConfigDict, stage: str, devices: int) -> dict[str, int]:
+    """The field that says in how many parts a batch is computed, for a few samples a device; nothing where the recipe says it."""
+    rows = _rows(config, stage, devices)
+    return _fields(config, stage, devices, max(n for n in range(1, FEW + 1) if rows % n == 0)) if rows else {}
+
+
+def _rows(config: ConfigDict, name: str, devices: int) -> int:
+    """Samples that a device computes of an update or a step, of which the plan may make parts; 0: the recipe says it."""
+    stage, fields = config.stages[name], algorithm_fields(config.stages[name])
+    if fields is None:
+        return 0 if stage.accumulation else stage.batch_size // devices
+    return 0 if fields.micro_batch else stage.num_prompts * fields.group_size // fields.updates_per_rollout // devices
+
+
+def _fields(config: ConfigDict, name: str, devices: int, samples: int) -> dict[str, int]:
+    """The field with which a device computes so many samples of a stage at once."""
+    stage = config.stages[name]
+    if algorithm_fields(stage) is None:
+        return {f"stages.{name}.accumulation": stage.batch_size // (samples * devices)}
+    return {f"stages.{name}.{stage.kind}.micro_batch": samples * devices}
+
+
+def _with_parts(
+    recipe: ConfigDict, config: ConfigDict, name: str, topology: Topology, log: Callable[[str], None]
+) -> ConfigDict:
+    """The configuration with the fastest `remat` and parts of a stage that fit, by arithmetic; as it is where none does."""
+    rows, best = _rows(recipe, name, topology.count), None
+    sizes = [n for n in range(rows, 0, -1) if rows % n == 0] or [0]
+    for remat, samples in itertools.product(REMATS, sizes):
+        if best is not None and best[1] == remat:
+            continue  # the largest parts that fit are the fastest ones of a policy
+        parts = _fields(recipe, name, topology.count, samples) if samples else {}
+        changed = _with(config, {"schedule": (name,), f"stages.{name}.remat": remat, **parts})
+        trains = lambda planned, program: bool(program.gradients)
+        (made,) = counted(changed, topology, [config.parallel], only=trains)
+        costs = made.costs[name]
+        peak = max(cost.peak for cost in costs)
+        seconds = sum(cost.calls * cost.seconds(topology) for cost in costs)
+        if peak <= ROOM * topology.memory and (best is None or seconds < best[0]):
+            best = seconds, remat, samples, peak, _with(config, {f"stages.{name}.remat": remat, **parts})
+    if best is None:
+        log(f"{name}: not even one sample a chip fits by arithmetic; remat is 'full'.")
+        return config
+    seconds, remat, samples, peak, chosen_config = best
+    at_once = f", {samples} samples a chip at once" if samples else ""
+    log(
+        f"{name}: remat is '{remat}'{at_once} ({seconds:.2f} s and {peak / GB:.0f} of {topology.memory / GB:.0f} GB, by arithmetic)."
+    )
+    return chosen_config
+
+
+def chosen(options: Sequence[Split], log: Callable[[str], None]) -> Split:
+    """The first of `priced` or `searched`; says which and why.
 
     Raises:
       ConfigError: when it does not fit.
@@ -208,12 +285,12 @@ def chosen(config: ConfigDict, options: Sequence[Split], log: Callable[[str], No
     log(
         f"parallel.preset=auto: {first} ({first.figures()}, by arithmetic), rather than {alternatives or 'nothing else'}."
     )
-    return _with(config, first.parallel.to_dict())
+    return first
 
 
-def _with(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
+def _with(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     with (changed := config.copy_and_resolve_references()).unlocked():
-        changed.parallel.update(values)
+        changed.update_from_flattened_dict(values)
     return changed.lock()
 
 

@@ -16,7 +16,7 @@ from unipic2_jax.core.errors import ConfigError, nearest
 from unipic2_jax.core.files import write_text
 from unipic2_jax.flow.seeds import folded
 
-# A preset that stands for the fastest one that fits, see perf.split.
+# What stands for the fastest that fits, see perf.split: of a preset, and of a stage's `remat`.
 AUTO = "auto"
 # When frozen weights that are split are gathered.
 GATHERS = ("update", "layer")
@@ -138,6 +138,25 @@ def validate(config: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
+def left_to_plan(config: ConfigDict) -> list[str]:
+    """Stages of the schedule whose `remat` is 'auto': the plan chooses it, and in how many parts a batch is computed where the recipe
+    does not say (`micro_batch` or `accumulation` 0)."""
+    return [name for name in config.schedule if config.stages[name].get("remat") == AUTO]
+
+
+def unplanned(config: ConfigDict) -> ConfigDict:
+    """The configuration where nothing can be planned: for 'auto' whole copies of the parameters, and what takes the least memory."""
+    with (changed := config.copy_and_resolve_references()).unlocked():
+        if changed.parallel.preset == AUTO:
+            changed.parallel.preset = "ddp"
+        for name in left_to_plan(config):
+            stage = changed.stages[name]
+            stage.remat = "full"
+            if "accumulation" in stage:
+                stage.accumulation = stage.accumulation or 1
+    return changed.lock()
+
+
 def _fold_seeds(node: ConfigDict, where: str) -> None:
     """Writes what every field called `seed` stands for."""
     for name, value in node.items():
@@ -182,7 +201,10 @@ def unknown_override(config: ConfigDict, path: str) -> str | None:
 
 
 # What may differ between two commands that continue the same run: none of these changes its result by more than rounding.
-FREE_FIELDS = ("save_every", "log_every", "keep_checkpoints", "keep_every", "attention", "remat")
+FREE_FIELDS = (
+    *("save_every", "log_every", "keep_checkpoints", "keep_every", "attention"),
+    *("remat", "micro_batch", "accumulation", "batch_branches"),
+)
 FREE_GROUPS = ("parallel",)
 
 

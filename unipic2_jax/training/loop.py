@@ -33,10 +33,9 @@ from unipic2_jax.training.setup import (
     config_mesh,
     load_model,
     save_model,
-    shared,
+    settled,
     tell,
     use_compilation_cache,
-    with_copies,
 )
 from unipic2_jax.training.signals import Signals
 from unipic2_jax.training.stage import Stage, StageContext, stage_class
@@ -84,11 +83,11 @@ def run(
     """
     config, workdir = config_lib.validate(config), Path(workdir)
     # Every split shares a batch over all devices, so that stages are checked before one is chosen, which takes a while.
-    _check(config, mesh or config_mesh(with_copies(config)), workdir)
+    least = config_lib.unplanned(config)
+    _check(least, mesh or config_mesh(least), workdir)
     use_compilation_cache(workdir)
-    if mesh is None:
-        config = shared(config, split)
-        mesh = config_mesh(config)
+    config = settled(config, split) if mesh is None else least
+    mesh = mesh or config_mesh(config)
     load, save = load or load_model, save or functools.partial(save_model, config=config)
     try:
         with use_mesh(mesh):

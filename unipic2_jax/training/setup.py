@@ -55,29 +55,22 @@ def config_mesh(config: ConfigDict) -> jax.sharding.Mesh:
         raise config_lib.ConfigError(f"config.parallel: {error}") from error
 
 
-def with_copies(config: ConfigDict) -> ConfigDict:
-    """The configuration with whole copies of the parameters in place of `parallel.preset='auto'`."""
-    if config.parallel.preset != config_lib.AUTO:
-        return config
-    with (changed := config.copy_and_resolve_references()).unlocked():
-        changed.parallel.preset = "ddp"
-    return changed.lock()
-
-
-def shared(config: ConfigDict, split: Callable[[ConfigDict, Callable[[str], None]], ConfigDict] | None) -> ConfigDict:
-    """The configuration with a split in place of `parallel.preset='auto'`: of several accelerators the one that `split` finds.
+def settled(config: ConfigDict, plan: Callable[[ConfigDict, Callable[[str], None]], ConfigDict] | None) -> ConfigDict:
+    """The configuration with nothing 'auto' in it: on accelerators as `plan` finds it, elsewhere `config_lib.unplanned`.
 
     Raises:
-      ConfigError: when there is nothing to choose it.
+      ConfigError: when several accelerators are to share the work and there is nothing to choose how.
     """
-    devices = jax.devices()
-    if config.parallel.preset != config_lib.AUTO or devices[0].platform == "cpu" or len(devices) == 1:
-        return with_copies(config)
-    if split is None:
-        raise config_lib.ConfigError(
-            "config.parallel.preset is 'auto', which nothing was given to choose with; pass split=perf.split.resolved, or name a preset."
-        )
-    return split(config, tell)
+    devices, splits = jax.devices(), config.parallel.preset == config_lib.AUTO
+    if devices[0].platform == "cpu" or not (splits or config_lib.left_to_plan(config)):
+        return config_lib.unplanned(config)
+    if plan is None:
+        if splits and len(devices) > 1:
+            raise config_lib.ConfigError(
+                "config.parallel.preset is 'auto', which nothing was given to choose with; pass split=perf.split.resolved, or name a preset."
+            )
+        return config_lib.unplanned(config)
+    return plan(config, tell)
 
 
 def load_model(config: ConfigDict, mesh: jax.sharding.Mesh) -> Model:

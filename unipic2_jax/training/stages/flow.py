@@ -60,7 +60,9 @@ class FlowStage(Stage):
         config.pool = 0
         config.batch_size = 128
         config.accumulation = 1  # parts that a batch is computed in, one after the other
-        config.remat = "full"  # what the backward pass finds of the forward pass: full | attention | dots | none
+        # What the backward pass finds of the forward pass: full | attention | dots | none, or auto: as the plan finds it fastest, and then
+        # `accumulation` 0 is as few parts as fit (`perf.split`).
+        config.remat = "full"
         config.latents = "mode"  # of pictures under the VAE: mode | sample
         config.loader_threads = 16
         config.caption_dropout = ConfigDict({"t2i": 0.1, "edit": 0.0})
@@ -94,6 +96,10 @@ class FlowStage(Stage):
                 "all that is trained; leave one of the two out."
             )
         devices = batch_shards(mesh)
+        if config.accumulation == 0:
+            raise ConfigError(
+                "accumulation is 0, which leaves it to the plan, and that chooses with remat='auto' alone; give a number, or that."
+            )
         if config.accumulation < 1 or config.batch_size % (config.accumulation * devices):
             raise ConfigError(
                 f"A batch of {config.batch_size} cannot be split into {config.accumulation} parts over {devices} devices; "
