@@ -320,6 +320,41 @@ def test_samples_without_advantage_can_be_left_out():
     assert metrics["non_finite"] == 0
 
 
+@pytest.mark.parametrize("options", ({}, {"sorts": False}, {"updates_per_rollout": 2, "old_log_probs": "trainer"}))
+def test_no_pass_is_computed_for_micro_batches_without_advantage(options):
+    """Counted where the network is called; what is trained is what it was when every micro-batch was computed."""
+    calls, fields = [], dict(options)
+    sorts = fields.pop("sorts", True)
+
+    def counted(params, lora, x, sigma, inputs):
+        jax.debug.callback(lambda: calls.append(1))
+        return network(params, lora, x, sigma, inputs)
+
+    config = dataclasses.replace(BASE, kl_beta=0.5, micro_batch=1, skip_zero_advantage=True, **fields)
+    lora, optimizer = perturb(LORA), optax.sgd(1.0)
+    trajectory, start = sample(config, lora), init_state(lora, optimizer)
+    advantages = ADVANTAGES.at[jnp.array([0, 2, 3, 5, 6])].set(0.0)
+    update = make_update(counted, optimizer, config, sorts=sorts)
+    state, metrics = update(PARAMS, start, None, trajectory, advantages, INPUTS)
+    jax.block_until_ready(state)
+    jax.effects_barrier()
+    some, everything = len(calls), jnp.where(advantages == 0, 1e-30, advantages)
+    calls.clear()
+    jax.block_until_ready(update(PARAMS, start, None, trajectory, everything, INPUTS))
+    jax.effects_barrier()
+    kept = int(jnp.sum(advantages != 0))
+    extra = 0 if sorts else int(advantages[0] == 0)  # the first is always computed
+    assert metrics["computed"] == pytest.approx((kept + extra) / BATCH)
+    # Reference and policy, and the old policy of the second update's samples.
+    updates = config.updates_per_rollout
+    passes = [[2 + (number > 0)] * int(jnp.sum(advantages[number::updates] != 0)) for number in range(updates)]
+    assert some == sum(sum(part) for part in passes) * config.trained_steps + 2 * extra * config.trained_steps
+    assert len(calls) == sum((2 + (number > 0)) * BATCH // updates for number in range(updates)) * config.trained_steps
+    alone = dataclasses.replace(config, micro_batch=None)
+    want, _ = make_update(network, optimizer, alone)(PARAMS, start, None, trajectory, advantages, INPUTS)
+    assert_trees_close(state.lora, want.lora, rtol=1e-4, atol=1e-6)
+
+
 def test_programs_of_log_probabilities_round_where_they_say_so():
     # In float32 the product is 1 + 2^-12, in bfloat16 it is 1.
     left, right = jnp.array([[1, 2**-6]], jnp.bfloat16), jnp.array([[1], [2**-6]], jnp.bfloat16)

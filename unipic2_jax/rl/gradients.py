@@ -49,8 +49,35 @@ def check_updates(samples: int, updates: int) -> None:
         raise ValueError(f"{samples} samples cannot be split into updates_per_rollout={updates} equal parts.")
 
 
+def first_in_parts(first: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+    """An order of samples with those first that matter, and how many of so many equal parts (`take_part`) have any of them, at least 1.
+
+    Args:
+      first: bool [B].
+
+    Returns:
+      Indices [B] and a count.
+    """
+    size = first.shape[0] // parts
+    ranked = jnp.argsort(~first, stable=True)
+    return ranked.reshape(parts, size).T.reshape(-1), jnp.maximum(-(-jnp.sum(first) // size), 1)
+
+
+def when(needed: jax.Array | None, compute: Callable[[], Any]) -> Any:
+    """What `compute` gives, or zeros like it without computing anything; None: it is needed."""
+    if needed is None:
+        return compute()
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+    return jax.lax.cond(needed, compute, zeros)
+
+
 def accumulate(
-    loss_fn: LossFn, trained: Any, batch_at: Callable[[jax.Array, Any], dict[str, Any]], count: int, scanned: Any = None
+    loss_fn: LossFn,
+    trained: Any,
+    batch_at: Callable[[jax.Array, Any], dict[str, Any]],
+    count: int,
+    scanned: Any = None,
+    needed: jax.Array | None = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """The gradient of the mean loss over `count` micro-batches, one after the other.
 
@@ -59,19 +86,22 @@ def accumulate(
       trained: the parameters to differentiate.
       batch_at: from a micro-batch's number, and its entry of `scanned`, to what `loss_fn` takes.
       scanned: pytree with leading axis `count`.
+      needed: bool [count], the micro-batches that are computed; the others add nothing, and their metrics are 0. None: all.
 
     Returns:
       Gradients (float32, shaped like `trained`) and metrics [count, b].
     """
 
-    def visit(gradients: Any, own: tuple[jax.Array, Any]) -> tuple[Any, dict[str, jax.Array]]:
-        (_, metrics), new = jax.value_and_grad(loss_fn, has_aux=True)(trained, batch_at(*own))
+    def visit(gradients: Any, own: tuple[jax.Array, Any, Any]) -> tuple[Any, dict[str, jax.Array]]:
+        *at, wanted = own
+        differentiate = lambda: jax.value_and_grad(loss_fn, has_aux=True)(trained, batch_at(*at))
+        (_, metrics), new = when(wanted, differentiate)
         weight = 1.0 / count
         gradients = jax.tree.map(lambda g, n: g + weight * n.astype(jnp.float32), gradients, new)
         return constrain_parameters(gradients), metrics
 
     zeros = constrain_parameters(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained))
-    return jax.lax.scan(visit, zeros, (jnp.arange(count), scanned))
+    return jax.lax.scan(visit, zeros, (jnp.arange(count), scanned, needed))
 
 
 def optimizer_step(

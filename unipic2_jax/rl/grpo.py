@@ -18,8 +18,10 @@ from unipic2_jax.rl.gradients import (
     accumulate,
     check_updates,
     count_micro_batches,
+    first_in_parts,
     optimizer_step,
     take_part,
+    when,
 )
 from unipic2_jax.rl.objective import grpo_loss
 from unipic2_jax.rl.policy import PolicyFn, guided_policies, once_per_group
@@ -111,12 +113,19 @@ def _micro_batches(
 
 
 def old_policy(
-    policy_fn: PolicyFn, params: Any, lora: Any, trajectory: Trajectory, inputs: Any, config: GRPOConfig
+    policy_fn: PolicyFn,
+    params: Any,
+    lora: Any,
+    trajectory: Trajectory,
+    inputs: Any,
+    config: GRPOConfig,
+    needed: jax.Array | None = None,
 ) -> OldPolicy:
-    """The policy's log-probabilities by the trainer: a forward pass in the update's micro-batches, without gradients."""
+    """The policy's log-probabilities by the trainer: a forward pass in the update's micro-batches, without gradients, of those that are
+    `needed`."""
     count, data = _micro_batches(trajectory, {"inputs": inputs}, config.micro_batch)
 
-    def visit(index: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def compute(index: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         batch = data(index)
         x, sigma = batch["x"], batch["sigma"]
         velocity = policy_fn(params, lora, x, sigma, batch["inputs"])
@@ -124,7 +133,8 @@ def old_policy(
         kept = constrain(mean, "batch", *[None] * (x.ndim - 1)) if config.compares_means else None
         return log_prob(batch["x_next"], mean, std, config.sde), kept
 
-    log_probs, means = jax.lax.map(visit, jnp.arange(count))
+    visit = lambda at: when(at[1], lambda: compute(at[0]))
+    log_probs, means = jax.lax.map(visit, (jnp.arange(count), needed))
     return OldPolicy(log_probs, means, on_policy=False)
 
 
@@ -137,6 +147,7 @@ def accumulate_gradients(
     micro_batch: int | None = None,
     old: OldPolicy | None = None,
     weights: jax.Array | None = None,
+    needed: jax.Array | None = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """The gradient of the mean loss over the trained timesteps and all samples, in the memory of one micro-batch.
 
@@ -149,6 +160,7 @@ def accumulate_gradients(
       micro_batch: samples per pass; must divide B.
       old: the old policy; None: as the sampler recorded it in the trajectory.
       weights: [B] with mean 1, of samples in the loss; None: all count alike.
+      needed: see `gradients.accumulate`.
 
     Returns:
       Gradients (float32, shaped like `lora`) and metrics [K, B], of the samples in the order they were visited.
@@ -169,24 +181,30 @@ def accumulate_gradients(
         return batch
 
     scanned = None if old is None else (old.log_probs, old.means)
-    gradients, metrics = accumulate(loss_fn, lora, batch_at, count, scanned)
+    gradients, metrics = accumulate(loss_fn, lora, batch_at, count, scanned, needed)
     return gradients, jax.tree.map(lambda m: m.reshape(trajectory.steps.shape[0], -1), metrics)
 
 
-def _summarize(metrics: dict[str, jax.Array], gradient_norm: jax.Array) -> dict[str, jax.Array]:
-    """Scalars of one update from per-sample metrics [K, B]."""
+def _summarize(
+    metrics: dict[str, jax.Array], gradient_norm: jax.Array, visited: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """Scalars of one update from per-sample metrics [K, B], of the samples that were `visited`, bool [K, B] (None: of all)."""
     ratio = metrics.pop("ratio")
     difference = metrics.pop("log_prob_difference")
-    finite = jnp.isfinite(metrics["loss"]).all() & jnp.isfinite(gradient_norm)
+    loss = metrics.pop("loss")  # 0 for what was not visited, and a mean over all
+    finite = jnp.isfinite(loss).all() & jnp.isfinite(gradient_norm)
+    seen: dict[str, Any] = {} if visited is None else {"where": visited}
     return {
-        **{name: jnp.mean(values) for name, values in metrics.items()},
-        "ratio_mean": ratio.mean(),
-        "ratio_min": ratio.min(),
-        "ratio_max": ratio.max(),
-        "log_prob_difference": difference.mean(),
-        "log_prob_difference_max": difference.max(),
+        "loss": loss.mean(),
+        **{name: jnp.mean(values, **seen) for name, values in metrics.items()},
+        "ratio_mean": ratio.mean(**seen),
+        "ratio_min": ratio.min(**seen, initial=jnp.inf),
+        "ratio_max": ratio.max(**seen, initial=-jnp.inf),
+        "log_prob_difference": difference.mean(**seen),
+        "log_prob_difference_max": difference.max(**seen, initial=0.0),
         "gradient_norm": gradient_norm,
         "non_finite": 1.0 - finite.astype(jnp.float32),
+        **({"computed": jnp.mean(visited, dtype=jnp.float32)} if visited is not None else {}),
     }
 
 
@@ -262,10 +280,55 @@ def _without_zeros(advantages: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _samples_of(trajectory: Trajectory, index: jax.Array, updates: int) -> Trajectory:
     """The samples of update number `index`."""
+    return _of_samples(trajectory, lambda values: take_part(values, index, updates, axis=1))
+
+
+def _of_samples(trajectory: Trajectory, change: Callable[[Any], Any]) -> Trajectory:
+    """The trajectory with what it holds of samples, along axis 1, changed."""
     fields = ("latents", "log_probs", "means")
-    return trajectory._replace(
-        **{name: take_part(getattr(trajectory, name), index, updates, axis=1) for name in fields}
-    )
+    return trajectory._replace(**{name: jax.tree.map(change, getattr(trajectory, name)) for name in fields})
+
+
+class _Update(NamedTuple):
+    """What one optimizer step is made of: samples, and for those that are left out what is computed and how the others count."""
+
+    trajectory: Trajectory
+    advantages: jax.Array  # [b]
+    inputs: Any
+    weights: jax.Array | None = None  # [b]
+    kept: jax.Array | bool = True  # whether there is a sample at all
+    needed: jax.Array | None = None  # bool [V], the micro-batches with a sample in them
+
+    def visited(self) -> jax.Array | None:
+        """Which samples are computed, bool [K, b], in the order of `accumulate_gradients`."""
+        if self.needed is None:
+            return None
+        steps, samples = self.trajectory.steps.shape[0], self.advantages.shape[0]
+        return jnp.repeat(self.needed, steps * samples // self.needed.shape[0]).reshape(steps, samples)
+
+
+def _leaving_out(update: _Update, config: GRPOConfig, sorts: bool) -> _Update:
+    """The update without passes for micro-batches in which no sample has an advantage.
+
+    Args:
+      sorts: whether samples may change places, so that those without advantage share micro-batches.
+    """
+    parts = count_micro_batches(update.advantages.shape[0], config.micro_batch)
+    has_advantage = update.advantages != 0
+    if sorts:
+        order, count = first_in_parts(has_advantage, parts)
+        rows = lambda axis: (
+            lambda x: constrain(jnp.take(x, order, axis), *[None] * axis, "batch", *[None] * (x.ndim - axis - 1))
+        )
+        update = update._replace(
+            trajectory=_of_samples(update.trajectory, rows(1)),
+            **jax.tree.map(rows(0), {"advantages": update.advantages, "inputs": update.inputs}),
+        )
+        needed = jnp.arange(parts) < count
+    else:
+        needed = has_advantage.reshape(-1, parts).any(axis=0).at[0].set(True)
+    weights, kept = _without_zeros(update.advantages)
+    return update._replace(weights=weights, kept=kept, needed=jnp.tile(needed, update.trajectory.steps.shape[0]))
 
 
 def make_update(
@@ -273,6 +336,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     config: GRPOConfig,
     prepare: Callable[[Any], Any] = lambda params: params,
+    sorts: bool = True,
     **jit_options: Any,
 ) -> Callable[..., tuple[PolicyState, dict[str, jax.Array]]]:
     """A jitted `(params, state, reference_lora, trajectory, advantages [B], inputs, key=None) -> (state, metrics)`.
@@ -286,8 +350,9 @@ def make_update(
     runs first, over their samples alone. What it leaves is small, [U - 1, K, B / U] numbers; for `guard` and `trust='dppo'` also that
     many means, which is less than the rollout's.
 
-    With `skip_zero_advantage` the loss is the mean over an update's other samples, in the same time; an update that has none is
-    left out. Metrics are of all samples but for the loss.
+    With `skip_zero_advantage` the loss is the mean over an update's other samples; an update that has none is left out. Samples are
+    put in another order, so that those without advantage share micro-batches, of which no pass is computed (the first is always).
+    Metrics are of the samples that were computed, and `computed` is their share. Where `sorts` is False they stay in their places.
 
     Metrics are float32 scalars. When a loss or gradient is not finite, `non_finite` is 1 and that optimizer step
     is left out, so the returned state is still the last good one; stopping is the caller's decision.
@@ -311,31 +376,34 @@ def make_update(
         params = prepare(params)
         loss_fn = make_loss(policy_fn, params, reference_lora, trajectory.sigmas[1], config)
 
-        part = lambda index: _samples_of(trajectory, index, updates)
+        def part(index: jax.Array) -> _Update:
+            samples = _samples_of(trajectory, index, updates)
+            own = _Update(samples, take_part(advantages, index, updates), take_part(inputs, index, updates))
+            return _leaving_out(own, config, sorts) if config.skip_zero_advantage else own
 
         def before_first(index: jax.Array) -> OldPolicy:
-            own = take_part(inputs, index, updates)
-            return old_policy(policy_fn, params, state.lora, part(index), own, config)
+            own = part(index)
+            return old_policy(policy_fn, params, state.lora, own.trajectory, own.inputs, config, own.needed)
 
         later = None
         if config.old_log_probs == "trainer" and updates > 1:
             later = jax.lax.map(before_first, jnp.arange(1, updates))
 
         def update(state: PolicyState, index: jax.Array) -> tuple[PolicyState, dict[str, jax.Array]]:
-            own = take_part(advantages, index, updates)
-            weights, kept = _without_zeros(own) if config.skip_zero_advantage else (None, True)
+            own = part(index)
             gradients, metrics = accumulate_gradients(
                 loss_fn,
                 state.lora,
-                part(index),
-                own,
-                take_part(inputs, index, updates),
+                own.trajectory,
+                own.advantages,
+                own.inputs,
                 config.micro_batch,
                 _old_of(index, later, config),
-                weights,
+                own.weights,
+                own.needed,
             )
-            summary = _summarize(metrics, optax.global_norm(gradients))
-            good = (summary["non_finite"] == 0) & kept
+            summary = _summarize(metrics, optax.global_norm(gradients), own.visited())
+            good = (summary["non_finite"] == 0) & own.kept
             return optimizer_step(state, gradients, optimizer, config.ema_decay, config.ema_interval, good), summary
 
         state, metrics = jax.lax.scan(update, state, jnp.arange(updates))
@@ -385,7 +453,8 @@ class GRPO(Algorithm):
     ) -> Callable[..., tuple[PolicyState, dict[str, jax.Array]]]:
         policy, _ = guided_policies(network_fn, self.config, self.layout.batch_branches)
         policy = once_per_group(policy, self.layout.prompts) if self.shares_update else policy
-        return make_update(policy, optimizer, self.config, **options)
+        # One evaluation for a group wants an equal part of every group in each micro-batch.
+        return make_update(policy, optimizer, self.config, sorts=not self.shares_update, **options)
 
     def first_step(self, rollout: Trajectory) -> int:
         """The window's."""

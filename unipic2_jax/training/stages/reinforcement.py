@@ -286,12 +286,13 @@ class ReinforcementStage(Stage):
             self._remark(metrics, step)
         updated = time.perf_counter()
         busy = rolled_out - started + updated - scored
+        sampling, training = self._flops("references" in inputs["cond"], first_step)
         metrics |= {
             "seconds_rollout": rolled_out - started,
             "seconds_reward": scored - rolled_out,  # what of it was waited for
             "seconds_update": updated - scored,
             "samples_per_second": layout.samples / (updated - started),
-            "model_tflops_per_second": sum(self._flops("references" in inputs["cond"], first_step)) / busy / 1e12,
+            "model_tflops_per_second": (sampling + training * metrics.get("computed", 1.0)) / busy / 1e12,
         }
         return StageState(policy, failures), metrics
 
