@@ -35,6 +35,7 @@ def full_size(task: str) -> dict:
         "data": {"kind": "prepared", "path": ""},
         "optimizer": {"lr": 1e-4, "warmup": 50, "weight_decay": 0.01},
         **pretraining.CHOICES,
+        **pretraining.PLANNED,
         "ema_decay": 0.99,
         "lora": {"rank": 32, "alpha": 64.0},
     }

@@ -22,9 +22,10 @@ CHOICES = {
     "latents": "sample",
     "ema_decay": 0.999,
 }
+# How a batch is computed is the plan's to choose: what the backward pass finds of the forward pass, and in how many parts.
+PLANNED = {"remat": "auto", "accumulation": 0}
 FULL = {
-    "remat": "auto",
-    "accumulation": 0,
+    **PLANNED,
     "save_every": 1000,
     "eval_every": 10000,
     "log_every": 10,
