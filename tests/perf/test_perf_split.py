@@ -135,6 +135,13 @@ def test_auto_on_what_there_is(monkeypatch):
         ConfigError, match=r"no data sheet of a NVIDIA L40S, .* choose one: --config.parallel.preset=fsdp"
     ):
         split.resolved(config, print)
+    # With a split by name such a device can be used: what the plan would have chosen takes little memory.
+    said = []
+    small = split.resolved(recipe("pdtr", **{"parallel.preset": "fsdp"}), said.append).stages
+    assert {(s.remat, s.grpo.micro_batch) for s in small.values()} == {("full", 4)}
+    assert len(said) == 1 and "no data sheet of a NVIDIA L40S" in said[0]
+    tokens = recipe("kontext", **{"parallel.preset": "fsdp_sp"})
+    assert split.settled(tokens, ONE, said.append).stages.kontext.remat == "full" and "are counted" in said[-1]
     with pytest.raises(ConfigError, match=r"config.parallel.gather is 'never'; use one of update, layer\."):
         recipe("pdtr", **{"parallel.gather": "never"})
 

@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from unipic2_jax.core.errors import ConfigError
-from unipic2_jax.parallel.mesh import AXES
+from unipic2_jax.parallel.mesh import AXES, batch_shards
 from unipic2_jax.perf.plan import Plan, counted
 from unipic2_jax.perf.plan_report import bound
 from unipic2_jax.perf.topology import GB, NODE, Topology, of_devices
@@ -190,12 +190,20 @@ def _parts(config: ConfigDict, devices: int, samples: int) -> dict[str, Any] | N
 
 
 def resolved(config: ConfigDict, log: Callable[[str], None]) -> ConfigDict:
-    """`settled` for the devices that JAX has.
+    """`settled` for the devices that JAX has. Of devices without a data sheet nothing can be said: few samples at once then, and the
+    least memory.
 
     Raises:
-      ConfigError: when nothing fits, or there is no data sheet of the devices.
+      ConfigError: when nothing fits, or a split is to be chosen for devices without a data sheet.
     """
-    return settled(config, of_devices(jax.devices()), log)
+    try:
+        topology = of_devices(jax.devices())
+    except ConfigError as error:
+        if config.parallel.preset == AUTO:
+            raise
+        log(f"remat=auto is 'full', a few samples at once: {error}")
+        return _in_small_parts(config, jax.device_count())
+    return settled(config, topology, log)
 
 
 def settled(config: ConfigDict, topology: Topology, log: Callable[[str], None]) -> ConfigDict:
@@ -207,21 +215,25 @@ def settled(config: ConfigDict, topology: Topology, log: Callable[[str], None]) 
     Raises:
       ConfigError: when nothing fits.
     """
-    stages = left_to_plan(config)
-    small = {name: value for stage in stages for name, value in _least(config, stage, topology.count).items()}
-    changed = _with(unplanned(config), small)
+    stages, changed = left_to_plan(config), _in_small_parts(config, topology.count)
     if config.parallel.preset == AUTO:
         split = chosen(priced(changed, topology), log)
         changed = _with(changed, {f"parallel.{name}": value for name, value in split.parallel.items()})
+    if stages and batch_shards(topology.abstract_mesh(changed.parallel)) < topology.count:
+        log("remat=auto is 'full', a few samples at once: only splits of the batch over all chips are counted.")
+        return changed
     for stage in stages:
         changed = _with_parts(config, changed, stage, topology, log)
     return changed
 
 
-def _least(config: ConfigDict, stage: str, devices: int) -> dict[str, int]:
-    """The field that says in how many parts a batch is computed, for a few samples a device; nothing where the recipe says it."""
-    rows = _rows(config, stage, devices)
-    return _fields(config, stage, devices, max(n for n in range(1, FEW + 1) if rows % n == 0)) if rows else {}
+def _in_small_parts(config: ConfigDict, devices: int) -> ConfigDict:
+    """`unplanned`, with a few samples a device at once where a recipe leaves that to the plan."""
+    parts: dict[str, int] = {}
+    for name in left_to_plan(config):
+        if rows := _rows(config, name, devices):
+            parts |= _fields(config, name, devices, max(n for n in range(1, FEW + 1) if rows % n == 0))
+    return _with(unplanned(config), parts)
 
 
 def _rows(config: ConfigDict, name: str, devices: int) -> int:
@@ -245,7 +257,7 @@ def _with_parts(
 ) -> ConfigDict:
     """The configuration with the fastest `remat` and parts of a stage that fit, by arithmetic; as it is where none does."""
     rows, best = _rows(recipe, name, topology.count), None
-    sizes = [n for n in range(rows, 0, -1) if rows % n == 0] or [0]
+    sizes = [n for n in range(rows, 0, -1) if rows % n == 0] or [0]  # 0: as the recipe says
     for remat, samples in itertools.product(REMATS, sizes):
         if best is not None and best[1] == remat:
             continue  # the largest parts that fit are the fastest ones of a policy
