@@ -209,7 +209,7 @@ def resolved(config: ConfigDict, log: Callable[[str], None]) -> ConfigDict:
 def settled(config: ConfigDict, topology: Topology, log: Callable[[str], None]) -> ConfigDict:
     """The configuration with nothing 'auto' in it; says what was chosen and why.
 
-    The split comes first, by what a step takes in small parts. Then each stage whose `remat` is 'auto' gets what makes it fastest in the
+    The split comes first, by what a step takes in small parts and as a whole. Then each stage whose `remat` is 'auto' gets what makes it fastest in the
     memory that is left: what the backward pass finds, and as many samples at once as fit, since weights then travel for more of them.
 
     Raises:
@@ -217,7 +217,9 @@ def settled(config: ConfigDict, topology: Topology, log: Callable[[str], None]) 
     """
     stages, changed = left_to_plan(config), _in_small_parts(config, topology.count)
     if config.parallel.preset == AUTO:
-        split = chosen(priced(changed, topology), log)
+        # Parameters that are in parts are gathered for each part of a batch, so that it matters how many there are.
+        whole = [] if changed == unplanned(config) else priced(unplanned(config), topology)
+        split = chosen(_ordered([*priced(changed, topology), *whole]), log)
         changed = _with(changed, {f"parallel.{name}": value for name, value in split.parallel.items()})
     if stages and batch_shards(topology.abstract_mesh(changed.parallel)) < topology.count:
         log("remat=auto is 'full', a few samples at once: only splits of the batch over all chips are counted.")
