@@ -154,10 +154,9 @@ class Scorer:
             parts = _parts(entry, asked, records)
             if entry.reward.on_mesh:  # a process that has nothing to ask takes part
                 parts = [asked]
-            begin = self._later if entry.reward.on_mesh else self._pools[name].submit
+            begin = self._on_mesh if entry.reward.on_mesh else self._in_thread
             pending[name] = [
-                (part, begin(self._score, name, [images[i] for i in part], [records[i] for i in part], over))
-                for part in parts
+                (part, begin(name, [images[i] for i in part], [records[i] for i in part], over)) for part in parts
             ]
             pending[name] += [([i], _Known(records[i].error)) for i in broken]
 
@@ -174,14 +173,21 @@ class Scorer:
         """`start` and its result."""
         return self.start(images, records)()
 
-    def _later(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Like `submit`, for what all processes have to do in the same order: it is done when it is asked for."""
-        return _Later(call, arguments)
-
-    def _score(
+    def _in_thread(
         self, name: str, images: list[np.ndarray], records: list[PromptRecord], over: threading.Event
-    ) -> Scores | str:
-        """Scores of one call, or the sentence that says why there are none."""
+    ) -> Any:
+        reward = self.entries[name].reward
+        return self._pools[name].submit(self._score, name, lambda: reward.score(images, records), len(images), over)
+
+    def _on_mesh(self, name: str, images: list[np.ndarray], records: list[PromptRecord], over: threading.Event) -> Any:
+        """What all processes have to do in the same order is done when it is asked for; what comes before begins now, in a thread."""
+        reward = self.entries[name].reward
+        prepared = self._pools[name].submit(reward.prepare, images, records)
+        call = lambda: reward.score_prepared(prepared.result())
+        return _Later(self._score, (name, call, len(images), over))
+
+    def _score(self, name: str, call: Callable[[], Scores], count: int, over: threading.Event) -> Scores | str:
+        """Scores of one call about so many images, or the sentence that says why there are none."""
         entry, breaker = self.entries[name], self._breakers[name]
         calls = entry.calls
         if breaker.is_open():
@@ -190,10 +196,10 @@ class Scorer:
         def ask() -> Scores:
             if over.is_set():
                 raise RewardError("Nobody waited for its score.")
-            allowed = calls.timeout and calls.timeout + entry.reward.longest_wait(calls, len(images))
-            scores = _in_time(allowed, lambda: entry.reward.score(images, records))
-            if np.shape(scores.values) != (len(images),):
-                raise RewardError(f"{np.shape(scores.values)} scores came for {len(images)} images.")
+            allowed = calls.timeout and calls.timeout + entry.reward.longest_wait(calls, count)
+            scores = _in_time(allowed, call)
+            if np.shape(scores.values) != (count,):
+                raise RewardError(f"{np.shape(scores.values)} scores came for {count} images.")
             return scores
 
         try:

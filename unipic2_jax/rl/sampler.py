@@ -52,7 +52,7 @@ class Sampler:
       encode: jitted, (params, tokens, negative, sources, key) -> inputs, from a row per prompt.
       draw_noise: jitted, key -> noise.
       rollout: jitted, see `Algorithm.make_rollout`.
-      decode: jitted, (parameters of the VAE, rollout) -> images float32 [B, H, W, 3].
+      decode: jitted, (parameters of the VAE, rollout) -> pictures uint8 [B, H, W, 3].
       join: jitted `algorithm.join`.
     """
 
@@ -83,7 +83,7 @@ class Sampler:
         self.encode = jax.jit(self._encode, out_shardings=sharded)
         self.draw_noise = jax.jit(self._draw_noise, out_shardings=sharded)
         self.rollout = algorithm.make_rollout(network_fn, out_shardings=placed, **options)
-        self.decode = jax.jit(lambda params, rollout: sampling.decode_latents(bundle.vae, params, rollout.finished))
+        self.decode = jax.jit(lambda params, rollout: sampling.decode_pictures(bundle.vae, params, rollout.finished))
         self.join = jax.jit(join, out_shardings=(placed, sharded))
 
     @property
@@ -122,7 +122,7 @@ class Sampler:
     def sample(self, params: Any, trained: Any, prepared: Prepared) -> tuple[Rollout, np.ndarray]:
         """The rollout, and the pictures of this process's devices, uint8 [b, H, W, 3]: each process scores its own."""
         rollout = self.rollout(*self.arguments(params, trained, prepared))
-        return rollout, pictures.to_uint8(rows_to_host(self.decode(params["vae"], rollout), self.mesh))
+        return rollout, rows_to_host(self.decode(params["vae"], rollout), self.mesh)
 
     def together(self, sampled: list[tuple[Rollout, Any]]) -> tuple[Rollout, Any]:
         """Rollouts of a step with their inputs as one."""
