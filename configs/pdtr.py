@@ -208,6 +208,7 @@ def tiny_stage(task: str, rewards: dict, steps: int, lr: float, num_prompts: int
         "rewards": rewards,
         **SIZE,
         "num_prompts": num_prompts,
+        "sampling_batches": 1,  # nothing to overlap: what samples and what scores share the cores
         "same_latent": True,
         "grpo": {**ROLLOUT[task], "guidance_scale": 1.0},
         "optimizer": {"lr": lr, "warmup": min(5, steps - 1)},

@@ -39,9 +39,11 @@ def test_patches_are_those_of_transformers_wherever_they_are_made(slots, pixels)
     rows = [[picture(20, 44, seed), picture(37, 21, seed + 9)] for seed in range(3)]
     given = PROCESSOR(asked(rows), pixels=pixels, in_program=slots)
     levels = given.vision.patches
-    assert isinstance(levels, Levels) and [x.shape[1:3] for x in levels.pixels] == [(44, 20), (21, 37)][
-        slice(min(slots, default=0), max(slots, default=-1) + 1)
-    ]
+    assert (
+        isinstance(levels, Levels)
+        and [x.shape[1:3] for x in levels.pixels]
+        == [(44, 20), (21, 37)][slice(min(slots, default=0), max(slots, default=-1) + 1)]
+    )
     assert (levels.windows is None) == (slots == (0, 1)) and (levels.index is None) == (slots == ())
     assert all(leaf.dtype in (np.uint8, np.int32) for leaf in jax.tree.leaves(given.vision))
     same(given, rows, pixels)

@@ -264,18 +264,21 @@ class _Run:
 
     def train(self, stage: Stage, step: int, state: Any) -> Any:
         """Takes the stage from `step` to its end; saves, evaluates and records on the way."""
-        config, place = stage.config, lambda: self.place(stage, step)
+        config, place, timeline = stage.config, lambda: self.place(stage, step), stage.context.timeline
         hidden = None if is_main() else True  # None: shown on a terminal
         bar = tqdm(total=config.steps, initial=step, desc=stage.context.name, disable=hidden, dynamic_ncols=True)
         with bar:
             while True:
+                timeline.begin()
                 if max_over_processes(self.signals.received):
                     self.stop(place(), state)
                 if step % config.save_every == 0 or step == config.steps:
-                    self.save(place(), state)
+                    with timeline.span("save"):
+                        self.save(place(), state)
                 if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
-                    self.save(place(), state)  # an evaluation can take long, and can then be left at once
-                    self.evaluate(stage, state, place())
+                    with timeline.span("evaluate"):
+                        self.save(place(), state)  # an evaluation can take long, and can then be left at once
+                        self.evaluate(stage, state, place())
                 if step == config.steps:
                     return state
                 started = time.perf_counter()
@@ -290,7 +293,7 @@ class _Run:
                 step += 1
                 self.signals.unsaved = True
                 if step % config.log_every == 0 or step == config.steps:
-                    self.metrics.train(place(), metrics)
+                    self.metrics.train(place(), metrics, timeline.spans)
                     bar.set_postfix(_shown(metrics), refresh=False)
                 bar.update()
                 self.checkpoints.read_back()

@@ -357,7 +357,8 @@ class EditRewardModel:
         asked = [*asked, *[asked[-1] if asked else blank] * (count - len(asked))]
         # What was edited comes as it was drawn; sources are shared by groups, and of any size.
         place = [name for name in self.spec.places() if name != "instruction"].index("edited")
-        return self.prepare(*zip(*asked), in_program=() if size is None else (place,))
+        sources, edited, instructions = zip(*asked)
+        return self.prepare(sources, edited, instructions, () if size is None else (place,))
 
     def judge(self, questions: Questions, batch_size: int = 32, mesh: Mesh | None = None) -> np.ndarray:
         """Scores float64 [B, targets] of what was asked.

@@ -98,13 +98,13 @@ class Levels:
         index = None if self.index is None else np.pad(self.index, widths, constant_values=-1)
         return dataclasses.replace(self, windows=windows, index=index)
 
-    def patches(self, frames: jax.Array) -> jax.Array:
+    def patches(self, frames: Any) -> jax.Array:
         """The floats that the image processor makes, [B, W, S, 3 * frames * p * p]; zeros in empty slots.
 
         Args:
           frames: of the `VisionInput`; 0 is an empty slot.
         """
-        levels = None if self.windows is None else jnp.asarray(self.windows)
+        levels: Any = None if self.windows is None else jnp.asarray(self.windows)
         if self.pixels:
             shown = [self.look.patches(bicubic.resized(x, *size)) for x, size in zip(self.pixels, self.sizes)]
             index = jnp.asarray(self.index)

@@ -114,13 +114,14 @@ class Shown:
     def _patches(self, layout: Layout, pictures: Sequence[Sequence[Any]]) -> Any:
         shape = layout.source.shape
         if self.look is None:
-            windows = np.zeros((*shape, self.config.patch_dim), np.float32)
-            for own, source, row in zip(windows, layout.source, pictures):
+            floats = np.zeros((*shape, self.config.patch_dim), np.float32)
+            for own, source, row in zip(floats, layout.source, pictures):
                 if row:
                     fill(own, source, [self.patches[id(p)] for p in row])
-            return windows
+            return floats
         kinds = [self._numbers(row) for row in pictures]
-        index, windows = np.full(shape, -1, np.int32) if self.slots else None, None
+        index = np.full(shape, -1, np.int32) if self.slots else None
+        windows: np.ndarray | None = None
         if any((host >= 0).any() for host, _ in kinds) or not self.slots:
             windows = np.zeros((*shape, self.look.patch_levels), np.uint8)
         for number, (row, (host, program)) in enumerate(zip(pictures, kinds)):

@@ -155,7 +155,7 @@ class Layout(NamedTuple):
     Attributes:
       source: int [B, W, S], which patch of its row stands in a slot, the row's images one behind the other; -1: none.
       places, frames, tokens: as of `VisionInput`.
-      used: for each row its images, as (placeholder id, number among those of that id).
+      used: the images of each row, as (placeholder id, number among those of that id).
     """
 
     source: np.ndarray
@@ -187,9 +187,9 @@ def lay_out(
     source = np.full((len(rows), windows, config.window_slots), -1, np.int32)
     places, frames = np.zeros((*source.shape, 2), np.int32), np.zeros(source.shape, np.int32)
     for i, row in enumerate(rows):
-        for whole, part in zip((source, places, frames), row):
+        for whole, part in ((source, row.source), (places, row.places), (frames, row.frames)):
             whole[i, : len(part)] = part
-    return Layout(source, places, frames, np.stack([row.tokens for row in rows]), [row.used for row in rows])
+    return Layout(source, places, frames, np.stack([row.tokens for row in rows]), [row.used[0] for row in rows])
 
 
 def pack_images(
@@ -262,7 +262,7 @@ def _lay_out_row(config: Qwen2_5_VLVisionConfig, row: int, ids: np.ndarray, queu
         placeholders, windows = placeholders[count:], windows + len(source)
         frames, patches = frames + grid[0], patches + math.prod(grid)
     source, places, frame = (np.concatenate(parts) for parts in zip(*pieces))
-    return Layout(source, places, frame, tokens, used)
+    return Layout(source, places, frame, tokens, [used])
 
 
 @functools.lru_cache(maxsize=256)
