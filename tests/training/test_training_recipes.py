@@ -147,7 +147,9 @@ def test_the_words_of_pdtr():
         assert stage.grpo.guard and not stage.grpo.cfg_in_window
     assert list(recipe("pdtr", "").stages.edit.rewards) == ["editreward"]
     assert recipe("pdtr", "edit=none").schedule == ("t2i",) and recipe("pdtr", "t2i=none").schedule == ("edit",)
-    remote = recipe("pdtr", "t2i=geneval,detector=remote", stages__t2i__rewards__geneval__url="http://gpu:18100")
+    remote = importlib.import_module("configs.pdtr").get_config("t2i=geneval,detector=remote")
+    remote.stages.t2i.rewards.geneval.url = "http://gpu:18100"
+    remote = validate(remote)
     for rewards in (remote.stages.t2i.rewards, remote.stages.edit.evaluations.t2i.rewards):
         assert rewards.geneval.to_dict() == {"kind": "remote", "weight": 1.0, "url": "http://gpu:18100"}
     assert make_entries(remote.stages.t2i.rewards)["geneval"].reward.endpoint.url == "http://gpu:18100/score"
