@@ -11,6 +11,7 @@ Words after a colon, with commas between them, change it:
 |---|---|
 | `edit=editreward`, `edit=judge`, `edit=none` | what rewards edits: a trained EditReward (the default), a judge's marks, or no such stage |
 | `t2i=geneval`, `t2i=none` | what rewards pictures from text: GenEval's rules on a detector's findings, or no such stage |
+| `detector=own`, `detector=remote` | where GenEval's detector runs: on the process's own GPU, or behind `launch.serve_reward` on another machine (`--config.stages.t2i.rewards.geneval.url=http://HOST:PORT`), which is how TPU hosts have one |
 | `algorithm=grpo`, `algorithm=nft` | how rewards change the model: Flow-GRPO, the paper's (the default), or DiffusionNFT, without guidance |
 | `model=kontext`, `model=metaquery` | which model: text encoders, or Qwen2.5-VL (`--config.vlm=DIR`) |
 | `fast` | two steps of a rollout are stochastic and trained, without guidance; the others are deterministic |
@@ -53,6 +54,8 @@ REWARDS = {
         }
     },
 }
+# GenEval's rules and detector on a machine that has a GPU: `python -m launch.serve_reward --reward=geneval` there.
+REMOTE = {"geneval": {"kind": "remote", "weight": 1.0, "url": ""}}
 # Of the tiny judge's marks: about as much as the samples of a group differ by.
 JUDGE_NOISE = 0.2
 WATCHED = {"shapes_edit": {"weight": 0.0}}
@@ -70,6 +73,7 @@ INEXACT = {"editreward", "judge"}
 CHOICES = {
     "edit": ("editreward", "judge", "none"),
     "t2i": ("geneval", "none"),
+    "detector": ("own", "remote"),
     "model": ("kontext", "metaquery"),
     "algorithm": ("grpo", "nft"),
     "watch": ("editreward", "judge"),
@@ -208,6 +212,7 @@ def tiny_stage(task: str, rewards: dict, steps: int, lr: float, num_prompts: int
         "rewards": rewards,
         **SIZE,
         "num_prompts": num_prompts,
+        "sampling_batches": 1,  # nothing to overlap: what samples and what scores share the cores
         "same_latent": True,
         "grpo": {**ROLLOUT[task], "guidance_scale": 1.0},
         "optimizer": {"lr": lr, "warmup": min(5, steps - 1)},
@@ -257,6 +262,8 @@ def read_words(arg: str) -> tuple[set[str], dict[str, str]]:
         raise ValueError(
             f"configs/pdtr.py:{arg} asks for '{min(own)}', which is GRPO's; leave it or algorithm=nft out."
         )
+    if "detector" in made and ("tiny" in flags or made.get("t2i") == "none"):
+        raise ValueError(f"configs/pdtr.py:{arg} has no detector to place; leave detector={made['detector']} out.")
     watched = made.get("watch")
     if watched and ("tiny" in flags or made.get("edit", "editreward") in ("none", watched)):
         raise ValueError(f"configs/pdtr.py:{arg} has nothing new for watch={watched} to watch; leave it out.")
@@ -270,6 +277,8 @@ def get_config(arg: str = "") -> ConfigDict:
     known, algorithm = TINY_REWARDS if tiny else REWARDS, made.get("algorithm", "grpo")
     # What rewards each task; the first is the default.
     rewards = {task: known[task][made.get(task, next(iter(known[task])))] for task in known if made.get(task) != "none"}
+    if made.get("detector") == "remote":
+        rewards["t2i"] = REMOTE
     if watched := made.get("watch"):
         rewards["edit"] = {**rewards["edit"], watched: {**known["edit"][watched][watched], "weight": 0.0}}
     if tiny:

@@ -1,5 +1,7 @@
 """Mask2Former and CLIP, small and with random weights, against `transformers`' own arithmetic."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,9 @@ from unipic2_jax.rewards.geneval.classes import CLASSES
 from unipic2_jax.rewards.geneval.detectors.base import Wanted, make_detector
 from unipic2_jax.rewards.geneval.detectors.colors import TEMPLATES, load_colors
 from unipic2_jax.rewards.geneval.detectors.mask2former import detection, instances
+from unipic2_jax.rewards.geneval.detectors.torch_models import own_device
 from unipic2_jax.rewards.geneval.rules import COLORS
+from unipic2_jax.rewards.scoring import Scorer, make_entries
 
 torch = pytest.importorskip("torch", reason="Mask2Former and CLIP run in PyTorch")
 pytest.importorskip("transformers", minversion="5.23", reason="its image processors need torchvision before")
@@ -215,6 +219,36 @@ def test_a_class_that_the_network_does_not_have(folders):
     with pytest.raises(ValueError, match="knows no 'lamp'"):
         detector.check([Wanted(frozenset({"cat"})), Wanted(frozenset({"lamp"}))])
     detector.check([Wanted(frozenset(CLASSES), frozenset(CLASSES))])
+
+
+def test_the_gpu_is_the_processes_own(monkeypatch):
+    gpu = types.SimpleNamespace(platform="gpu", local_hardware_id=5)
+    monkeypatch.setattr("jax.local_devices", lambda: [gpu])
+    assert [own_device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda:5", "cuda:1", "cpu"]
+    monkeypatch.setattr("jax.local_devices", lambda: [types.SimpleNamespace(platform="tpu", local_hardware_id=5)])
+    assert own_device("cuda") == "cuda"
+
+
+def test_a_gpu_without_memory_is_a_failed_reward(folders, monkeypatch):
+    """Of the pictures of that call alone; the others are scored, and the run goes on."""
+    asked = []
+
+    def network(images, thresholds):
+        asked.append(len(images))
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return [[] for _ in images]
+
+    monkeypatch.setattr("unipic2_jax.rewards.geneval.detectors.mask2former.load_mask2former", lambda *given: network)
+    metadata = {"tag": "single_object", "include": [{"class": "cat", "count": 1}]}
+    records = [PromptRecord("a photo of a cat", metadata=metadata)] * 6
+    fields = {"detector": {**MODEL, "model": folders[0], "clip": folders[1], "batch_size": 2}, "batch_size": 2}
+    scored = Scorer(make_entries({"geneval": fields})).score(pictures(*[(32, 32)] * 6), records)
+    assert (
+        asked == [2, 2, 2] and scored.values["geneval"].tolist()[:2] == [0, 0] == scored.values["geneval"].tolist()[4:]
+    )
+    assert np.isnan(scored.values["geneval"][2:4]).all() and set(scored.errors["geneval"]) == {2, 3}
+    assert "does not fit the GPU's memory; lower its batch_size" in scored.errors["geneval"][2]
 
 
 def test_what_is_missing_gets_one_sentence(folders, tmp_path, monkeypatch):

@@ -145,6 +145,7 @@ def stage(edit=False, **fields):
         "rewards": {"brightness": {"weight": 1.0}},
         "evaluations": {"toy": {**evaluation, "height": SIZE, "width": SIZE, "batch_size": 8}},
         "num_prompts": 4,
+        "sampling_batches": 1,
         "height": SIZE,
         "width": SIZE,
         "batch_branches": True,

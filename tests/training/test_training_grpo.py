@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -18,11 +19,14 @@ from toy_grpo import Brightness
 
 from unipic2_jax.core.errors import ConfigError, TrainingPaused
 from unipic2_jax.evaluation.evaluator import check_evaluation, make_evaluators
+from unipic2_jax.models import sampling
 from unipic2_jax.models.lora import merge_lora, scaled
 from unipic2_jax.models.sd3.lora import init_lora
 from unipic2_jax.models.sd3.lora_writing import save_lora
 from unipic2_jax.parallel.mesh import make_mesh
+from unipic2_jax.pictures import resize as pictures
 from unipic2_jax.rewards.base import RewardError
+from unipic2_jax.rl.algorithm import sampling_batches
 from unipic2_jax.training import loop
 from unipic2_jax.training.metrics import read_evaluations, read_rows
 from unipic2_jax.training.stage import StageContext, stage_class
@@ -394,6 +398,65 @@ def test_one_batch_is_scored_while_the_next_is_sampled_and_all_share_a_window(tm
     assert metrics["reward"] == pytest.approx(np.mean(kept))
     stage.step(state, 1)
     assert [path.name for path in folder.parent.iterdir()] == ["000000"]
+
+
+def test_results_do_not_depend_on_how_many_are_sampled_at_once(tmp_path):
+    """References and all noise are those of a step sampled whole; what differs is the rounding of other batch sizes."""
+    window = {"window": {"size": 2, "low": 0, "high": 3}}
+    found = []
+    for parts in (1, 2, 4):
+        stage, _ = make_stage(tmp_path, sampling_batches=parts, grpo=window)
+        together, kept = stage.sampler.together, []
+        stage.sampler.together = lambda sampled, together=together, kept=kept: kept.append(together(sampled)) or kept[0]
+        state, metrics = stage.step(stage.init(), 0)
+        rollout, inputs = kept[0]
+        found.append((rollout, inputs, state.policy.lora, {k: metrics[k] for k in ("reward", "loss", "gradient_norm")}))
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0][0].latents[0], other[0].latents[0])
+        close = lambda a, b, atol: jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=atol), a, b
+        )
+        for part, atol in enumerate((1e-4, 1e-5, 2e-3, 1e-4)):  # Adam makes whole steps of the smallest gradients
+            close(found[0][part], other[part], atol)
+
+
+def test_a_step_is_sampled_in_parts_that_keep_devices_busy():
+    assert [sampling_batches(16, 16, devices, 1) for devices in (1, 8, 16, 32, 64)] == [4, 4, 2, 1, 1]
+    assert (
+        sampling_batches(48, 24, 8, 1) == 4
+        and sampling_batches(14, 16, 1, 1) == 2
+        and sampling_batches(7, 8, 1, 1) == 1
+    )
+    assert sampling_batches(16, 16, 16, 8) == 2 and sampling_batches(12, 64, 8, 8) == 1  # whole groups in each process
+
+
+def test_a_timeline_tells_what_waited_for_what(tmp_path):
+    stage, _ = make_stage(tmp_path, sampling_batches=2)
+    stage.step(stage.init(), 0)
+    spans = {name: (begun, ended) for name, begun, ended in stage.context.timeline.spans}
+    assert spans.keys() == {
+        *(f"{what} {part}" for what in ("read", "begin", "sample", "decode", "score brightness") for part in (0, 1)),
+        *("wait for scores", "compile", "update"),
+    }
+    assert all(0 <= begun <= ended for begun, ended in spans.values())
+    order = ["read 0", "begin 0", "read 1", "sample 0", "decode 0", "begin 1", "sample 1", "decode 1"]
+    order += ["wait for scores", "compile", "update"]
+    assert all(spans[a][1] <= spans[b][0] + 2e-3 for a, b in itertools.pairwise(order))
+    assert spans["decode 0"][1] <= spans["score brightness 0"][0] + 2e-3
+
+
+def test_what_leaves_the_device_is_rounded_there_as_numpy_did_it(tmp_path):
+    stage, _ = make_stage(tmp_path)
+    vae, params = stage.bundle.vae, stage.params["vae"]
+    latents = 4 * jax.random.normal(jax.random.key(0), (3, 8, 8, vae.config.latent_channels))
+    floats = jax.jit(lambda params, x: sampling.decode_latents(vae, params, x))(params, latents)
+    made = jax.jit(lambda params, x: sampling.decode_pictures(vae, params, x))(params, latents)
+    assert made.dtype == np.uint8
+    np.testing.assert_array_equal(made, pictures.to_uint8(np.asarray(floats)))
+    # At and beside every place where a level ends, and where none is left.
+    ends = (np.arange(-3, 260) + np.float32(0.5)) / np.float32(255) * 2 - np.float32(1)
+    edges = np.concatenate([np.nextafter(ends, np.float32(-9)), ends, np.nextafter(ends, np.float32(9))]).astype("f")
+    np.testing.assert_array_equal(jax.jit(pictures.to_uint8)(edges), pictures.to_uint8(edges))
 
 
 def test_sampler_and_trainer_that_differ_are_told_of_once(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.models.bundle import load_bundle
 from unipic2_jax.parallel.mesh import make_mesh
+from unipic2_jax.rewards.scoring import make_entries
 from unipic2_jax.training import loop
 from unipic2_jax.training.config import validate
 from unipic2_jax.training.metrics import read_rows
@@ -146,6 +147,12 @@ def test_the_words_of_pdtr():
         assert stage.grpo.guard and not stage.grpo.cfg_in_window
     assert list(recipe("pdtr", "").stages.edit.rewards) == ["editreward"]
     assert recipe("pdtr", "edit=none").schedule == ("t2i",) and recipe("pdtr", "t2i=none").schedule == ("edit",)
+    remote = importlib.import_module("configs.pdtr").get_config("t2i=geneval,detector=remote")
+    remote.stages.t2i.rewards.geneval.url = "http://gpu:18100"
+    remote = validate(remote)
+    for rewards in (remote.stages.t2i.rewards, remote.stages.edit.evaluations.t2i.rewards):
+        assert rewards.geneval.to_dict() == {"kind": "remote", "weight": 1.0, "url": "http://gpu:18100"}
+    assert make_entries(remote.stages.t2i.rewards)["geneval"].reward.endpoint.url == "http://gpu:18100/score"
     watched = recipe("pdtr", "watch=judge").stages.edit.rewards
     assert {name: fields.weight for name, fields in watched.items()} == {"editreward": 1.0, "judge": 0.0}
     tiny = recipe("pdtr", "tiny,edit=editreward,joint").stages.joint
@@ -181,6 +188,8 @@ def test_the_words_of_pdtr():
         "long": "write 'tiny' too",
         "edit=none,t2i=none": "leaves out what it is about",
         "joint,edit=none": "leaves out what it is about",
+        "tiny,detector=remote": "no detector to place",
+        "t2i=none,detector=remote": "no detector to place",
         "watch=editreward": "nothing new for watch=editreward",
         "tiny,watch=judge": "nothing new for watch=judge",
     }

@@ -47,7 +47,7 @@ def contents(workdir):
     newest = max(int(path.name) for path in (workdir / "checkpoints/states").iterdir())
     record = json.loads((workdir / f"checkpoints/states/{newest}/record/metadata").read_text())
     return {
-        "rows": [{k: v for k, v in row.items() if k != "seconds_step"} for row in rows],
+        "rows": [{k: v for k, v in row.items() if k not in ("seconds_step", "seconds_timeline")} for row in rows],
         "evaluations": read_evaluations(workdir),
         "export": params,
         "state": record["checksums"],

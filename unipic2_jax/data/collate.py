@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -34,7 +36,7 @@ class Collate:
     """Makes the host's batch of examples of one shape; a pure function of them.
 
     Threads of a loader call it while the training's own thread does, and evaluators tokenise beside them. Tokenizers do not bear
-    that: here is a copy of the conditioner, used by one thread at a time.
+    that: each thread at work has a copy of the conditioner, so that none waits for another.
 
     Args:
       reader: of prompts.
@@ -42,7 +44,9 @@ class Collate:
     """
 
     def __init__(self, reader: Reader, dropout: Mapping[str, float]):
-        self.reader, self.dropout, self._reading = copy.deepcopy(reader), dropout, threading.Lock()
+        # The first copy is only copied again: what tokenises meanwhile would change under the copying.
+        self.reader, self.dropout, self._copying = copy.deepcopy(reader), dropout, threading.Lock()
+        self._free: queue.SimpleQueue[Reader] = queue.SimpleQueue()
 
     def __call__(self, shape: BatchShape, examples: Sequence[Example]) -> dict[str, Any]:
         """A batch of B examples, arrays [B, ...].
@@ -55,18 +59,31 @@ class Collate:
         if "context" in examples[0].arrays:
             return {**batch, "conditioning": (_stored("context", examples), _stored("pooled", examples))}
         prompts, references = [e.prompt for e in examples], [e.references for e in examples]
-        with self._reading:
-            if not self.reader.reads_images:
-                return {**batch, "tokens": self.reader.tokenize(prompts)}
+        with self._own() as reader:
+            if not reader.reads_images:
+                return {**batch, "tokens": reader.tokenize(prompts)}
             if not self.dropout[shape.task]:
-                return {**batch, "tokens": self.reader.tokenize(prompts, references)}
-            given, empty = _with_empty(self.reader, prompts, references)
+                return {**batch, "tokens": reader.tokenize(prompts, references)}
+            given, empty = _with_empty(reader, prompts, references)
         return {**batch, "tokens": given, "empty_tokens": empty}
 
     def no_prompt(self) -> Any:
         """Tokens of an empty prompt without pictures: one row."""
-        with self._reading:
-            return self.reader.tokenize([""])
+        with self._own() as reader:
+            return reader.tokenize([""])
+
+    @contextlib.contextmanager
+    def _own(self) -> Iterator[Reader]:
+        """A copy of the conditioner that no other thread uses meanwhile."""
+        try:
+            reader = self._free.get_nowait()
+        except queue.Empty:
+            with self._copying:
+                reader = copy.deepcopy(self.reader)
+        try:
+            yield reader
+        finally:
+            self._free.put(reader)
 
 
 def concatenate(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

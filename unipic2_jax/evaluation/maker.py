@@ -37,7 +37,7 @@ class PictureMaker:
 
     def _images(self, params, lora, tokens, negative, seeds, sources):
         keys = sampling.image_keys(seeds)
-        return sampling.sample_images(
+        images = sampling.sample_images(
             self.bundle,
             params,
             tokens,
@@ -49,6 +49,7 @@ class PictureMaker:
             reference_keys=keys,
             lora=lora,
         )
+        return pictures.to_uint8(images)
 
     def make(
         self, params: Any, lora: Any = None, wanted: Sequence[int] | None = None
@@ -78,4 +79,4 @@ class PictureMaker:
             unconditional = negative if own_negative is None else batch["negative"]
             images = self._sample(params, lora, batch["tokens"], unconditional, seeds, batch["sources"])
             count = min(self.batch, len(numbers) - start)
-            yield index[:count], pictures.to_uint8(to_host(images))[:count]
+            yield index[:count], to_host(images)[:count]

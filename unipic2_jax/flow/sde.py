@@ -155,8 +155,12 @@ def sde_step(
     sigma_next: jax.Array,
     sigma_1: jax.Array,
     config: SDEConfig,
+    noise: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One stochastic step, arguments as in `sde_step_mean_std`: (x_next, mean, std, log_prob [B])."""
+    """One stochastic step, arguments as in `sde_step_mean_std`: (x_next, mean, std, log_prob [B]).
+
+    `noise`, standard normal like `x`, is used instead of what the key gives.
+    """
     mean, std = sde_step_mean_std(velocity, x, sigma, sigma_next, sigma_1, config)
-    x_next = mean + std * jax.random.normal(key, mean.shape, jnp.float32)
+    x_next = mean + std * (jax.random.normal(key, mean.shape, jnp.float32) if noise is None else noise)
     return x_next, mean, std, log_prob(x_next, mean, std, config)

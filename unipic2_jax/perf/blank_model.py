@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from unipic2_jax.flow.schedule import FlowMatchConfig
 from unipic2_jax.models.bundle import Bundle, init_params, make_modules, read_configs
 from unipic2_jax.models.qwen.decoder import Qwen2_5_VLConfig
+from unipic2_jax.models.qwen.pictures import LEVELS, Levels, Look
 from unipic2_jax.models.qwen.processor import LEAST_TOKENS, VLMInput, bucket
-from unipic2_jax.models.qwen.vision import pack_images
+from unipic2_jax.models.qwen.vision import VisionInput, lay_out
 from unipic2_jax.models.registry import SIZES, family_of
 from unipic2_jax.parallel.rules import described
 from unipic2_jax.weights.precision import as_precision
@@ -71,13 +72,18 @@ class BlankProcessor:
         ids = np.zeros((len(conversations), length), np.int32)
         ids[:, :room] = self.config.image_token_id
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), (len(ids), 3, length))
-        vision = None
-        if len(grids):
-            patches = np.zeros((int(np.prod(grids, axis=1).sum()), tower.patch_dim), np.float32)
-            media = {self.config.image_token_id: (patches, grids)}
-            windows = bucket(pack_images(tower, ids, media).frames.shape[1])
-            vision = pack_images(tower, ids, media, windows)
+        vision = self._vision(ids, grids) if len(grids) else None
         return VLMInput(ids, positions, np.ones(ids.shape, bool), vision)
+
+    def _vision(self, ids: np.ndarray, grids: np.ndarray) -> VisionInput:
+        """The pictures as `VLMProcessor` would lay them out: what is black costs what any other does."""
+        tower = self.config.vision_config
+        table = np.zeros((3, LEVELS), np.float32).tobytes()
+        look = Look(tower.patch_size, tower.spatial_merge_size, tower.temporal_patch_size, table)
+        layout = lay_out(tower, ids, {self.config.image_token_id: grids})
+        layout = lay_out(tower, ids, {self.config.image_token_id: grids}, bucket(layout.frames.shape[1]))
+        windows = np.zeros((*layout.source.shape, look.patch_levels), np.uint8)
+        return VisionInput(Levels(windows, (), None, (), look), layout.places, layout.frames, layout.tokens)
 
 
 def blank_tokenizers(configs: Mapping[str, Any]) -> Any:

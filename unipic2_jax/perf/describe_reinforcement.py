@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.perf.described import DESCRIPTIONS, REWARD_PROGRAMS, Description
 from unipic2_jax.perf.edit_reward_program import edit_reward_program
-from unipic2_jax.rl.algorithm import ALGORITHMS, algorithm_fields
+from unipic2_jax.rl.algorithm import ALGORITHMS, algorithm_fields, make_algorithm
 from unipic2_jax.training.stages.reinforcement import tell_micro_batch
 
 
@@ -22,6 +22,7 @@ class ReinforcementDescription(Description):
 
     def part_of_batch(self, name: str, stage: ConfigDict, shards: int, log: Callable[[str], None]) -> None:
         fields = algorithm_fields(stage)
+        stage.sampling_batches = make_algorithm(stage, shards).layout.batches  # as all chips together have them
         samples, parts = stage.num_prompts * fields.group_size, stage.sampling_batches * shards
         tell_micro_batch(name, stage, shards, log)
         if stage.num_prompts % parts:  # a group is on several chips, each of which has a prompt of it

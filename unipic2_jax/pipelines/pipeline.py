@@ -81,7 +81,7 @@ class Pipeline:
         self._noise = jax.jit(sampling.initial_noise, static_argnums=1)
         steps = bundle.scheduler.num_train_timesteps
         self._denoise = jax.jit(functools.partial(sampling.denoise, bundle.transformer, num_train_timesteps=steps))
-        self._decode = jax.jit(functools.partial(sampling.decode_latents, vae))
+        self._decode = jax.jit(functools.partial(_decoded, vae), static_argnames="whole")
         self._plain = bundle
         self._loras: dict[str, tuple[Adapter, float]] = {}
         self._lora: Any = None
@@ -216,13 +216,13 @@ class Pipeline:
             for members, size in batches:
                 # A short last batch is filled up, so that it does not cost another compilation.
                 padded = members + [members[-1]] * (self._padded(size) - len(members))
-                for index, picture in zip(members, self._make([requests[i] for i in padded], settings, bar)):
-                    if not np.isfinite(picture).all():
+                for index, picture, finite in zip(members, *self._make([requests[i] for i in padded], settings, bar)):
+                    if not finite:
                         raise ValueError(
                             f"The model gave NaN or infinite values for the prompt {requests[index].prompt!r}; "
                             "check the checkpoint, or load it with dtype float32."
                         )
-                    pil = None if settings.as_latents else pictures.to_pictures(picture[None])[0]
+                    pil = None if settings.as_latents else _picture(picture)
                     made[index] = pil if settings.output_type == "pil" else picture
                     if on_image is not None and pil is not None:
                         on_image(index, pil)
@@ -237,8 +237,9 @@ class Pipeline:
         """Splits arrays with a leading batch axis over the mesh."""
         return tree if self.mesh is None else jax.tree.map(lambda x: shard_batch(x, self.mesh), tree)
 
-    def _make(self, requests: list[Request], settings: _Settings, bar: tqdm) -> np.ndarray:
-        """Pictures [B, H, W, 3] in [0, 1], or latents [B, h, w, C], for requests of one size."""
+    def _make(self, requests: list[Request], settings: _Settings, bar: tqdm) -> tuple[np.ndarray, np.ndarray]:
+        """For requests of one size pictures [B, H, W, 3], of 8 bits or as floats in [0, 1], or latents [B, h, w, C]; and which of
+        them are finite, bool [B]."""
         bundle = self.bundle
         height, width = requests[0].size
         scale = bundle.vae_scale
@@ -276,8 +277,11 @@ class Pipeline:
                 latents.block_until_ready()
             bar.update(stride)
         if settings.as_latents:
-            return np.asarray(latents)
-        return pictures.to_unit(self._decode(settings.params["vae"], latents))
+            made = np.asarray(latents)
+            return made, np.isfinite(made).all(axis=(1, 2, 3))
+        whole = settings.output_type == "pil"
+        made, finite = map(np.asarray, self._decode(settings.params["vae"], latents, whole=whole))
+        return made if whole else pictures.to_unit(made), finite
 
     def _text(self, texts: list[tuple[str, Request]], settings: _Settings) -> sampling.Conditioning:
         """(context [B, S, J], pooled [B, P]); each different text, with what it is about, is encoded once in a call."""
@@ -340,6 +344,17 @@ class Pipeline:
             out = out.at[rows, columns, :h, :w].set(latents)
             sizes[rows, columns] = h, w
         return out, None if (sizes == grid).all() else sizes
+
+
+def _decoded(vae: Any, params: Any, latents: jax.Array, whole: bool) -> tuple[jax.Array, jax.Array]:
+    """Pictures [B, H, W, 3] of latents, `whole` as uint8 and else as floats about [-1, 1], and whether they were finite [B]."""
+    images = sampling.decode_latents(vae, params, latents)
+    return pictures.to_uint8(images) if whole else images, jnp.isfinite(images).all(axis=(1, 2, 3))
+
+
+def _picture(array: np.ndarray) -> Image.Image:
+    """A picture [H, W, 3] of 8 bits, or of floats in [0, 1], as PIL's."""
+    return Image.fromarray(array) if array.dtype == np.uint8 else pictures.to_pictures(array[None])[0]
 
 
 def _batches(requests: list[Request], batch_size: int | None) -> list[tuple[list[int], int]]:

@@ -135,6 +135,15 @@ class Reward:
         """
         raise NotImplementedError
 
+    def prepare(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Any:
+        """What `score_prepared` needs of the host alone. Asked of a reward `on_mesh`, in a thread and as soon as there are pictures, so
+        that it is ready when the devices are: it computes nothing on them and waits for no other process."""
+        return images, records
+
+    def score_prepared(self, prepared: Any) -> Scores:
+        """`score` of what `prepare` made."""
+        return self.score(*prepared)
+
 
 def check_package(package: str, requirements: str, what: str) -> None:
     """Whether an optional package is there.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from jax.sharding import Mesh
 
 from unipic2_jax.data.prompts import PromptRecord
-from unipic2_jax.models.edit_reward.model import EditRewardModel, check_combine, combine
+from unipic2_jax.models.edit_reward.model import EditRewardModel, Questions, check_combine, combine
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.rewards.base import REWARDS, Reward, Scores
 from unipic2_jax.weights.precision import PRECISIONS, Precision, as_precision
@@ -54,14 +56,16 @@ class EditRewardReward(Reward):
         self.targets = EditRewardModel.check(model).targets
         check_combine(combine, self.targets)
         self._model: EditRewardModel | None = None
+        self._loading = threading.Lock()
 
-    def _loaded(self) -> EditRewardModel:
-        if self._model is None:
-            self.mesh = self.mesh or make_mesh()
-            key = (self.folder, self.mesh, self.precision)
-            self._model = _LOADED.get(key) or EditRewardModel.load(*key, scoring=True)
-            _LOADED[key] = self._model
-        return self._model
+    def _loaded(self) -> tuple[EditRewardModel, Mesh]:
+        with self._loading:
+            if self._model is None:
+                self.mesh = self.mesh or make_mesh()
+                key = (self.folder, self.mesh, self.precision)
+                self._model = _LOADED.get(key) or EditRewardModel.load(*key, scoring=True)
+                _LOADED[key] = self._model
+            return self._model, cast(Mesh, self.mesh)
 
     def check(self, records: Sequence[PromptRecord]) -> None:
         if missing := [record.prompt for record in records if record.image is None]:
@@ -69,14 +73,19 @@ class EditRewardReward(Reward):
                 f"EditReward judges edits, and {missing[0]!r} comes without a picture to edit; use another reward."
             )
 
-    def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
-        """Scores edits; see `EditRewardModel.score` about several processes.
-
-        Raises:
-          ValueError: for a record without a source picture.
-        """
+    def prepare(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Questions:
+        """Raises a ValueError for a record without a source picture."""
         self.check(records)
-        sources, prompts = [record.image for record in records], [record.prompt for record in records]
-        scores = self._loaded().score(sources, images, prompts, self.batch_size, self.mesh)
+        model, mesh = self._loaded()
+        asked = [record.image for record in records], images, [record.prompt for record in records]
+        return model.questions(*asked, self.batch_size, mesh)
+
+    def score_prepared(self, prepared: Questions) -> Scores:
+        """Scores edits; see `EditRewardModel.judge` about several processes."""
+        model, mesh = self._loaded()
+        scores = model.judge(prepared, self.batch_size, mesh)
         details = {name: scores[:, column] for column, name in enumerate(self.targets)}
         return Scores(combine(scores, self.combine, self.targets), details)
+
+    def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
+        return self.score_prepared(self.prepare(images, records))

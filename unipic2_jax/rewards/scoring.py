@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -20,6 +21,7 @@ from unipic2_jax.rewards.combine import NORMALIZATIONS
 from unipic2_jax.weights.precision import PRECISIONS, Precision
 
 LONGEST_PAUSE = 60.0  # between two tries; a server that asks for more gets what it asks for, within `Calls.patience`
+Span = Callable[[str], contextlib.AbstractContextManager[Any]]  # name -> what tells of the time that is spent inside
 CALL_FIELDS = tuple(field.name for field in dataclasses.fields(Calls))
 
 
@@ -137,11 +139,16 @@ class Scorer:
         self._breakers = {name: Breaker(entry.calls) for name, entry in self.entries.items()}
 
     def start(
-        self, images: Sequence[np.ndarray], records: Sequence[PromptRecord], over: threading.Event | None = None
+        self,
+        images: Sequence[np.ndarray],
+        records: Sequence[PromptRecord],
+        over: threading.Event | None = None,
+        span: Span = contextlib.nullcontext,
     ) -> Callable[[], Scored]:
         """Begins to score uint8 [H, W, 3] images, those of a group side by side; the result waits for all scores.
 
         Args:
+          span: in one of its name is each call of a reward, 'score NAME', and what comes before on the host, 'prepare NAME'.
           over: ends what is queued or waits for another try, once it is set; an error sets it. Batches may share one.
 
         Nobody is asked about what was made for a record with an `error`: its scores failed for that reason.
@@ -154,10 +161,9 @@ class Scorer:
             parts = _parts(entry, asked, records)
             if entry.reward.on_mesh:  # a process that has nothing to ask takes part
                 parts = [asked]
-            begin = self._later if entry.reward.on_mesh else self._pools[name].submit
+            begin = self._on_mesh if entry.reward.on_mesh else self._in_thread
             pending[name] = [
-                (part, begin(self._score, name, [images[i] for i in part], [records[i] for i in part], over))
-                for part in parts
+                (part, begin(name, [images[i] for i in part], [records[i] for i in part], over, span)) for part in parts
             ]
             pending[name] += [([i], _Known(records[i].error)) for i in broken]
 
@@ -174,14 +180,40 @@ class Scorer:
         """`start` and its result."""
         return self.start(images, records)()
 
-    def _later(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Like `submit`, for what all processes have to do in the same order: it is done when it is asked for."""
-        return _Later(call, arguments)
+    def _in_thread(
+        self,
+        name: str,
+        images: list[np.ndarray],
+        records: list[PromptRecord],
+        over: threading.Event,
+        span: Span,
+    ) -> Any:
+        reward = self.entries[name].reward
+        call = _within(span, f"score {name}", lambda: reward.score(images, records))
+        return self._pools[name].submit(self._score, name, call, len(images), over)
 
-    def _score(
-        self, name: str, images: list[np.ndarray], records: list[PromptRecord], over: threading.Event
-    ) -> Scores | str:
-        """Scores of one call, or the sentence that says why there are none."""
+    def _on_mesh(
+        self,
+        name: str,
+        images: list[np.ndarray],
+        records: list[PromptRecord],
+        over: threading.Event,
+        span: Span,
+    ) -> Any:
+        """What all processes have to do in the same order is done when it is asked for; what comes before begins now, in a thread."""
+        reward = self.entries[name].reward
+        prepare = _within(span, f"prepare {name}", lambda: reward.prepare(images, records))
+        prepared = self._pools[name].submit(prepare)
+
+        def call() -> Scores:
+            given = prepared.result()
+            with span(f"score {name}"):
+                return reward.score_prepared(given)
+
+        return _Later(self._score, (name, call, len(images), over))
+
+    def _score(self, name: str, call: Callable[[], Scores], count: int, over: threading.Event) -> Scores | str:
+        """Scores of one call about so many images, or the sentence that says why there are none."""
         entry, breaker = self.entries[name], self._breakers[name]
         calls = entry.calls
         if breaker.is_open():
@@ -190,10 +222,10 @@ class Scorer:
         def ask() -> Scores:
             if over.is_set():
                 raise RewardError("Nobody waited for its score.")
-            allowed = calls.timeout and calls.timeout + entry.reward.longest_wait(calls, len(images))
-            scores = _in_time(allowed, lambda: entry.reward.score(images, records))
-            if np.shape(scores.values) != (len(images),):
-                raise RewardError(f"{np.shape(scores.values)} scores came for {len(images)} images.")
+            allowed = calls.timeout and calls.timeout + entry.reward.longest_wait(calls, count)
+            scores = _in_time(allowed, call)
+            if np.shape(scores.values) != (count,):
+                raise RewardError(f"{np.shape(scores.values)} scores came for {count} images.")
             return scores
 
         try:
@@ -248,6 +280,16 @@ class _Known:
 
     def result(self) -> str:
         return self.sentence
+
+
+def _within(span: Span, name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, in a span of this name."""
+
+    def timed() -> Any:
+        with span(name):
+            return call()
+
+    return timed
 
 
 def _parts(entry: Entry, asked: list[int], records: Sequence[PromptRecord]) -> list[list[int]]:

@@ -26,6 +26,9 @@ from unipic2_jax.rl.policy import PolicyFn
 # Names of algorithms. A class is an Algorithm.
 ALGORITHMS = Registry("reinforcement algorithm")
 
+# In how many parts a step is sampled at most where nobody says it, and how many samples of a part keep a device busy.
+MOST_PARTS, SAMPLES_AT_ONCE = 4, 8
+
 
 class State(Protocol):
     """What changes during a stage: a NamedTuple, and so a plain pytree that can be saved whole. An algorithm may have more in it."""
@@ -209,6 +212,18 @@ def algorithm_fields(stage: ConfigDict) -> ConfigDict | None:
     return stage[stage.kind] if stage.kind in ALGORITHMS else None
 
 
+def sampling_batches(prompts: int, group_size: int, devices: int, processes: int) -> int:
+    """In how many parts a step's prompts are sampled where nobody says it, so that a part is scored while the next one is sampled: as
+    many as leave each device `SAMPLES_AT_ONCE` samples, which keep it busy, and each process whole groups."""
+
+    def works(parts: int) -> bool:
+        samples = prompts // parts * group_size
+        whole = prompts % parts == 0 and samples % devices == 0 and prompts // parts % processes == 0
+        return whole and samples >= SAMPLES_AT_ONCE * devices
+
+    return next((parts for parts in range(MOST_PARTS, 1, -1) if works(parts)), 1)
+
+
 def make_algorithm(stage: ConfigDict, devices: int = 1) -> Algorithm:
     """The algorithm of a stage, for so many devices: each of them gets a sample of a micro-batch at least.
 
@@ -219,9 +234,10 @@ def make_algorithm(stage: ConfigDict, devices: int = 1) -> Algorithm:
     fields["micro_batch"] = max(fields["micro_batch"], devices) if fields["micro_batch"] else None
     weights = tuple((name, float(options.get("weight", 1.0))) for name, options in stage.rewards.items())
     config = cls.read({**fields, "weights": tuple((name, weight) for name, weight in weights if weight)})
-    layout = Layout(
-        stage.num_prompts, config.group_size, stage.sampling_batches, stage.same_latent, stage.batch_branches
-    )
+    batches = stage.sampling_batches
+    if batches is None:
+        batches = sampling_batches(stage.num_prompts, config.group_size, devices, jax.process_count())
+    layout = Layout(stage.num_prompts, config.group_size, batches, stage.same_latent, stage.batch_branches)
     return cls(config, layout)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.parallel.processes import gather_rows, local_rows, row_owners
 from unipic2_jax.rewards.audit import write_audit
 from unipic2_jax.rewards.combine import combine_rewards, normalize
-from unipic2_jax.rewards.scoring import Entry, Scored, Scorer
+from unipic2_jax.rewards.scoring import Entry, Scored, Scorer, Span
 from unipic2_jax.rl.advantages import group_advantages
 from unipic2_jax.rl.algorithm import Layout
 from unipic2_jax.rl.config import RLConfig
@@ -38,8 +39,10 @@ class Feedback:
         *,
         audit: tuple[Path, int],
         tell: Callable[[str], None],
+        span: Span = contextlib.nullcontext,
     ):
-        """`tell` takes sentences about a step, 'step 3: ...'."""
+        """`tell` takes sentences about a step, 'step 3: ...'; in a `span` of this name is what a reward does about a part."""
+        self.span = span
         self.scorer, self.config, self.layout, self.mesh = Scorer(entries), config, layout, mesh
         self.audit_folder, self.audit_every = audit
         self.tell = tell
@@ -58,7 +61,7 @@ class Feedback:
         mesh, count = self.mesh, self.layout.samples_at_once
         rows = local_rows(mesh, count)
         repeated = [records[row // self.layout.group_size] for row in rows]
-        result = self.scorer.start(list(images), repeated, over)
+        result = self.scorer.start(list(images), repeated, over, lambda what: self.span(f"{what} {part}"))
         heard = row_owners(mesh)[jax.process_index()] == jax.process_index()
         audited = heard and self.audit_every and step % self.audit_every == 0
 

@@ -226,11 +226,12 @@ def make_rollout(
     outside_fn: PolicyFn | None = None,
     shared_groups: int | None = None,
     prepare: Callable[[Any], Any] = lambda params: params,
+    parts: int = 1,
     **jit_options: Any,
 ) -> Callable[..., Trajectory]:
     """A jitted `(params, lora, inputs, initial_noise [B, ...], key, sigmas [T + 1], part=None) -> Trajectory`.
 
-    The key gives the window and the noise; with a `part`, a number, the noise is another one under the same window.
+    The key gives the window and the noise; with a `part`, a number, the noise is that part of what all `parts` would have together.
     `outside_fn` is the policy of deterministic steps (`guided_policies`).
     `shared_groups` says that the initial noise and the inputs are those of so many contiguous groups, the same within
     each: with a window, nothing is then computed twice before the samples part.
@@ -250,14 +251,14 @@ def make_rollout(
     ) -> Trajectory:
         params = prepare(params)
         window_key, noise_key = jax.random.split(key)
-        noise_key = noise_key if part is None else jax.random.fold_in(noise_key, part)
+        rows = None if part is None else (part, parts)
         bound = lambda fn: lambda x, sigma: fn(params, lora, x, sigma, inputs)
         shared_fns = None
         if groups is not None:
             shared_fns = (bound(once_per_group(policy_fn, groups)), bound(once_per_group(outside_fn, groups)))
         start = draw_window(window_key, config)
         velocity = bound(policy_fn)
-        return rollout(velocity, initial_noise, noise_key, sigmas, config, start, bound(outside_fn), shared_fns)
+        return rollout(velocity, initial_noise, noise_key, sigmas, config, start, bound(outside_fn), shared_fns, rows)
 
     return jit_exactly(run, **jit_options)
 
@@ -446,7 +447,7 @@ class GRPO(Algorithm):
     def make_rollout(self, network_fn: PolicyFn, **options: Any) -> Callable[..., Trajectory]:
         policy, outside = guided_policies(network_fn, self.config, self.layout.batch_branches)
         groups = self.layout.prompts_at_once if self.shares_beginning else None
-        return make_rollout(policy, self.config, outside, groups, **options)
+        return make_rollout(policy, self.config, outside, groups, parts=self.layout.batches, **options)
 
     def make_update(
         self, network_fn: PolicyFn, optimizer: optax.GradientTransformation, **options: Any

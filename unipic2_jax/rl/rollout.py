@@ -53,6 +53,17 @@ def draw_window(key: jax.Array, config: GRPOConfig) -> jax.Array:
     return jax.random.randint(key, (), low, high - size + 1, jnp.int32)
 
 
+def draw_noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal float32."""
+    return jax.random.normal(key, shape, jnp.float32)
+
+
+def rows_of(draw: Callable[[int], jax.Array], count: int, number: jax.Array, parts: int) -> jax.Array:
+    """The rows [count, ...] of part `number` of what `draw` gives for the samples of all parts together: what is drawn for a sample
+    does not depend on how many are sampled at once."""
+    return jax.lax.dynamic_slice_in_dim(draw(count * parts), number * count, count)
+
+
 def rollout(
     velocity_fn: VelocityFn,
     initial_noise: jax.Array,
@@ -62,6 +73,7 @@ def rollout(
     window_start: jax.Array | int = 0,
     outside_fn: VelocityFn | None = None,
     shared_fns: tuple[VelocityFn, VelocityFn] | None = None,
+    rows: tuple[jax.Array, int] | None = None,
 ) -> Trajectory:
     """Samples a batch, one step after the other in a scan.
 
@@ -75,6 +87,7 @@ def rollout(
       outside_fn: velocity of the steps outside the window; `velocity_fn` by default.
       shared_fns: cheaper equals of (velocity_fn, outside_fn) for the window's first step and the steps before it, where
         the samples of a group are still the same (`once_per_group`); None: there are none.
+      rows: (number, parts): the batch is this one of so many equal parts of a larger one, whose noise it has.
 
     Returns:
       A `Trajectory`; the samples are `latents[-1]`.
@@ -92,7 +105,9 @@ def rollout(
     def stochastic(
         velocity_fn: VelocityFn, x: jax.Array, key: jax.Array, sigma: jax.Array, sigma_next: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x_next, mean, _, log_prob = sde_step(key, velocity_fn(x, sigma), x, sigma, sigma_next, sigmas[1], config.sde)
+        noise = None if rows is None else rows_of(lambda count: draw_noise(key, (count, *x.shape[1:])), len(x), *rows)
+        velocity = velocity_fn(x, sigma)
+        x_next, mean, _, log_prob = sde_step(key, velocity, x, sigma, sigma_next, sigmas[1], config.sde, noise)
         return x_next, log_prob, mean
 
     def deterministic(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from unipic2_jax.parallel.processes import gather_json, rows_to_host
 from unipic2_jax.pictures import resize as pictures
 from unipic2_jax.rl.algorithm import Algorithm, Rollout, join, places
 from unipic2_jax.rl.policy import PolicyFn
+from unipic2_jax.rl.rollout import draw_noise, rows_of
 
 
 class Prepared(NamedTuple):
@@ -45,14 +47,22 @@ class Prepared(NamedTuple):
     part: Any = None
 
 
+class Read(NamedTuple):
+    """What the host makes of the prompts of a sampling batch."""
+
+    tokens: Any
+    negative: Any  # None: there is no guidance
+    sources: np.ndarray | None  # [N, H, W, 3] in [-1, 1]
+
+
 class Sampler:
     """Samples the groups of a step's prompts, one sampling batch at a time.
 
     Attributes:
-      encode: jitted, (params, tokens, negative, sources, key) -> inputs, from a row per prompt.
-      draw_noise: jitted, key -> noise.
+      encode: jitted, (params, tokens, negative, sources, key, part=None) -> inputs, from a row per prompt.
+      draw_noise: jitted, (key, part=None) -> noise.
       rollout: jitted, see `Algorithm.make_rollout`.
-      decode: jitted, (parameters of the VAE, rollout) -> images float32 [B, H, W, 3].
+      decode: jitted, (parameters of the VAE, rollout) -> pictures uint8 [B, H, W, 3].
       join: jitted `algorithm.join`.
     """
 
@@ -83,46 +93,54 @@ class Sampler:
         self.encode = jax.jit(self._encode, out_shardings=sharded)
         self.draw_noise = jax.jit(self._draw_noise, out_shardings=sharded)
         self.rollout = algorithm.make_rollout(network_fn, out_shardings=placed, **options)
-        self.decode = jax.jit(lambda params, rollout: sampling.decode_latents(bundle.vae, params, rollout.finished))
+        self.decode = jax.jit(lambda params, rollout: sampling.decode_pictures(bundle.vae, params, rollout.finished))
         self.join = jax.jit(join, out_shardings=(placed, sharded))
 
     @property
     def guided(self) -> bool:
         return self.algorithm.config.guidance_scale != 1
 
-    def prepare(self, params: Any, records: list[PromptRecord], key: jax.Array, part: int) -> Prepared:
+    def read(self, records: list[PromptRecord]) -> Read:
+        """The host's part of `prepare`: nothing is asked of the devices, which may be busy."""
+        conditioner = self.bundle.conditioner
+        edited = source_pictures(records, self.height, self.width)
+        tokens = conditioner.tokenize([record.prompt for record in records], edited)
+        negative = tokenize_negative(conditioner, self.negative_prompt, edited) if self.guided else None
+        return Read(tokens, negative, stack_sources(edited))
+
+    def prepare(self, params: Any, read: Read, key: jax.Array, part: int) -> Prepared:
         """Conditioning and noise of the samples for a sampling batch's prompts.
 
         Args:
           params: of the model.
-          key: of the step; what is drawn once for a step does not depend on the part.
+          key: of the step; what is drawn for a sample does not depend on how many are sampled at once.
         """
-        conditioner, mesh = self.bundle.conditioner, self.mesh
+        whole = replicated(self.mesh)
         encode_key, noise_key, rollout_key = jax.random.split(key, 3)
-        if several := self.layout.batches > 1:
-            encode_key, noise_key = (jax.random.fold_in(own, part) for own in (encode_key, noise_key))
-        edited = source_pictures(records, self.height, self.width)
-        tokens = self._place(conditioner.tokenize([record.prompt for record in records], edited))
-        negative = None
-        if self.guided:
-            negative = tokenize_negative(conditioner, self.negative_prompt, edited)
+        tokens, negative = self._place(read.tokens), read.negative
+        if negative is not None:
             alone = len(jax.tree.leaves(negative)[0]) == 1
-            negative = jax.device_put(negative, replicated(mesh)) if alone else self._place(negative)
-        sources = None if edited is None else self._place(stack_sources(edited))
-        inputs = self.encode(params, tokens, negative, sources, encode_key)
-        number = jax.device_put(np.int32(part), replicated(mesh)) if several else None
-        sigmas = jax.device_put(self.sigmas, replicated(mesh))
-        return Prepared(inputs, self.draw_noise(noise_key), rollout_key, sigmas, number)
+            negative = jax.device_put(negative, whole) if alone else self._place(negative)
+        sources = None if read.sources is None else self._place(read.sources)
+        number = jax.device_put(np.int32(part), whole) if self.layout.batches > 1 else None
+        inputs = self.encode(params, tokens, negative, sources, encode_key, number)
+        return Prepared(
+            inputs, self.draw_noise(noise_key, number), rollout_key, jax.device_put(self.sigmas, whole), number
+        )
 
     def arguments(self, params: Any, trained: Any, prepared: Prepared) -> tuple[Any, ...]:
         """The arguments of `rollout`; `trained` is what the algorithm samples under."""
         own = (params["transformer"], trained, prepared.inputs, prepared.noise, prepared.key, prepared.sigmas)
         return own if prepared.part is None else (*own, prepared.part)
 
-    def sample(self, params: Any, trained: Any, prepared: Prepared) -> tuple[Rollout, np.ndarray]:
-        """The rollout, and the pictures of this process's devices, uint8 [b, H, W, 3]: each process scores its own."""
+    def sample(self, params: Any, trained: Any, prepared: Prepared) -> tuple[Rollout, jax.Array]:
+        """The rollout and its pictures uint8 [B, H, W, 3], both begun and perhaps not finished."""
         rollout = self.rollout(*self.arguments(params, trained, prepared))
-        return rollout, pictures.to_uint8(rows_to_host(self.decode(params["vae"], rollout), self.mesh))
+        return rollout, self.decode(params["vae"], rollout)
+
+    def collect(self, drawn: jax.Array) -> np.ndarray:
+        """The pictures of this process's devices, uint8 [b, H, W, 3]: each process scores its own."""
+        return rows_to_host(drawn, self.mesh)
 
     def together(self, sampled: list[tuple[Rollout, Any]]) -> tuple[Rollout, Any]:
         """Rollouts of a step with their inputs as one."""
@@ -149,13 +167,16 @@ class Sampler:
         rollout, parts = self.rollout.eval_shape(*arguments), self.layout.batches
         return (rollout, inputs) if parts == 1 else self.join.eval_shape([(rollout, inputs)] * parts)
 
-    def _encode(self, params: Any, tokens: Any, negative: Any, sources: Any, key: jax.Array) -> dict[str, Any]:
+    def _encode(
+        self, params: Any, tokens: Any, negative: Any, sources: Any, key: jax.Array, part: Any = None
+    ) -> dict[str, Any]:
         repeat = lambda x: jnp.repeat(x, self.layout.group_size, axis=0)
         apply, count = self.bundle.conditioner.apply, self.layout.prompts_at_once
         shared = {}
         if sources is not None and self.bundle.conditioner.latent_references:
             # A group shares its reference, so that its samples differ by their own noise alone.
-            keys = jax.random.split(key, count) if self.reference_mode == "sample" else None
+            draw = lambda count: jax.random.split(key, count)
+            keys = self._rows(draw, count, part) if self.reference_mode == "sample" else None
             latents = sampling.encode_images(self.bundle.vae, params["vae"], sources, keys)
             shared["references"] = repeat(latents[:, None])
         context, pooled = apply(params["conditioner"], tokens)
@@ -167,11 +188,15 @@ class Sampler:
             inputs["uncond"] = {"context": spread(context), "pooled": spread(pooled), **shared}
         return inputs
 
-    def _draw_noise(self, key: jax.Array) -> jax.Array:
+    def _rows(self, draw: Callable[[int], jax.Array], count: int, part: Any) -> jax.Array:
+        """What is drawn for the rows of a sampling batch; without a part there is one."""
+        return draw(count) if part is None else rows_of(draw, count, part, self.layout.batches)
+
+    def _draw_noise(self, key: jax.Array, part: Any = None) -> jax.Array:
         factor, layout = self.bundle.vae.config.downsampling, self.layout
         size = (self.height // factor, self.width // factor, self.bundle.transformer.config.in_channels)
         count = layout.prompts_at_once if layout.same_latent else layout.samples_at_once
-        noise = jax.random.normal(key, (count, *size), jnp.float32)
+        noise = self._rows(lambda count: draw_noise(key, (count, *size)), count, part)
         return jnp.repeat(noise, layout.samples_at_once // count, axis=0)
 
     def _place(self, tree: Any) -> Any:

@@ -203,7 +203,7 @@ def unknown_override(config: ConfigDict, path: str) -> str | None:
 # What may differ between two commands that continue the same run: none of these changes its result by more than rounding.
 FREE_FIELDS = (
     *("save_every", "log_every", "keep_checkpoints", "keep_every", "attention"),
-    *("remat", "micro_batch", "accumulation", "batch_branches"),
+    *("remat", "micro_batch", "accumulation", "batch_branches", "sampling_batches"),
 )
 FREE_GROUPS = ("parallel",)
 

@@ -22,7 +22,8 @@ from unipic2_jax.data.prompts import look_through
 from unipic2_jax.models.attention import check_implementation
 from unipic2_jax.models.model import Model
 from unipic2_jax.parallel.compat import use_mesh
-from unipic2_jax.parallel.processes import end, is_lost_peer, is_main, max_over_processes, tree_to_host, wait_for_all
+from unipic2_jax.parallel.processes import end, is_lost_peer, is_main, max_over_processes, wait_for_all
+from unipic2_jax.parallel.streaming import streamed
 from unipic2_jax.training import config as config_lib
 from unipic2_jax.training.checkpoints import Checkpoints
 from unipic2_jax.training.curves import draw_curves
@@ -264,18 +265,21 @@ class _Run:
 
     def train(self, stage: Stage, step: int, state: Any) -> Any:
         """Takes the stage from `step` to its end; saves, evaluates and records on the way."""
-        config, place = stage.config, lambda: self.place(stage, step)
+        config, place, timeline = stage.config, lambda: self.place(stage, step), stage.context.timeline
         hidden = None if is_main() else True  # None: shown on a terminal
         bar = tqdm(total=config.steps, initial=step, desc=stage.context.name, disable=hidden, dynamic_ncols=True)
         with bar:
             while True:
+                timeline.begin()
                 if max_over_processes(self.signals.received):
                     self.stop(place(), state)
                 if step % config.save_every == 0 or step == config.steps:
-                    self.save(place(), state)
+                    with timeline.span("save"):
+                        self.save(place(), state)
                 if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
-                    self.save(place(), state)  # an evaluation can take long, and can then be left at once
-                    self.evaluate(stage, state, place())
+                    with timeline.span("evaluate"):
+                        self.save(place(), state)  # an evaluation can take long, and can then be left at once
+                        self.evaluate(stage, state, place())
                 if step == config.steps:
                     return state
                 started = time.perf_counter()
@@ -290,7 +294,7 @@ class _Run:
                 step += 1
                 self.signals.unsaved = True
                 if step % config.log_every == 0 or step == config.steps:
-                    self.metrics.train(place(), metrics)
+                    self.metrics.train(place(), metrics, timeline.spans)
                     bar.set_postfix(_shown(metrics), refresh=False)
                 bar.update()
                 self.checkpoints.read_back()
@@ -388,10 +392,10 @@ class _Run:
         export = self.workdir / "export"
         if not max_over_processes(is_main() and export.exists()):
             changed = self.changed(model).keys()
-            whole = model.replace(params=self.whole(model.params))
+            self.initial = None  # what the run began with is not held beside what it ends with
+            part = self.workdir / f"export.part{os.getpid()}"
+            streamed(model.params, lambda params: self.save_model(model.replace(params=params), part, changed))
             if is_main():
-                part = self.workdir / f"export.part{os.getpid()}"
-                self.save_model(whole, part, changed)
                 part.rename(export)
         if is_main():
             draw_curves(self.workdir)
@@ -399,10 +403,6 @@ class _Run:
             self.say(f"Done: the model is in {export}, the report in {report}.")
         wait_for_all("export")
         return export
-
-    def whole(self, params: Any) -> Any:
-        """Parameters as one process can write them."""
-        return params if jax.process_count() == 1 else tree_to_host(params)
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, str]:

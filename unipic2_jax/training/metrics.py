@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
 from unipic2_jax.core.files import write_text
+from unipic2_jax.training.timeline import Span
+
+TIMELINE = "seconds_timeline"  # of a row: [name, begun, ended] of each span
 
 
 class Metrics:
@@ -41,10 +46,10 @@ class Metrics:
                 kept.append(json.dumps(row))
         write_text(self.path, "".join(line + "\n" for line in kept))
 
-    def train(self, place: dict[str, Any], values: dict[str, float]) -> None:
-        """Appends the metrics of a step. `place` holds stage, stage_index, step, total_step."""
+    def train(self, place: dict[str, Any], values: dict[str, float], timeline: Sequence[Span] = ()) -> None:
+        """Appends the metrics of a step, and what its time went into. `place` holds stage, stage_index, step, total_step."""
         if self.writes:
-            self._row("train", place, values)
+            self._row("train", place, values, {TIMELINE: timeline})
 
     def record_path(self, stage_index: int, stage: str, step: int) -> Path:
         """Where the evaluation after `step` steps of a stage is recorded."""
@@ -67,9 +72,11 @@ class Metrics:
         path = self.record_path(place["stage_index"], place["stage"], place["step"])
         write_text(path, json.dumps(record) + "\n")
 
-    def _row(self, kind: str, place: dict[str, Any], values: dict[str, float]) -> None:
+    def _row(
+        self, kind: str, place: dict[str, Any], values: dict[str, float], more: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         with self.path.open("a") as file:  # mounted buckets have what is closed
-            file.write(json.dumps({"kind": kind, **place, **values}) + "\n")
+            file.write(json.dumps({"kind": kind, **place, **values, **more}) + "\n")
         for key, value in values.items():
             self.events.add_scalar(f"{place['stage']}/{key}", value, place["total_step"])
 

@@ -17,6 +17,7 @@ from unipic2_jax.data.prompts import PromptSource
 from unipic2_jax.models.model import Model
 from unipic2_jax.optim.optimizer import optimizer_fields
 from unipic2_jax.parallel.rules import shardings
+from unipic2_jax.training.timeline import Timeline
 from unipic2_jax.weights.precision import PRECISIONS, Precision
 
 # Kinds. A class is a Stage.
@@ -45,6 +46,7 @@ class StageContext:
     log: Callable[[str], None] = print  # a sentence for the person who watches
     precision: Precision = PRECISIONS["float32"]
     gather: str = "update"  # config.parallel.gather
+    timeline: Timeline = dataclasses.field(default_factory=Timeline)  # of the step that is taken
 
     @property
     def evaluates(self) -> tuple[jax.sharding.Mesh, Precision, str, Callable[[str], None]]:

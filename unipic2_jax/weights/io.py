@@ -44,6 +44,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 # As in diffusers and transformers: the stem of the weight files of each kind of folder.
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 MAX_SHARD_BYTES = 5 * 10**9
+COPY_BYTES = 1 << 24  # at a time, from where a file is put together
 # The official library refuses longer headers.
 MAX_HEADER_BYTES = 100_000_000
 # What PyTorch writes with pickle.
@@ -284,7 +285,7 @@ class _Shard:
             f.write(struct.pack("<Q", len(text)) + text)
             for size in sizes:
                 with self._scratch(size).open("rb") as data:
-                    while block := data.read(1 << 24):
+                    while block := data.read(COPY_BYTES):
                         f.write(block)
                 self._scratch(size).unlink()
         partial.replace(file)

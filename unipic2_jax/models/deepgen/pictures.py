@@ -53,10 +53,7 @@ class TowerPictures:
                 f"{self.scale:g}; make both edges multiples of {token / self.scale:g}."
             )
         pixels = np.asarray(picture, np.float32) / 255
-        rows, columns = (
-            between_neighbours(*sizes, self.scale) for sizes in ((picture.height, height), (picture.width, width))
-        )
-        pixels = np.einsum("hr,rwc->hwc", rows, np.einsum("wk,rkc->rwc", columns, pixels))
+        pixels = between_neighbours(between_neighbours(pixels, 1, width, self.scale), 0, height, self.scale)
         pixels = ((pixels - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
         merge, patch = self.merge_size, self.patch_size
         flat = rearrange(pixels, "(h m p) (w n q) c -> (h w m n) c p q", m=merge, n=merge, p=patch, q=patch)
@@ -64,12 +61,11 @@ class TowerPictures:
         return frames, (1, height // patch, width // patch)
 
 
-def between_neighbours(count: int, wanted: int, scale: float) -> np.ndarray:
-    """Weights [wanted, count] of linear interpolation whose pixels are squares, without smoothing, as PyTorch's."""
+def between_neighbours(pixels: np.ndarray, axis: int, wanted: int, scale: float) -> np.ndarray:
+    """Linear interpolation of a float32 picture to so many pixels along an axis, which are squares, without smoothing, as PyTorch's."""
+    count = pixels.shape[axis]
     place = np.clip((np.arange(wanted) + 0.5) / scale - 0.5, 0, count - 1)
     first = np.floor(place).astype(int)
-    weights = np.zeros((wanted, count), np.float32)
-    part = (place - first).astype(np.float32)
-    np.add.at(weights, (np.arange(wanted), first), 1 - part)
-    np.add.at(weights, (np.arange(wanted), np.minimum(first + 1, count - 1)), part)
-    return weights
+    part = (place - first).astype(np.float32).reshape(-1, *(1,) * (pixels.ndim - 1 - axis))
+    one, other = (np.take(pixels, index, axis=axis) for index in (first, np.minimum(first + 1, count - 1)))
+    return (1 - part) * one + part * other

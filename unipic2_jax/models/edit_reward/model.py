@@ -34,6 +34,7 @@ from unipic2_jax.models.edit_reward.network import DEFAULT_TARGETS, EditReward, 
 from unipic2_jax.models.model import MODELS, Start
 from unipic2_jax.models.qwen import names as qwen
 from unipic2_jax.models.qwen.decoder import Qwen2_5_VL, Qwen2_5_VLConfig
+from unipic2_jax.models.qwen.pictures import Levels
 from unipic2_jax.models.qwen.processor import VLMInput, VLMProcessor
 from unipic2_jax.models.qwen.vision import VisionInput
 from unipic2_jax.models.sd3.lora_file import PEFT_FILE
@@ -98,11 +99,12 @@ class Spec:
             raise ValueError(
                 f"The targets of an EditReward are {self.targets}; give one name or several different ones."
             )
-        if sorted(self._places()) != sorted(PARTS):
+        if sorted(self.places()) != sorted(PARTS):
             named = ", ".join(f"'{{{name}}}'" for name in PARTS)
             raise ValueError(f"The template {self.template!r} must have each of {named} once; correct it.")
 
-    def _places(self) -> list[str]:
+    def places(self) -> list[str]:
+        """The parts of a question, in the template's order."""
         return [name for name in re.split(r"\{(\w+)\}", self.template)[1::2] if name in PARTS]
 
     @classmethod
@@ -304,14 +306,23 @@ class EditRewardModel:
         self.spec.write(folder)
         return folder
 
-    def prepare(self, sources: Sequence[Any], edited: Sequence[Any], instructions: Sequence[str]) -> VLMInput:
+    def prepare(
+        self,
+        sources: Sequence[Any],
+        edited: Sequence[Any],
+        instructions: Sequence[str],
+        in_program: Collection[int] = (),
+    ) -> VLMInput:
         """Questions about edits as the network takes them; pictures as `pictures.decode.to_pil` does.
+
+        Args:
+          in_program: as of `VLMProcessor.with_answers`.
 
         Raises:
           ValueError: see `VLMProcessor.with_answers`.
         """
         asked = [self.spec.question(*row) for row in zip(sources, edited, instructions, strict=True)]
-        return self.processor(asked, system_prompt=False, pixels=self.spec.pixels)
+        return self.processor(asked, system_prompt=False, pixels=self.spec.pixels, in_program=in_program)
 
     def apply(self, params: Any, given: VLMInput) -> jax.Array:
         """Scores float32 [B, targets] in [0, 1] under parameters like the model's own; may be jitted."""
@@ -321,38 +332,106 @@ class EditRewardModel:
     def _apply(self) -> Any:
         return jax.jit(functools.partial(apply, self.module))
 
+    def questions(
+        self,
+        sources: Sequence[Any],
+        edited: Sequence[Any],
+        instructions: Sequence[str],
+        batch_size: int = 32,
+        mesh: Mesh | None = None,
+    ) -> Questions:
+        """What `judge` needs of the host: one process's edits, in batches. May be made in any thread, beside what the devices do.
+
+        Args: as of `score`.
+        """
+        count = len(local_rows(mesh := mesh or make_mesh(), _whole_batch(batch_size, mesh)))
+        size = _one_size(edited)
+        rows = list(zip(sources, edited, instructions, strict=True))
+        parts = [rows[start : start + count] for start in range(0, len(rows), count)]
+        return Questions([self._question(part, count, size) for part in parts], rows, size)
+
+    def _question(self, asked: Sequence[tuple[Any, Any, str]], count: int, size: tuple[int, int] | None) -> VLMInput:
+        """So many questions, the last one again where fewer are asked, and where none is one that nobody asks."""
+        edges = size or (64, 64)
+        blank: tuple[Any, Any, str] = (*(Image.new("RGB", edges[::-1]),) * 2, "")
+        asked = [*asked, *[asked[-1] if asked else blank] * (count - len(asked))]
+        # What was edited comes as it was drawn; sources are shared by groups, and of any size.
+        place = [name for name in self.spec.places() if name != "instruction"].index("edited")
+        sources, edited, instructions = zip(*asked)
+        return self.prepare(sources, edited, instructions, () if size is None else (place,))
+
+    def judge(self, questions: Questions, batch_size: int = 32, mesh: Mesh | None = None) -> np.ndarray:
+        """Scores float64 [B, targets] of what was asked.
+
+        With several processes each has questions of its own, as many as it likes, and all call this at the same place; those that
+        hold the same rows (`processes.row_owners`) have the same questions.
+
+        Args: as of `score`.
+        """
+        mesh = mesh or make_mesh()
+        count, rows = len(local_rows(mesh, _whole_batch(batch_size, mesh))), questions.rows
+        if (size := _agreed(questions.size, bool(rows))) != questions.size:
+            questions = dataclasses.replace(questions, batches=[])
+        made = []
+        with use_mesh(mesh):
+            for turn in range(max_over_processes(-(-len(rows) // count))):
+                part = rows[turn * count : (turn + 1) * count]
+                there = turn < len(questions.batches)
+                given = to_bucket(questions.batches[turn] if there else self._question(part, count, size))
+                scores = self._apply(self.params, shard_batch(given, mesh, local=True))
+                made.append(rows_to_host(scores, mesh)[: len(part)])
+        return np.concatenate([*made, np.zeros((0, len(self.spec.targets)))]).astype(np.float64)
+
     def score(
         self,
         sources: Sequence[Any],
-        edited: Sequence[np.ndarray],
+        edited: Sequence[Any],
         instructions: Sequence[str],
         batch_size: int = 32,
         mesh: Mesh | None = None,
     ) -> np.ndarray:
-        """Scores float64 [B, targets] of edits.
-
-        With several processes each has edits of its own, as many as it likes, and all call this at the same place; those that hold
-        the same rows (`processes.row_owners`) have the same edits.
+        """Scores float64 [B, targets] of edits; see `judge` about several processes.
 
         Args:
           batch_size: edits at a time on all devices together, rounded up to a multiple of them.
           mesh: what the parameters are on; None: all devices.
         """
-        mesh = mesh or make_mesh()
-        batch = -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
-        size, count = len(local_rows(mesh, batch)), len(edited)
-        made = []
-        # A process that has nothing left goes on with the others, on a question that nobody asks.
-        blank: tuple[Any, Any, str] = (Image.new("RGB", (64, 64)),) * 2 + ("",)
-        with use_mesh(mesh):
-            for turn in range(max_over_processes(-(-count // size))):
-                part = range(turn * size, min(count, (turn + 1) * size))
-                asked = [(sources[i], edited[i], instructions[i]) for i in part]
-                asked += [asked[-1] if asked else blank] * (size - len(asked))
-                given = to_bucket(self.prepare(*zip(*asked)))
-                scores = self._apply(self.params, shard_batch(given, mesh, local=True))
-                made.append(rows_to_host(scores, mesh)[: len(part)])
-        return np.concatenate([*made, np.zeros((0, len(self.spec.targets)))]).astype(np.float64)
+        return self.judge(self.questions(sources, edited, instructions, batch_size, mesh), batch_size, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """What a process asks, prepared on the host.
+
+    Attributes:
+      batches: questions as the network takes them, of this process's rows of a batch.
+      rows: (source, edited picture, instruction).
+      size: (height, width) of all edited pictures, for which the questions are made; None: they have several.
+    """
+
+    batches: list[VLMInput]
+    rows: list[tuple[Any, Any, str]]
+    size: tuple[int, int] | None
+
+
+def _whole_batch(batch_size: int, mesh: Mesh) -> int:
+    return -(-batch_size // batch_shards(mesh)) * batch_shards(mesh)
+
+
+def _one_size(pictures: Sequence[Any]) -> tuple[int, int] | None:
+    """(height, width) of pictures that have one; files are not opened for it."""
+    size_of = lambda p: p.size[::-1] if isinstance(p, Image.Image) else np.shape(p)[:2]
+    sizes = {None if isinstance(p, str | os.PathLike) else tuple(size_of(p)) for p in pictures}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _agreed(size: tuple[int, int] | None, asks: bool) -> tuple[int, int] | None:
+    """The one size of all processes that ask something; None: there is none. All then run one program."""
+    edge = 2**15
+    number = 0 if size is None else size[0] * edge + size[1]
+    largest = max_over_processes(number if asks else 0)
+    smallest = edge**2 - max_over_processes(edge**2 - (number if asks else largest))
+    return divmod(largest, edge) if largest == smallest and largest else None
 
 
 def to_bucket(given: VLMInput) -> VLMInput:
@@ -391,8 +470,10 @@ def pad_to(given: VLMInput, tokens: int, windows: int) -> VLMInput:
         widths[axis] = (before, after)
         return np.pad(np.asarray(x), widths, constant_values=value)
 
+    patches = pictures.patches
+    patches = patches.padded(behind) if isinstance(patches, Levels) else pad(patches, 1, 0, behind)
     vision = VisionInput(
-        pad(pictures.patches, 1, 0, behind),
+        patches,
         pad(pictures.places, 1, 0, behind),
         pad(pictures.frames, 1, 0, behind),
         pad(pictures.tokens, 1, left, 0, -1),

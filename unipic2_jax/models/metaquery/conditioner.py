@@ -143,6 +143,8 @@ class MetaQueryConditioner:
             mrope=self.positions == "mrope",
             pixels=pixels,
             text_length=self.max_sequence_length,
+            # Pictures are of the size that is made, for which there is a program anyhow.
+            in_program=range(max(map(len, rows), default=0)),
         )
 
     def apply(self, params: dict[str, Any], tokens: VLMInput) -> tuple[jax.Array, jax.Array]:

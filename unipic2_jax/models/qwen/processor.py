@@ -5,8 +5,10 @@ shapes from a short list, so that prompts of all lengths share a few compiled pr
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -15,7 +17,8 @@ from PIL import Image
 
 from unipic2_jax.data.text import check_unicode
 from unipic2_jax.models.qwen.decoder import Qwen2_5_VLConfig, mrope_positions, text_positions
-from unipic2_jax.models.qwen.vision import Array, VisionInput, pack_images
+from unipic2_jax.models.qwen.pictures import Levels, Look, host_patches, resizable, seen_size
+from unipic2_jax.models.qwen.vision import Array, Layout, Qwen2_5_VLVisionConfig, VisionInput, fill, lay_out
 from unipic2_jax.models.tokenizer_files import save_tokenizer
 from unipic2_jax.pictures.decode import to_pil
 
@@ -68,6 +71,76 @@ def _checked(picture: Image.Image) -> Image.Image:
             "Qwen2.5-VL does not read; crop it."
         )
     return picture
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shown:
+    """How the tower sees the pictures of a batch of conversations; all by the pictures' `id`.
+
+    Attributes:
+      grids: (frames, height, width) in patches.
+      patches: what the host made: uint8 [N, 3 * p * p], or without `look` float [N, patch_dim].
+      config: of the tower.
+      look: see `Look`.
+      slots: which pictures of each conversation the program makes patches of.
+      seen: (height, width) of what the tower sees.
+    """
+
+    grids: Mapping[int, tuple[int, ...]]
+    patches: Mapping[int, np.ndarray]
+    config: Qwen2_5_VLVisionConfig
+    look: Look | None = None
+    slots: tuple[int, ...] = ()
+    seen: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    def count(self, picture: Any) -> int:
+        """Patches of a picture."""
+        return math.prod(self.grids[id(picture)])
+
+    def tokens(self, picture: Any) -> int:
+        """Merged tokens of a picture."""
+        return self.count(picture) // self.config.merged
+
+    def packed(
+        self, image_token: int, input_ids: np.ndarray, pictures: Sequence[Sequence[Any]], windows: int | None
+    ) -> VisionInput:
+        """The pictures of every conversation, laid out in windows; `windows` as of `VLMProcessor.with_answers`."""
+        media = {image_token: np.array([self.grids[id(p)] for row in pictures for p in row])}
+        layout = lay_out(self.config, input_ids, media, windows)
+        if windows is None and (wanted := bucket(layout.frames.shape[1])) > layout.frames.shape[1]:
+            layout = lay_out(self.config, input_ids, media, wanted)
+        return VisionInput(self._patches(layout, pictures), layout.places, layout.frames, layout.tokens)
+
+    def _patches(self, layout: Layout, pictures: Sequence[Sequence[Any]]) -> Any:
+        shape = layout.source.shape
+        if self.look is None:
+            floats = np.zeros((*shape, self.config.patch_dim), np.float32)
+            for own, source, row in zip(floats, layout.source, pictures):
+                if row:
+                    fill(own, source, [self.patches[id(p)] for p in row])
+            return floats
+        kinds = [self._numbers(row) for row in pictures]
+        index = np.full(shape, -1, np.int32) if self.slots else None
+        windows: np.ndarray | None = None
+        if any((host >= 0).any() for host, _ in kinds) or not self.slots:
+            windows = np.zeros((*shape, self.look.patch_levels), np.uint8)
+        for number, (row, (host, program)) in enumerate(zip(pictures, kinds)):
+            source = layout.source[number]
+            if index is not None:
+                index[number] = np.where(source >= 0, program[source], -1)
+            if windows is not None and (host >= 0).any():
+                made = [self.patches[id(p)] for slot, p in enumerate(row) if slot not in self.slots]
+                fill(windows[number], np.where(source >= 0, host[source], -1), made)
+        pixels = tuple(np.stack([np.asarray(row[slot]) for row in pictures]) for slot in self.slots)
+        sizes = tuple(self.seen[id(pictures[0][slot])] for slot in self.slots)
+        return Levels(windows, pixels, index, sizes, self.look)
+
+    def _numbers(self, row: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """For every patch of a row, its number among those that the host made, and among those that the program makes; -1: it is not."""
+        made = np.repeat([slot in self.slots for slot in range(len(row))], [self.count(p) for p in row])
+        if not len(made):  # a row without pictures still has slots, all of them empty
+            return np.full(1, -1), np.full(1, -1)
+        return np.where(made, -1, np.cumsum(~made) - 1), np.where(made, np.cumsum(made) - 1, -1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,9 +209,10 @@ class VLMProcessor:
         pixels: float | None = None,
         text_length: int | None = None,
         windows: int | None = None,
+        in_program: Collection[int] = (),
     ) -> VLMInput:
         """Prepares a batch of conversations for their next answer; arguments and errors as `with_answers`."""
-        return self._prepare(conversations, None, system_prompt, mrope, pixels, text_length, windows)[0]
+        return self._prepare(conversations, None, system_prompt, mrope, pixels, text_length, windows, in_program)[0]
 
     def with_answers(
         self,
@@ -150,6 +224,7 @@ class VLMProcessor:
         pixels: float | None = None,
         text_length: int | None = None,
         windows: int | None = None,
+        in_program: Collection[int] = (),
     ) -> tuple[VLMInput, np.ndarray]:
         """Conversations with their answers, and which tokens are the answers' (with the end of the turn): bool [B, T].
 
@@ -160,12 +235,14 @@ class VLMProcessor:
           pixels: resize every image to about this many pixels, keeping its shape; None: the image processor's limits.
           text_length, windows: pad to so many tokens beside the images' own, and to so many vision windows; None: to the
             next of a few sizes.
+          in_program: which pictures of a conversation, by number, are resized and cut by the program that reads them, where those of
+            all conversations have one size; every size compiles, so leave out what comes in many.
 
         Raises:
           ValueError: for an unknown role or content, half a character, images that do not fit their places or are too long and
             narrow, or a prompt that is too long.
         """
-        return self._prepare(conversations, answers, system_prompt, mrope, pixels, text_length, windows)
+        return self._prepare(conversations, answers, system_prompt, mrope, pixels, text_length, windows, in_program)
 
     def _prepare(
         self,
@@ -176,45 +253,57 @@ class VLMProcessor:
         pixels: float | None,
         text_length: int | None,
         windows: int | None,
+        in_program: Collection[int],
     ) -> tuple[VLMInput, np.ndarray]:
-        texts, pictures = zip(*(self._render(messages, system_prompt) for messages in conversations))
-        patches, grids = self._patches([picture for row in pictures for picture in row], pixels)
-        counts = iter(int(np.prod(grid)) // self.config.vision_config.merged for grid in grids)
-        prompts, room = [], 0
-        for text, row in zip(texts, pictures):
-            first, *rest = text.split(IMAGE_TOKEN)
-            if len(rest) != len(row):
-                raise ValueError(
-                    f"A prompt has {len(rest)} image token(s) for {len(row)} image(s); leave {IMAGE_TOKEN} out of texts."
-                )
-            rest_counts = [next(counts) for _ in rest]
-            room = max(room, sum(rest_counts))
-            prompts.append(first + "".join(IMAGE_TOKEN * count + part for count, part in zip(rest_counts, rest)))
-        spell = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        # Apart, since that is how they meet when an answer is written.
-        written = [[] for _ in prompts] if answers is None else [spell(answer + END_OF_TURN) for answer in answers]
-        ids = [spell(prompt) + answer for prompt, answer in zip(prompts, written, strict=True)]
-        answered = [len(answer) for answer in written]
+        converted: dict[int, Image.Image] = {}  # a picture that several conversations show is brought into shape once
+        texts, pictures = zip(*(self._render(messages, system_prompt, converted) for messages in conversations))
+        shown = self._shown(pictures, pixels, in_program)
+        ids, answered = self._spelled(texts, [[shown.tokens(p) for p in row] for row in pictures], answers)
+        room = max(sum(shown.tokens(p) for p in row) for row in pictures)
         longest = max(map(len, ids))
         length = bucket(longest, LEAST_TOKENS) if text_length is None else text_length + room
         if longest > length:
             raise ValueError(f"A prompt of {longest} tokens is longer than the {length} reserved; shorten it.")
-        pad = self.tokenizer.pad_token_id or 0
-        input_ids = np.array([[pad] * (length - len(row)) + row for row in ids], np.int32)
+        input_ids = np.full((len(ids), length), self.tokenizer.pad_token_id or 0, np.int32)
+        for row, own in zip(input_ids, ids):
+            row[length - len(own) :] = own
         valid = np.arange(length)[None] >= length - np.array([len(row) for row in ids])[:, None]
+        grids = np.array([shown.grids[id(p)] for row in pictures for p in row], int).reshape(-1, 3)
         positions = mrope_positions(self.config, input_ids, valid, grids) if mrope else text_positions(valid)
         positions = np.ascontiguousarray(positions.transpose(1, 0, 2))
         is_answer = np.arange(length)[None] >= length - np.array(answered)[:, None]
-        if not len(grids):
-            return VLMInput(input_ids, positions, valid, None), is_answer
-        media = {self.config.image_token_id: (patches, grids)}
-        vision = pack_images(self.config.vision_config, input_ids, media, windows)
-        if windows is None:
-            vision = pack_images(self.config.vision_config, input_ids, media, bucket(vision.frames.shape[1]))
+        vision = shown.packed(self.config.image_token_id, input_ids, pictures, windows) if len(grids) else None
         return VLMInput(input_ids, positions, valid, vision), is_answer
 
-    def _render(self, messages: Sequence[Message], system_prompt: bool) -> tuple[str, list[Image.Image]]:
-        """The template's text of a conversation, one image token an image, and its images."""
+    def _spelled(
+        self, texts: Sequence[str], counts: Sequence[Sequence[int]], answers: Sequence[str] | None
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """Token ids of each conversation with so many image tokens for each of its pictures, and how many of them are the answer's.
+
+        Texts are spelled once each, with a single image token a picture: that is a token of its own, wherever it stands.
+        """
+        # Answers apart, since that is how they meet when one is written.
+        written = [] if answers is None else [answer + END_OF_TURN for answer in answers]
+        different = list(dict.fromkeys([*texts, *written]))
+        spelled = dict(zip(different, self.tokenizer(different, add_special_tokens=False)["input_ids"]))
+        image, ids, answered = self.config.image_token_id, [], []
+        for number, (text, row) in enumerate(zip(texts, counts, strict=True)):
+            own = np.array(spelled[text], np.int32)
+            if (found := text.count(IMAGE_TOKEN)) != len(row):
+                raise ValueError(
+                    f"A prompt has {found} image token(s) for {len(row)} image(s); leave {IMAGE_TOKEN} out of texts."
+                )
+            times = np.ones(len(own), int)
+            times[own == image] = row
+            answer = spelled[written[number]] if written else []
+            ids.append(np.concatenate([np.repeat(own, times), np.array(answer, np.int32)]))
+            answered.append(len(answer))
+        return ids, answered
+
+    def _render(
+        self, messages: Sequence[Message], system_prompt: bool, converted: dict[int, Image.Image]
+    ) -> tuple[str, list[Image.Image]]:
+        """The template's text of a conversation, one image token an image, and its images; what `converted` has is not converted again."""
         pictures = []
         for number, message in enumerate(messages):
             if message.get("role") not in ROLES:
@@ -224,7 +313,10 @@ class VLMProcessor:
                 content = [{"type": "text", "text": content}]
             for part in content or ():
                 if part.get("type") == "image":
-                    pictures.append(_checked(to_pil(part["image"])))
+                    given = part["image"]
+                    if id(given) not in converted:
+                        converted[id(given)] = _checked(to_pil(given))
+                    pictures.append(converted[id(given)])
                 elif part.get("type") != "text":
                     raise ValueError(f"Content of type {part.get('type')!r} is unknown; use 'text' or 'image'.")
                 else:
@@ -233,13 +325,36 @@ class VLMProcessor:
         is_default = messages[0]["role"] != "system" and text.startswith(DEFAULT_SYSTEM)
         return (text if system_prompt or not is_default else text.removeprefix(DEFAULT_SYSTEM)), pictures
 
-    def _patches(self, pictures: Sequence[Image.Image], pixels: float | None) -> tuple[np.ndarray, np.ndarray]:
-        """Patches [N, patch_dim] and grids [I, 3] of all pictures."""
+    def _shown(
+        self, pictures: Sequence[Sequence[Image.Image]], pixels: float | None, in_program: Collection[int]
+    ) -> Shown:
+        """How the tower sees the pictures of every conversation."""
+        different = {id(picture): picture for row in pictures for picture in row}
         limits = {} if pixels is None else {"size": pixel_limits(int(pixels), int(pixels))}
-        made = [self.image_processor(images=[p], return_tensors="np", **limits) for p in pictures]
-        if not made:
-            return np.zeros((0, self.config.vision_config.patch_dim), np.float32), np.zeros((0, 3), int)
-        return np.concatenate([m["pixel_values"] for m in made]), np.concatenate([m["image_grid_thw"] for m in made])
+        if (look := self.look) is None:
+            made = {
+                name: self.image_processor(images=[p], return_tensors="np", **limits) for name, p in different.items()
+            }
+            grids = {name: tuple(map(int, m["image_grid_thw"][0])) for name, m in made.items()}
+            return Shown(grids, {name: m["pixel_values"] for name, m in made.items()}, self.config.vision_config)
+        size = self.image_processor.size
+        bounds = limits.get("size") or {name: size[name] for name in ("shortest_edge", "longest_edge")}
+        within = (bounds["shortest_edge"], bounds["longest_edge"])
+        seen = {name: seen_size(p.size[::-1], look.token, within) for name, p in different.items()}
+        grids = {name: look.grid(*size) for name, size in seen.items()}
+        slots = []
+        for slot in sorted(in_program):
+            column = [row[slot] for row in pictures if slot < len(row)]
+            if len(column) == len(pictures) and resizable(column, seen[id(column[0])]):
+                slots.append(slot)
+        left = {id(p): p for row in pictures for slot, p in enumerate(row) if slot not in slots}
+        patches = {name: host_patches(p, seen[name], look) for name, p in left.items()}
+        return Shown(grids, patches, self.config.vision_config, look, tuple(slots), seen)
+
+    @functools.cached_property
+    def look(self) -> Look | None:
+        """How the image processor shows the tower a picture; None: it makes floats of its own."""
+        return Look.of(self.image_processor)
 
     def decode(self, tokens: np.ndarray) -> list[str]:
         """Answers [B, N] as text, without special tokens."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +22,7 @@ from flax import linen as nn
 from unipic2_jax.models.attention import attention
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.lora import LoRADense
+from unipic2_jax.models.qwen.pictures import Levels
 from unipic2_jax.models.remat import stacked
 from unipic2_jax.parallel.rules import constrain
 
@@ -109,14 +111,14 @@ class VisionInput(NamedTuple):
     """The images and videos of a batch of prompts, laid out in windows: W windows of S slots a prompt.
 
     Attributes:
-      patches: float [B, W, S, patch_dim], zeros in empty slots.
+      patches: float [B, W, S, patch_dim], zeros in empty slots; or what the program makes them of.
       places: int [B, W, S, 2], row and column of each patch in its frame.
       frames: int [B, W, S], which frame a patch is of, from 1; 0: an empty slot.
       tokens: int [B, T], for each place of the prompt the merged token that stands there, an index into the
         W * S / merged of its row; -1: text.
     """
 
-    patches: Array
+    patches: Array | Levels
     places: Array
     frames: Array
     tokens: Array
@@ -147,6 +149,49 @@ def window_order(config: Qwen2_5_VLVisionConfig, grid: Sequence[int]) -> np.ndar
     return rearrange(index, "t (h p) (w q) -> (t h w) (p q)", p=edge, q=edge)
 
 
+class Layout(NamedTuple):
+    """Where the images and videos of a batch stand in windows.
+
+    Attributes:
+      source: int [B, W, S], which patch of its row stands in a slot, the row's images one behind the other; -1: none.
+      places, frames, tokens: as of `VisionInput`.
+      used: the images of each row, as (placeholder id, number among those of that id).
+    """
+
+    source: np.ndarray
+    places: np.ndarray
+    frames: np.ndarray
+    tokens: np.ndarray
+    used: list[list[tuple[int, int]]]
+
+
+def lay_out(
+    config: Qwen2_5_VLVisionConfig,
+    input_ids: np.ndarray,
+    grids: Mapping[int, np.ndarray],
+    windows: int | None = None,
+) -> Layout:
+    """Lays the images and videos of a batch out in windows, on the host; arguments and errors as `pack_images`.
+
+    Args:
+      grids: placeholder id -> int [I, 3], (frames, height, width) of all its images in patches.
+    """
+    queues = {token: iter(enumerate(np.asarray(all_grids, int).tolist())) for token, all_grids in grids.items()}
+    rows = [_lay_out_row(config, row, np.asarray(ids), queues) for row, ids in enumerate(input_ids)]
+    if left := sum(1 for queue in queues.values() for _ in queue):
+        raise ValueError(f"{left} image(s) have no image tokens in the prompts; add a placeholder for each.")
+    needed = max(len(row.frames) for row in rows)
+    if windows is not None and needed > windows:
+        raise ValueError(f"The images of a prompt fill {needed} windows but {windows} are reserved; reserve more.")
+    windows = needed if windows is None else windows
+    source = np.full((len(rows), windows, config.window_slots), -1, np.int32)
+    places, frames = np.zeros((*source.shape, 2), np.int32), np.zeros(source.shape, np.int32)
+    for i, row in enumerate(rows):
+        for whole, part in ((source, row.source), (places, row.places), (frames, row.frames)):
+            whole[i, : len(part)] = part
+    return Layout(source, places, frames, np.stack([row.tokens for row in rows]), [row.used[0] for row in rows])
+
+
 def pack_images(
     config: Qwen2_5_VLVisionConfig,
     input_ids: np.ndarray,
@@ -164,66 +209,77 @@ def pack_images(
     Raises:
       ValueError: when a prompt's placeholders do not match its images, or the images need more than `windows`.
     """
-    queues = {token: _split(config, *arrays) for token, arrays in media.items()}
-    rows = [_pack_row(config, row, np.asarray(ids), queues) for row, ids in enumerate(input_ids)]
-    if left := sum(1 for queue in queues.values() for _ in queue):
-        raise ValueError(f"{left} image(s) have no image tokens in the prompts; add a placeholder for each.")
-    needed = max(len(row.frames) for row in rows)
-    if windows is not None and needed > windows:
-        raise ValueError(f"The images of a prompt fill {needed} windows but {windows} are reserved; reserve more.")
-    windows = needed if windows is None else windows
-
-    def stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        return np.stack([np.pad(a, ((0, windows - len(a)), *((0, 0),) * (a.ndim - 1))) for a in arrays])
-
-    patches, places, frames, tokens = zip(*rows)
-    return VisionInput(stack(patches), stack(places), stack(frames), np.stack(tokens))
+    images = {token: _split(config, *arrays) for token, arrays in media.items()}
+    layout = lay_out(config, input_ids, {token: grids for token, (_, grids) in media.items()}, windows)
+    patches = np.zeros((*layout.source.shape, config.patch_dim), np.float32)
+    for row, used in enumerate(layout.used):
+        if used:
+            fill(patches[row], layout.source[row], [images[token][number] for token, number in used])
+    return VisionInput(patches, layout.places, layout.frames, layout.tokens)
 
 
-def _split(config: Qwen2_5_VLVisionConfig, patches: np.ndarray, grids: np.ndarray) -> Iterator[tuple[Any, ...]]:
-    """(patches, grid) of one image after the other."""
+def fill(windows: np.ndarray, source: np.ndarray, images: Sequence[np.ndarray]) -> None:
+    """Writes the patches [N, D] of a row's images into its windows [W, S, D], where `source` [W, S] says."""
+    filled = source >= 0
+    windows[filled] = np.concatenate(images)[source[filled]]
+
+
+def _split(config: Qwen2_5_VLVisionConfig, patches: np.ndarray, grids: np.ndarray) -> list[np.ndarray]:
+    """The patches of one image after the other."""
     ends = np.cumsum(np.prod(np.asarray(grids, int), axis=-1))
     if patches.ndim != 2 or len(patches) != (ends[-1] if len(ends) else 0) or patches.shape[1] != config.patch_dim:
         raise ValueError(
             f"Image patches of shape {patches.shape} do not fit the grids, which need {[int(ends[-1]), config.patch_dim]}; "
             "pass what the image processor gave."
         )
-    return zip(np.split(patches, ends[:-1]), np.asarray(grids, int))
+    return np.split(patches, ends[:-1])
 
 
-def _pack_row(config: Qwen2_5_VLVisionConfig, row: int, ids: np.ndarray, queues: Mapping[int, Iterator]) -> VisionInput:
+def _lay_out_row(config: Qwen2_5_VLVisionConfig, row: int, ids: np.ndarray, queues: Mapping[int, Iterator]) -> Layout:
     """One prompt's images, one behind the other, without the batch axis."""
     none = np.zeros((0, config.window_slots), np.int32)
-    pieces: list[tuple[np.ndarray, ...]] = [
-        (np.zeros((*none.shape, config.patch_dim), np.float32), np.stack([none, none], axis=-1), none)
-    ]
-    tokens = np.full(len(ids), -1, np.int32)
-    placeholders, windows, frames = np.flatnonzero(np.isin(ids, list(queues))), 0, 0
+    pieces = [(none, np.stack([none, none], axis=-1), none)]
+    tokens, used = np.full(len(ids), -1, np.int32), []
+    placeholders, windows, frames, patches = np.flatnonzero(np.isin(ids, list(queues))), 0, 0, 0
     while len(placeholders):
         first = placeholders[0]
-        if (image := next(queues[int(ids[first])], None)) is None:
+        token = int(ids[first])
+        if (image := next(queues[token], None)) is None:
             raise ValueError(f"Prompt {row} has more image tokens than images; give one image for each placeholder.")
-        patches, grid = image
-        count = len(patches) // config.merged
+        number, grid = image
+        count = math.prod(grid) // config.merged
         run = ids[first : first + count]
-        if len(run) < count or (run != ids[first]).any():
+        if len(run) < count or (run != token).any():
             raise ValueError(
                 f"Prompt {row} has {len(placeholders)} image tokens left where an image of {' x '.join(map(str, grid))} "
                 f"patches needs {count} in a row; let the processor insert them."
             )
-        order = window_order(config, grid)
-        filled = order.reshape(-1) >= 0
-        where = np.empty(count, np.int32)
-        where[order.reshape(-1)[filled]] = np.flatnonzero(filled)
+        where, source, places, frame = _one_image(config, tuple(grid))
         tokens[first : first + count] = where + windows * config.window_edge**2
-        source = (order[..., None] * config.merged + np.arange(config.merged)).reshape(len(order), -1)
-        empty = np.repeat(order < 0, config.merged, axis=-1)
-        frame = np.arange(len(patches), dtype=np.int32) // (grid[1] * grid[2]) + 1 + frames
-        values = (patches.astype(np.float32), patch_places(config, grid), frame)
-        pieces.append(tuple(np.where(_like(empty, v), 0, v[source]).astype(v.dtype) for v in values))
-        placeholders, windows, frames = placeholders[count:], windows + len(order), frames + grid[0]
-    joined = [np.concatenate(parts) for parts in zip(*pieces)]
-    return VisionInput(joined[0], joined[1], joined[2], tokens)
+        empty = source < 0
+        pieces.append((np.where(empty, -1, source + patches), places, np.where(empty, 0, frame + frames)))
+        used.append((token, number))
+        placeholders, windows = placeholders[count:], windows + len(source)
+        frames, patches = frames + grid[0], patches + math.prod(grid)
+    source, places, frame = (np.concatenate(parts) for parts in zip(*pieces))
+    return Layout(source, places, frame, tokens, [used])
+
+
+@functools.lru_cache(maxsize=256)
+def _one_image(
+    config: Qwen2_5_VLVisionConfig, grid: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of an image with this grid: where each merged token stands [N / merged], and by slot [W, S] its patch (-1: none), place and frame."""
+    order = window_order(config, grid)
+    filled = order.reshape(-1) >= 0
+    where = np.empty(math.prod(grid) // config.merged, np.int32)
+    where[order.reshape(-1)[filled]] = np.flatnonzero(filled)
+    source = (order[..., None] * config.merged + np.arange(config.merged)).reshape(len(order), -1)
+    empty = np.repeat(order < 0, config.merged, axis=-1)
+    source = np.where(empty, -1, source).astype(np.int32)
+    places = np.where(empty[..., None], 0, patch_places(config, grid)[source]).astype(np.int32)
+    frame = np.where(empty, 0, source // (grid[1] * grid[2]) + 1).astype(np.int32)
+    return where, source, places, frame
 
 
 def patch_places(config: Qwen2_5_VLVisionConfig, grid: Sequence[int]) -> np.ndarray:
@@ -232,11 +288,6 @@ def patch_places(config: Qwen2_5_VLVisionConfig, grid: Sequence[int]) -> np.ndar
     places = np.stack([*np.mgrid[: grid[1], : grid[2]]], axis=-1).astype(np.int32)
     places = rearrange(places, "(h p) (w q) two -> (h w p q) two", p=merge, q=merge)
     return np.tile(places, (grid[0], 1))
-
-
-def _like(mask: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """`mask` [W, S] with the trailing axes of per-patch `values` [N, ...]."""
-    return mask.reshape(*mask.shape, *(1,) * (values.ndim - 1))
 
 
 def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
@@ -315,7 +366,8 @@ class VisionTower(nn.Module):
         """-> [B, W * S / merged, out_hidden_size]; `VisionInput.tokens` indexes its second axis."""
         c = self.config
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = PatchEmbed(c, **kinds, name="patch_embed")(vision.patches)
+        patches = vision.patches.patches(vision.frames) if isinstance(vision.patches, Levels) else vision.patches
+        x = PatchEmbed(c, **kinds, name="patch_embed")(patches)
         # Half of a head's frequencies turn with the row, half with the column.
         count = c.hidden_size // c.num_heads // 4
         frequencies = ROPE_THETA ** -(np.arange(count, dtype=np.float32) / count)

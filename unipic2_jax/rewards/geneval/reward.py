@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from unipic2_jax.data.prompts import PromptRecord
-from unipic2_jax.rewards.base import REWARDS, Reward, Scores, mix_scores
+from unipic2_jax.rewards.base import REWARDS, Calls, Reward, Scores, mix_scores
 from unipic2_jax.rewards.geneval.detectors.base import Wanted, make_detector
 from unipic2_jax.rewards.geneval.rules import Rules, check_metadata, score
 
@@ -35,6 +35,8 @@ class GenEvalReward(Reward):
       strict_weight: share of the verdict in the value; partial credit is the rest.
       rules: fields of `rewards.geneval.rules.Rules`; options that are not named above.
     """
+
+    calls = Calls(batch_size=32)  # what fails, as for want of memory, fails for these
 
     def __init__(
         self,

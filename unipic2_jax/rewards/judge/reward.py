@@ -141,11 +141,15 @@ class JudgeReward(Reward):
             raise errors[0]
         return Scores(values, details, {i: str(error) for i, error in errors.items()})
 
-    def _ask(self, images: Sequence[np.ndarray], record: PromptRecord) -> tuple[list[dict[str, float]], int]:
-        """Marks of the pictures, and the tokens that they cost."""
+    def question(self, images: Sequence[np.ndarray], record: PromptRecord) -> dict[str, Any]:
+        """The JSON that the endpoint is sent about pictures that were made for a record."""
         source = None if record.image is None else _data_url(record.image)
         asked = messages(record.prompt, [_data_url(i) for i in images], source, self.template, self.groupwise)
-        question = {"model": self.model, "messages": asked, **self.request}
+        return {"model": self.model, "messages": asked, **self.request}
+
+    def _ask(self, images: Sequence[np.ndarray], record: PromptRecord) -> tuple[list[dict[str, float]], int]:
+        """Marks of the pictures, and the tokens that they cost."""
+        question = self.question(images, record)
         key = question_key(VERSION, question)
         answer, cost = (self.cache.get(key) if self.cache else None), Usage(cached=1)
         known = answer is not None
@@ -158,7 +162,7 @@ class JudgeReward(Reward):
         try:
             if not known:
                 answer = _content(response)
-            marks = read_marks(answer, source is not None, len(images) if self.groupwise else None)
+            marks = read_marks(answer, record.image is not None, len(images) if self.groupwise else None)
         except ValueError as error:
             raise RewardError(str(error)) from None
         if self.cache and not known:

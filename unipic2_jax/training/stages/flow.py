@@ -251,16 +251,21 @@ class FlowStage(Stage):
 
     def step(self, state: FlowState, step: int) -> tuple[FlowState, dict[str, float]]:
         started = time.perf_counter()
-        shape, batch = (self.pool or self.loader).batch(step)
+        timeline = self.context.timeline
+        with timeline.span("data"):
+            shape, batch = (self.pool or self.loader).batch(step)
         waited = time.perf_counter() - started
-        arguments = self._arguments(state, shape, batch, step)
+        with timeline.span("place"):
+            arguments = self._arguments(state, shape, batch, step)
         key = self._ask_for(shape, arguments)
         if self.pool is None:
             self._ask_for_phases(state, step)
-        program = self.ahead[key]
+        with timeline.span("compile"):
+            program = self.ahead[key]
         started = time.perf_counter()
-        state, metrics = program(*arguments)
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        with timeline.span("update"):
+            state, metrics = program(*arguments)
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         busy = time.perf_counter() - started
         speed = {"seconds_data": waited, "model_tflops_per_second": self._flops(shape) / busy / 1e12}
         return state, {**metrics, f"loss_{shape.task}": metrics["loss"], **speed}

@@ -160,10 +160,10 @@ class RegressionStage(Stage):
         return self._pools[what]
 
     def _smaller(self, given: VLMInput) -> VLMInput:
-        """Questions as they are kept: pictures as a tower sees them that stays as it is, else with half their bytes."""
+        """Questions as they are kept: pictures as a tower sees them that stays as it is, else as they are."""
         vision, rows = given.vision, len(given.valid)
         if "vlm" in self.trained_groups:
-            return given._replace(vision=vision._replace(patches=vision.patches.astype(np.float16)))
+            return given
         devices = batch_shards(self.context.mesh)
         index = np.minimum(np.arange(-(-rows // devices) * devices), rows - 1)
         seen = self._look(self.frozen["vlm"], shard_batch(jax.tree.map(lambda x: x[index], vision), self.context.mesh))

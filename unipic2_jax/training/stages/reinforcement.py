@@ -66,9 +66,9 @@ def _check_batches(config: ConfigDict, algorithm: Algorithm, devices: int) -> No
             f"of micro-batches of {micro_batch} on {devices} devices; choose num_prompts, "
             f"{group}.updates_per_rollout and {group}.micro_batch that divide, and leave each device a sample."
         )
-    if config.sampling_batches < 1 or config.num_prompts % config.sampling_batches:
+    if layout.batches < 1 or config.num_prompts % layout.batches:
         raise ConfigError(
-            f"num_prompts = {config.num_prompts} cannot be sampled in {config.sampling_batches} batches; choose a divisor."
+            f"num_prompts = {config.num_prompts} cannot be sampled in {layout.batches} batches; choose a divisor."
         )
     if layout.samples_at_once % devices:
         raise ConfigError(
@@ -146,9 +146,8 @@ class ReinforcementStage(Stage):
         # What the backward pass finds of the forward pass: full | attention | dots | none, or auto: as the plan finds it fastest, and then
         # `micro_batch` 0 is as many samples as fit (`perf.split`).
         config.remat = "full"
-        config.sampling_batches = (
-            1  # parts in which a step's prompts are sampled; one is scored while the next is sampled
-        )
+        # Parts in which a step's prompts are sampled; one is scored while the next is sampled. None: see rl.algorithm.sampling_batches.
+        config.sampling_batches = config_dict.placeholder(int)
         config.audit_every = 0  # steps; pictures and raw scores of these go into audit/. 0: of none
         # When more than this share of the last `error_window` steps' samples could not be scored, the run saves and stops.
         config.error_budget = 0.5
@@ -213,6 +212,7 @@ class ReinforcementStage(Stage):
             mesh,
             audit=(context.workdir / "audit" / context.name, config.audit_every),
             tell=lambda sentence: context.log(f"{context.name}, {sentence}"),
+            span=context.timeline.span,
         )
         self._update = self.algorithm.make_update(self.network, self.optimizer, donate_argnames="state", **prepare)
         self._update_key = jax.jit(lambda key: jax.random.fold_in(key, UPDATE_KEY), out_shardings=replicated(mesh))
@@ -261,28 +261,42 @@ class ReinforcementStage(Stage):
         records = agreed_records(self.source.batch(step, self.config.num_prompts), self.context.mesh)
         key, layout, over = self.context.key(step), self.algorithm.layout, threading.Event()
         sampled, scoring = [], []
-        for part in range(layout.batches):
-            own = records[part * layout.prompts_at_once :][: layout.prompts_at_once]
-            prepared = self.sampler.prepare(self.params, own, key, part)
-            self._compile_update(state.policy, prepared, edits=own[0].image is not None)
-            rollout, images = self.sampler.sample(self.params, self.algorithm.behaviour(state.policy), prepared)
+        span = self.context.timeline.span
+        parts = [records[start:][: layout.prompts_at_once] for start in range(0, len(records), layout.prompts_at_once)]
+        with span("read 0"):
+            read = self.sampler.read(parts[0])
+        for part, own in enumerate(parts):
+            with span(f"begin {part}"):
+                prepared = self.sampler.prepare(self.params, read, key, part)
+                self._compile_update(state.policy, prepared, edits=own[0].image is not None)
+                rollout, drawn = self.sampler.sample(self.params, self.algorithm.behaviour(state.policy), prepared)
+            if part + 1 < len(parts):  # while the devices sample
+                with span(f"read {part + 1}"):
+                    read = self.sampler.read(parts[part + 1])
+            with span(f"sample {part}"):
+                jax.block_until_ready(rollout)
+            with span(f"decode {part}"):
+                images = self.sampler.collect(drawn)
             sampled.append((rollout, prepared.inputs))
             scoring.append(self.feedback.start(images, own, step, part, over))
         rollout, inputs = self.sampler.together(sampled)
-        del sampled, prepared
+        del sampled, prepared, read, drawn
         rolled_out = time.perf_counter()
 
-        advantages, metrics = self.feedback.advantages([result() for result in scoring], records)
+        with span("wait for scores"):
+            advantages, metrics = self.feedback.advantages([result() for result in scoring], records)
         failures = self._count_failures(state, metrics["failed"], step)
         scored = time.perf_counter()
 
         policy, first_step = state.policy, self.algorithm.first_step(rollout)
         if metrics["failed"] < layout.samples:
             advantages = shard_batch(advantages, self.context.mesh)
-            policy, update = self.compiler[records[0].image is not None](
-                *self._update_arguments(policy, rollout, advantages, inputs, self._update_key(key))
-            )
-            metrics |= {name: float(value) for name, value in jax.device_get(update).items()}
+            with span("compile"):
+                program = self.compiler[records[0].image is not None]
+            with span("update"):
+                arguments = self._update_arguments(policy, rollout, advantages, inputs, self._update_key(key))
+                policy, update = program(*arguments)
+                metrics |= {name: float(value) for name, value in jax.device_get(update).items()}
             self._remark(metrics, step)
         updated = time.perf_counter()
         busy = rolled_out - started + updated - scored

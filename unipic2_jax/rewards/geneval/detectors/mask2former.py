@@ -14,9 +14,11 @@ from unipic2_jax.rewards.geneval.detectors.colors import add_colors, load_colors
 from unipic2_jax.rewards.geneval.detectors.torch_models import (
     check_folder,
     check_torch,
+    in_memory,
     load_network,
     load_part,
     load_processor,
+    own_device,
 )
 from unipic2_jax.rewards.geneval.rules import Detection
 
@@ -131,7 +133,7 @@ class Mask2FormerDetector(Detector):
     Attributes:
       model: folder or hub id.
       clip: the same for colours.
-      device: 'cuda', 'cuda:1', or 'cpu', where a picture takes many seconds.
+      device: 'cuda' (the process's own GPU), 'cuda:1', or 'cpu', where a picture takes many seconds.
       batch_size: pictures, and crops of them, in a pass.
     """
 
@@ -152,11 +154,13 @@ class Mask2FormerDetector(Detector):
 
     def detect(self, images: Sequence[np.ndarray], wanted: Sequence[Wanted]) -> list[list[Detection]]:
         self.check(wanted)
-        network = load_mask2former(self.model, self.device)
-        detections: list[list[Detection]] = []
-        for start in range(0, len(images), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            detections += network(images[part], [one.threshold for one in wanted[part]])
-        if not any(one.colors for one in wanted):
-            return detections
-        return add_colors(images, detections, wanted, load_colors(self.clip, self.device), self.batch_size)
+        device = own_device(self.device)
+        with in_memory(f"The detector {self.model} on {device}"):
+            network = load_mask2former(self.model, device)
+            detections: list[list[Detection]] = []
+            for start in range(0, len(images), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                detections += network(images[part], [one.threshold for one in wanted[part]])
+            if not any(one.colors for one in wanted):
+                return detections
+            return add_colors(images, detections, wanted, load_colors(self.clip, device), self.batch_size)

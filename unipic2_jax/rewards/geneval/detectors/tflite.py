@@ -16,7 +16,7 @@ from unipic2_jax.rewards.base import check_package
 from unipic2_jax.rewards.geneval.classes import class_name
 from unipic2_jax.rewards.geneval.detectors.base import DETECTORS, Detector, Wanted, check_classes, once
 from unipic2_jax.rewards.geneval.detectors.colors import add_colors, load_colors
-from unipic2_jax.rewards.geneval.detectors.torch_models import check_folder, check_torch
+from unipic2_jax.rewards.geneval.detectors.torch_models import check_folder, check_torch, in_memory, own_device
 from unipic2_jax.rewards.geneval.rules import Detection
 
 NO_CLASS = "???"  # stands in label files for the gaps in COCO's numbers
@@ -139,4 +139,6 @@ class TFLiteDetector(Detector):
         detections = [network(image, one.threshold) for image, one in zip(images, wanted, strict=True)]
         if not any(one.colors for one in wanted):
             return detections
-        return add_colors(images, detections, wanted, load_colors(self.clip, self.device), self.batch_size)
+        device = own_device(self.device)
+        with in_memory(f"CLIP {self.clip} on {device}"):
+            return add_colors(images, detections, wanted, load_colors(self.clip, device), self.batch_size)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from unipic2_jax.rewards.base import check_package
+import jax
+
+from unipic2_jax.rewards.base import RewardError, check_package
 
 
 def check_torch(device: str, what: str) -> None:
@@ -23,7 +27,34 @@ def check_torch(device: str, what: str) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise ValueError(f"{what} is to run on '{device}', but PyTorch sees no GPU; use 'cpu' or its CUDA build.")
+            raise ValueError(
+                f"{what} is to run on '{device}', but PyTorch sees no GPU; use 'cpu', its CUDA build, or a "
+                "reward of the kind 'remote' with the detector behind launch.serve_reward on a machine that has one."
+            )
+
+
+def own_device(device: str) -> str:
+    """'cuda' as the GPU that this process computes on, of several on a node; a device with a number, and the CPU, as they are."""
+    if device != "cuda":
+        return device
+    first = jax.local_devices()[0]
+    number = first.local_hardware_id if first.platform == "gpu" else None
+    return device if number is None else f"cuda:{number}"
+
+
+@contextlib.contextmanager
+def in_memory(what: str) -> Iterator[None]:
+    """Raises a RewardError where the GPU has no memory left for what is done inside: scores are missing then, and the run goes on."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise RewardError(
+            f"{what} does not fit the GPU's memory; lower its batch_size, leave PyTorch more (XLA_PYTHON_CLIENT_MEM_FRACTION), or let it "
+            "run elsewhere (launch.serve_reward)."
+        ) from error
 
 
 def check_folder(model: str, what: str) -> None:
