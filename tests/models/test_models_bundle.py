@@ -227,3 +227,26 @@ def test_random_weights():
     assert_same_params(first.params, again.params)
     kernel = lambda b: b.params["vae"]["decoder"]["conv_in"]["kernel"]
     assert not np.array_equal(kernel(first), kernel(other))
+
+
+def test_a_model_at_an_address(saved, tmp_path, monkeypatch):
+    """Read from a copy, without what could be executed; an export goes there."""
+    import fsspec
+
+    from unipic2_jax.core.addresses import uploaded
+
+    monkeypatch.setenv("UNIPIC2_CACHE", str(tmp_path))
+    store = fsspec.filesystem("memory")
+    try:
+        store.put(str(saved), "/bucket/model", recursive=True)
+        store.pipe_file("/bucket/model/transformer/run_me.py", b"raise SystemExit")
+        here, there = pipelines.load_bundle(saved), pipelines.load_bundle("memory://bucket/model")
+        assert_same_params(there.params, here.params)
+        assert not list(tmp_path.rglob("run_me.py"))
+        with uploaded("memory://bucket/export") as folder:
+            pipelines.save_bundle(there, folder)
+        assert_same_params(pipelines.load_bundle("memory://bucket/export").params, here.params)
+        with pytest.raises(FileNotFoundError, match=r"There is no file at memory://bucket/none; check the address\."):
+            pipelines.load_bundle("memory://bucket/none")
+    finally:
+        store.store.clear()

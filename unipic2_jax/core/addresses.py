@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from unipic2_jax.core.errors import nearest
-from unipic2_jax.core.files import write_text
+from unipic2_jax.core.files import to_text, write_text
 
 # Files that go at the same time: an object store is fast in many streams.
 STREAMS = 8
@@ -79,8 +79,6 @@ def _told(address: str, what: str) -> Iterator[None]:
     """What a store's client raises, which has many kinds, as one sentence."""
     try:
         yield
-    except (FileNotFoundError, KeyboardInterrupt):
-        raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__
         raise OSError(
@@ -211,12 +209,22 @@ def uploaded(target: Any) -> Iterator[Path]:
 
 def _put(fs: Any, file: Path, target: str) -> None:
     """Sends a file. One that others may be writing to is read first, so that what goes is of one moment."""
-    if not fs.protocol or "file" in fs.protocol or "local" in fs.protocol:  # stores have no folders to make
-        fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
     if file.stat().st_size <= AT_ONCE:
-        fs.pipe_file(target, file.read_bytes())
+        _write(fs, target, file.read_bytes())
     else:
+        _made(fs, target)
         fs.put_file(str(file), target)
+
+
+def _write(fs: Any, target: str, content: bytes) -> None:
+    _made(fs, target)
+    fs.pipe_file(target, content)
+
+
+def _made(fs: Any, target: str) -> None:
+    """Makes the folder of a file, which an object store has not."""
+    if "file" in fs.protocol:
+        fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
 
 
 class Mirror:
@@ -258,7 +266,7 @@ class Mirror:
             self._pull()
         if self.writes:
             with _told(self.address, "written"):
-                self.fs.pipe_file(f"{self.root}/.writable", b"")
+                _write(self.fs, f"{self.root}/.writable", b"")
                 self.fs.rm_file(f"{self.root}/.writable")
 
     def _pull(self) -> None:
@@ -327,7 +335,7 @@ class Mirror:
             changed = [name for name, state in files.items() if self.sent.get(name) != state]
             with ThreadPoolExecutor(STREAMS) as pool:
                 list(pool.map(lambda name: _put(self.fs, self.folder / name, f"{self.root}/{name}"), changed))
-            self.fs.pipe_file(f"{self.root}/{MANIFEST}", json.dumps({"files": sorted(files)}, indent=1).encode())
+            _write(self.fs, f"{self.root}/{MANIFEST}", to_text({"files": sorted(files)}).encode())
             for name in self.sent.keys() - files.keys():
                 with contextlib.suppress(FileNotFoundError):
                     self.fs.rm_file(f"{self.root}/{name}")

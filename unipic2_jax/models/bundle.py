@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from unipic2_jax.core import hub
+from unipic2_jax.core.addresses import fetched, is_address, local
 from unipic2_jax.core.errors import ConfigError, nearest
 from unipic2_jax.core.fields import check_fields, hints
 from unipic2_jax.core.files import write_json
@@ -218,7 +219,7 @@ def init_bundle(
         raise ValueError(
             f"The part '{nowhere[0]}' of the model has no folder; name one, as in --config.parts.{nowhere[0]}=DIR."
         )
-    folders = {name: Path(folder) for name, folder in (parts or {}).items()}
+    folders = {name: Path(local(folder)) for name, folder in (parts or {}).items()}
     if unknown := [name for name in folders if name not in sizes.networks]:
         raise ValueError(f"A model of this size has no part {unknown[0]!r}; it has {', '.join(sizes.networks)}.")
     if missing := [folder for folder in folders.values() if not (folder / "config.json").is_file()]:
@@ -387,12 +388,14 @@ def save_bundle(
 
 
 def find_model(source: str | os.PathLike, patterns: Sequence[str] | None = None) -> Path:
-    """The local folder of a model: `source` itself, or the snapshot of a hub id ('owner/name', 'owner/name@revision'), of which
+    """The local folder of a model: `source` itself, the copy of an address, or the snapshot of a hub id ('owner/name', 'owner/name@revision'), of which
     `patterns` are fetched; None: those of a model of any family.
 
     Raises:
       FileNotFoundError: when there is neither; of a hub id it says why (`core.hub`).
     """
+    if is_address(source):
+        return fetched(os.fspath(source), lambda name: name.endswith(tuple(f".{kind}" for kind in FILES)))
     path = Path(source)
     if path.is_dir():
         return path
