@@ -175,3 +175,27 @@ def test_what_cannot_be_sent_is_said_at_the_next_call(memory, monkeypatch):
     with pytest.raises(OSError, match=r"memory://bucket/run cannot be written \(no route\)"):
         mirror.settle()
     mirror.close()
+
+
+def test_what_is_removed_while_it_is_sent_is_not_named(memory, monkeypatch):
+    """An old checkpoint goes while a newer one is sent."""
+    mirror = addresses.Mirror(f"{KIND}/run")
+    for name in ("old", "new"):
+        (mirror.folder / name).write_text(name)
+    put = addresses._put
+
+    def slow(fs, file, target):
+        if file.name == "old":
+            file.unlink()
+        put(fs, file, target)
+
+    monkeypatch.setattr(addresses, "_put", slow)
+    mirror.push()
+    assert json.loads(memory.cat_file("/bucket/run/mirror.json"))["files"] == ["new"]
+    mirror.close()
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(memory):
+    memory.pipe_file("/bucket/run/mirror.json", b'{"files": ["../../x"]}')
+    with pytest.raises(OSError, match=r"memory://bucket/run cannot be read \(the name '../../x' leads out"):
+        addresses.Mirror(f"{KIND}/run")

@@ -144,7 +144,6 @@ def test_sigterm_saves_and_says_so(processes, reference, tmp_path):
 
 RECIPE = """
 import toy_stage
-from toy_stage import contents
 
 def get_config(arg=''):
     return toy_stage.toy_config(save_every=1)

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from unipic2_jax.core.files import to_text, write_text
 
 # Files that go at the same time: an object store is fast in many streams.
 STREAMS = 8
-# Bytes of a file that is read whole before it is sent.
+# Bytes of a file that is read whole before it is sent; those that are appended to meanwhile are, however large they are.
 AT_ONCE = 1 << 24
+GROWING = (".jsonl", ".txt", ".log")
+EVENTS = "events.out.tfevents"
 # What a mirror says is there; written last.
 MANIFEST = "mirror.json"
 # Of files that are being written, by us and by Orbax.
@@ -142,7 +144,15 @@ def _listed(fs: Any, path: str) -> dict[str, dict[str, Any]]:
         below = fs.find(root, detail=True)
     except FileNotFoundError:
         return {}
-    return {name[len(root) :].lstrip("/"): info for name, info in below.items() if name != root}
+    found = {name[len(root) :].lstrip("/"): info for name, info in below.items() if name != root}
+    _check_inside(found)
+    return found
+
+
+def _check_inside(names: Iterable[str]) -> None:
+    """Whoever writes to a bucket says what its files are called: none of them may leave the local folder."""
+    if outside := next((name for name in names if name.startswith("/") or ".." in name.split("/")), None):
+        raise ValueError(f"the name {outside!r} leads out of the folder")
 
 
 def _mark(info: dict[str, Any]) -> list[str]:
@@ -209,7 +219,7 @@ def uploaded(target: Any) -> Iterator[Path]:
 
 def _put(fs: Any, file: Path, target: str) -> None:
     """Sends a file. One that others may be writing to is read first, so that what goes is of one moment."""
-    if file.stat().st_size <= AT_ONCE:
+    if file.stat().st_size <= AT_ONCE or file.suffix in GROWING or file.name.startswith(EVENTS):
         _write(fs, target, file.read_bytes())
     else:
         _made(fs, target)
@@ -262,16 +272,21 @@ class Mirror:
         self.sent: dict[str, tuple[int, int]] = {}
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        with _told(self.address, "read"):
-            self._pull()
-        if self.writes:
-            with _told(self.address, "written"):
-                _write(self.fs, f"{self.root}/.writable", b"")
-                self.fs.rm_file(f"{self.root}/.writable")
+        try:
+            with _told(self.address, "read"):
+                self._pull()
+            if self.writes:
+                with _told(self.address, "written"):
+                    _write(self.fs, f"{self.root}/.writable", b"")
+                    self.fs.rm_file(f"{self.root}/.writable")
+        except OSError:
+            self.close()
+            raise
 
     def _pull(self) -> None:
         at = f"{self.root}/{MANIFEST}"
         names = json.loads(self.fs.cat_file(at))["files"] if self.fs.exists(at) else []
+        _check_inside(names)
         names = [name for name in names if not name.startswith(self.left_out or "\0")]
 
         def get(name: str) -> None:
@@ -334,12 +349,24 @@ class Mirror:
             files = self._files()
             changed = [name for name, state in files.items() if self.sent.get(name) != state]
             with ThreadPoolExecutor(STREAMS) as pool:
-                list(pool.map(lambda name: _put(self.fs, self.folder / name, f"{self.root}/{name}"), changed))
+                for name, went in zip(changed, pool.map(self._put, changed)):
+                    if not went:
+                        del files[name]
             _write(self.fs, f"{self.root}/{MANIFEST}", to_text({"files": sorted(files)}).encode())
             for name in self.sent.keys() - files.keys():
                 with contextlib.suppress(FileNotFoundError):
                     self.fs.rm_file(f"{self.root}/{name}")
             self.sent = files
+
+    def _put(self, name: str) -> bool:
+        """Sends a file; False: it was removed meanwhile, as an old checkpoint is while a newer one goes."""
+        try:
+            _put(self.fs, self.folder / name, f"{self.root}/{name}")
+        except FileNotFoundError:
+            if (self.folder / name).exists():
+                raise
+            return False
+        return True
 
     def close(self) -> None:
         """Frees the local folder."""

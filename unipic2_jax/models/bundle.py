@@ -388,8 +388,8 @@ def save_bundle(
 
 
 def find_model(source: str | os.PathLike, patterns: Sequence[str] | None = None) -> Path:
-    """The local folder of a model: `source` itself, the copy of an address, or the snapshot of a hub id ('owner/name', 'owner/name@revision'), of which
-    `patterns` are fetched; None: those of a model of any family.
+    """The local folder of a model: `source` itself, the copy of an address, or the snapshot of a hub id ('owner/name',
+    'owner/name@revision'), of which `patterns` are fetched; None: those of a model of any family.
 
     Raises:
       FileNotFoundError: when there is neither; of a hub id it says why (`core.hub`).

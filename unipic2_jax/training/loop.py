@@ -325,7 +325,7 @@ class _Run:
         """Saves, unless no step was taken since; `last`: the run leaves then."""
         if self.signals.unsaved:
             self.metrics.flush()
-            self.files.settle()
+            self.files.before_checkpoint()
             self.checkpoints.save(place["total_step"], state, {**place, "seed": self.config.seed}, last=last)
             self.signals.unsaved = False
 

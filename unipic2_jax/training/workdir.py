@@ -54,10 +54,12 @@ class Workdir:
         if time.monotonic() - self.sent > SEND_EVERY:
             self.send()
 
-    def settle(self) -> None:
-        """Waits for what is being sent: nothing of it may be removed before."""
+    def before_checkpoint(self) -> None:
+        """Waits for what is being sent, nothing of which may be removed before. Where Orbax writes the checkpoint to the address itself
+        the records of its steps go there first, so that a checkpoint never has steps that metrics.jsonl lacks."""
         if self.mirror is not None:
-            self._told(self.mirror.settle)
+            beside = self.checkpoints != self.folder / "checkpoints"
+            self._told(self.mirror.push if beside else self.mirror.settle)
 
     def complete(self) -> None:
         """Returns when everything is there."""
