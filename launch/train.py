@@ -33,6 +33,10 @@ def main(argv: list[str]) -> None:
     cli.quiet()
     cli.show_log()
     cli.keep_freed_memory()
+    try:
+        cli.tell_compiler(CONFIG.value.xla_flags)
+    except ConfigError as error:
+        sys.exit(str(error))
     import jax
 
     from unipic2_jax.parallel import processes

@@ -50,11 +50,17 @@ def _flops(traced: jax.stages.Traced, chips: int) -> dict[str, float]:
 
 
 def compiled_cost(
-    planned: Planned, program: Program, mesh: Mesh, topology: Topology, cache: Cache, log: Callable[[str], None]
+    planned: Planned,
+    program: Program,
+    mesh: Mesh,
+    topology: Topology,
+    cache: Cache,
+    log: Callable[[str], None],
+    flags: str,
 ) -> Cost:
     """The cost of a program compiled for the devices that its arguments are described on."""
     traced = program.function.trace(*program.arguments, **program.keywords)
-    said = compile_program(traced, mesh, topology, cache, log)
+    said = compile_program(traced, mesh, topology, cache, log, flags)
     parameters, optimizer, batch = held(planned, program, mesh)
     # Known when it has been compiled only; a new state takes the place of the old one.
     results = said["results"] or 0.0
@@ -227,7 +233,9 @@ def plan(
                 if not only(planned, program):
                     continue
                 say = lambda found, at=f"{topology} {planned.name}: {program.name}": log(f"{at}: {found}")
-                found.costs[planned.name].append(compiled_cost(planned, program, mesh, topology, cache, say))
+                found.costs[planned.name].append(
+                    compiled_cost(planned, program, mesh, topology, cache, say, config.xla_flags)
+                )
             found.attention[planned.name] = list(calls)
             calls.clear()
     return found
