@@ -55,6 +55,7 @@ def run(
     load: Load | None = None,
     save: Save | None = None,
     split: Callable[[ConfigDict, Callable[[str], None]], ConfigDict] | None = None,
+    opening: Callable[[ConfigDict, jax.sharding.Mesh, str], str] | None = None,
     own_process: bool = False,
 ) -> Path | str:
     """Runs the stages of `config.schedule` in `workdir`, continuing what is there, and exports the final model.
@@ -70,6 +71,7 @@ def run(
       load, save: how the model is made from the configuration, and written, with the paths of the leaves that are not as they
         were read; as its kind does it by default.
       split: what puts a split in place of `parallel.preset='auto'` where there are several accelerators: `perf.split.resolved`.
+      opening: what is said before a model is read, of the configuration, its mesh and the workdir: `perf.opening.table`.
       own_process: the process is for this run alone, so that a signal may end it where Python cannot be interrupted, and
         without waiting for what still compiles.
 
@@ -91,6 +93,8 @@ def run(
             use_compilation_cache(files.folder)
             config = settled(config, split) if mesh is None else least
             mesh = mesh or config_mesh(config)
+            if opening is not None and is_main():
+                tell(opening(config, mesh, files.shown))
             load, save = load or load_model, save or functools.partial(save_model, config=config)
             with use_mesh(mesh):
                 export = _Run(config, files, mesh, load, save, own_process).go()
