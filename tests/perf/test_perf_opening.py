@@ -62,7 +62,7 @@ def test_on_accelerators_it_has_the_plans_figures(monkeypatch):
     assert all(cost.equations > 100 for cost in costs)
     assert (
         found["programs"].startswith(f"{len(costs)} to compile in about 1 min")
-        and "(kontext step" in found["programs"]
+        and "(kontext step, edit" in found["programs"]
         and "other sizes" in found["programs"]
     )
     assert found["workdir"].startswith("gs://b/run: ")

@@ -49,6 +49,11 @@ class _Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token and token not in self.server.tokens:
             return self.refuse(401, None, "Invalid credentials in Authorization header", with_body)
+        if parts[:2] == ["api", "whoami-v2"]:
+            if not token:
+                return self.refuse(401, None, "Invalid username or password.", with_body)
+            account = {"type": "user", "name": "us", "auth": {"accessToken": {"displayName": "ours", "role": "read"}}}
+            return self.reply(json.dumps(account).encode(), with_body)
         is_api = parts[:2] == ["api", "models"]
         name, parts = "/".join(parts[2:4] if is_api else parts[:2]), parts[4:] if is_api else parts[2:]
         if name not in self.server.folders or token not in self.server.private.get(name, {token}):
