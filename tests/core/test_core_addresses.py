@@ -199,3 +199,15 @@ def test_names_that_lead_out_of_the_folder_are_refused(memory):
     memory.pipe_file("/bucket/run/mirror.json", b'{"files": ["../../x"]}')
     with pytest.raises(OSError, match=r"memory://bucket/run cannot be read \(the name '../../x' leads out"):
         addresses.Mirror(f"{KIND}/run")
+
+
+def test_a_folder_that_is_gone_on_with(memory):
+    """What was done before an error is there for the next try."""
+    with pytest.raises(ZeroDivisionError), addresses.continued(f"{KIND}/data") as folder:
+        (folder / "a").write_text("1")
+        raise ZeroDivisionError
+    with addresses.continued(f"{KIND}/data") as folder:
+        assert (folder / "a").read_text() == "1"
+        (folder / "b").write_text("2")
+    assert memory.cat_file("/bucket/data/b") == b"2"
+    assert (addresses.fetched(f"{KIND}/data") / "b").read_text() == "2"

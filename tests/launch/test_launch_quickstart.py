@@ -1,5 +1,5 @@
 """Every command of docs/quickstart.md, read out of the page: with a hub, a bucket, a judge and a detector that are stood in for, on a CPU,
-and with the shipped tiny model under the ids of the real ones. Sizes are made small by flags behind the page's own.
+and with the shipped tiny model under the ids of the real ones. Sizes are made small by flags behind the page's own, and `:tiny` is `:tiny,smoke`.
 """
 
 import json
@@ -57,13 +57,18 @@ def small(words, judge):
     """Flags behind those of a command that make it small."""
     text = " ".join(words)
     if "launch.generate" in words or "launch.edit" in words:
-        return DRAW + (PICTURE if "--dtype=bfloat16" in words else [])
+        return [*DRAW, *((*PICTURE, "--dtype=float32") if "--dtype=bfloat16" in words else ())]
     if "launch.prepare_data" in words:
         return ["--resolution=48", "--multiple=16"]
     if "launch.geneval_prompts" in words:
         return ["--counts=colors=2"]
     if ":tiny" in text:
-        return [re.sub(r"(:tiny)", r"\1,smoke", next(word for word in words if word.startswith("--config=")))]
+        name = "edit" if "pdtr" in text else "finetune"
+        tasks = ("t2i", "edit") if name == "edit" else ("edit",)
+        few = {"num_prompts": 1, "samples": 1, "num_steps": 1, "batch_size": 1}
+        scored = {f"evaluations__{task}__{field}": value for task in tasks for field, value in few.items()}
+        sizes = {"grpo__group_size": 2} if name == "edit" else {"batch_size": 2}
+        return [f"--config.schedule=('{name}',)", *stage(name, steps=1, optimizer__warmup=0, **scored, **sizes)]
     if "configs/finetune.py" in text:
         return ["--config.precision=float32", *stage("finetune", steps=1, batch_size=2, optimizer__warmup=0)]
     return reinforced("edit", *(() if "t2i=none" in text else ("t2i",)), judge=judge)
@@ -98,9 +103,12 @@ def world(tmp_path, monkeypatch):
         yield home, bucket, environment, judge
 
 
-def run(world, work):
+def run(world, work, accelerator="none"):
     home, _, environment, judge = world
-    lines = [[words[2], *words[3:], *small(words, judge.url)] for words in work]
+    environment = {**environment, "ACCELERATOR": accelerator}
+    lines = [
+        [word.replace(":tiny", ":tiny,smoke") for word in (*words[2:], *small(words, judge.url))] for words in work
+    ]
     runner = [sys.executable, "-m", "quickstart_commands"]
     done = subprocess.run(
         runner, cwd=home, env=environment, input=json.dumps(lines), capture_output=True, text=True, timeout=600
@@ -157,7 +165,7 @@ def test_a_gpu_node(world):
     )
     assert refused.returncode == 2 and "is gated and you have no access; accept its licence at" in refused.stderr
     login(world)
-    said = run(world, programs(PATHS[0]))
+    said = run(world, programs(PATHS[0]), "gpu")
     assert (home / "cat.png").is_file() and (home / "edited.png").is_file()
     assert (home / "runs/mine/stages/finetune/pytorch_lora_weights.safetensors").is_file()
     assert (home / "runs/pdtr/export/model_index.json").is_file() and (home / "runs/pdtr/report.md").is_file()
@@ -166,7 +174,7 @@ def test_a_gpu_node(world):
 
 def test_a_tpu_slice(world):
     login(world)
-    run(world, programs(PATHS[1]))
+    run(world, programs(PATHS[1]), "tpu")
     assert (world[1] / "runs/pdtr/export/model_index.json").is_file()
     assert (world[1] / "runs/pdtr/report.md").is_file() and not (world[0] / "runs").exists()
 

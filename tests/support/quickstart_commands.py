@@ -41,10 +41,11 @@ class Bucket(LocalFileSystem):
 
 
 class Blind(Detector):
-    """Finds nothing in any picture; takes the options of the real one."""
+    """Finds nothing in any picture; takes the options of the real one, and refuses a GPU as that does where there is none."""
 
-    def __init__(self, **options):
-        del options
+    def __init__(self, device="cuda", **options):
+        if device == "cuda" and os.environ["ACCELERATOR"] != "gpu":
+            raise ValueError("There is no GPU for the detector.")
 
     def detect(self, images, wanted):
         return [[] for _ in images]

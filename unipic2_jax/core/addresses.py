@@ -217,6 +217,22 @@ def uploaded(target: Any) -> Iterator[Path]:
             list(pool.map(lambda file: _put(fs, file, f"{path}/{file.relative_to(scratch).as_posix()}"), files))
 
 
+@contextlib.contextmanager
+def continued(target: str) -> Iterator[Path]:
+    """A folder to go on with: `target`, or what an address has, which is sent there again however the work ends."""
+    if not is_address(target):
+        yield Path(target)
+        return
+    mirror = Mirror(target)
+    try:
+        yield mirror.folder
+    finally:
+        try:
+            mirror.push()
+        finally:
+            mirror.close()
+
+
 def _put(fs: Any, file: Path, target: str) -> None:
     """Sends a file. One that others may be writing to is read first, so that what goes is of one moment."""
     if file.stat().st_size <= AT_ONCE or file.suffix in GROWING or file.name.startswith(EVENTS):
