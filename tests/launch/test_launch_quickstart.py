@@ -131,7 +131,7 @@ def programs(path):
 
 def test_every_path_has_commands_that_are_checked_here():
     """Whatever a new command is, it has to be run or looked at."""
-    known = r"make (gpu|tpu)|\. \.venv/bin/activate|python -c .*|hf auth login|pip install .*|export \w+=.*|python3 -m venv \.venv|\.venv/bin/pip install .*|python -m launch\.\w+ .*"
+    known = r"make (gpu|tpu)|\. \.venv/bin/activate|python -c .*|hf auth login( --token=\S+)?|pip install .*|export \w+=.*|python3 -m venv \.venv|\.venv/bin/pip install .*|python -m launch\.\w+ .*"
     for path in PATHS:
         assert commands(path) and all(re.fullmatch(known, shlex.join(words)) for words in commands(path)), path
     assert {words[2] for path in PATHS for words in programs(path)} == {

@@ -19,11 +19,15 @@ from unipic2_jax.rewards.geneval.detectors.base import DETECTORS, Detector
 
 # What commands import, and `launch.cli`, whose flag all of them have.
 IMPORTED = (
-    "launch.cli",
-    "unipic2_jax.perf.opening",
-    "unipic2_jax.pipelines",
-    "unipic2_jax.training.loop",
-    "unipic2_jax.data.prepare",
+    *(
+        "launch.cli",
+        "unipic2_jax.perf.opening",
+        "unipic2_jax.pipelines",
+        "unipic2_jax.training.loop",
+        "unipic2_jax.data.prepare",
+    ),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+    *("transformers.models.clip.tokenization_clip", "transformers.models.t5.tokenization_t5"),
 )
 
 

@@ -101,7 +101,7 @@ def _sentence(name: str, revision: str | None, error: Exception) -> str:
     if is_one(errors.RepositoryNotFoundError):
         who = "to the account of your token" if logged_in else "to those who are not logged in"
         remedy = "let that account see it" if logged_in else "run `hf auth login`"
-        return f"The hub shows no model {name} {who}{closest(name, KNOWN)}; correct the name, or, if it is private, {remedy}."
+        return f"There is no folder {name}, and the hub shows no model of that id {who}{closest(name, KNOWN)}; correct the name, or, if it is private, {remedy}."
     if is_one(errors.OfflineModeIsEnabled):
         return (
             f"The model {name} is not, or not whole, in the cache {huggingface_hub.constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids "
@@ -113,6 +113,6 @@ def _sentence(name: str, revision: str | None, error: Exception) -> str:
         return f"The hub answered with error {status} when asked for {name} ({said or 'no reason given'}); try again later."
     reason = next((line for e in reversed(list(_chain(error))) if (line := str(e).strip())), type(error).__name__)
     return (
-        f"The hub at {huggingface_hub.constants.ENDPOINT} cannot be reached for {name}, which is not in the cache "
+        f"The hub at {huggingface_hub.constants.ENDPOINT} cannot be reached for {name}, which is no folder here and not in the cache "
         f"({reason.splitlines()[0]}); try again with a connection, whole files are kept, or pass a folder that holds the model."
     )
