@@ -10,9 +10,10 @@ TORCH := $(if $(WHEELS),--find-links $(WHEELS),--torch-backend cpu)
 # Compiled once here, not by every process where Python is told to keep no bytecode.
 UV := $(RUN) -m uv pip install --quiet --compile-bytecode --python $(RUN)
 
-.PHONY: help demo test test-slow lint format tiny tiny-metaquery tiny-edit-reward plan-check clean
+.PHONY: help gpu tpu demo test test-slow lint format tiny tiny-metaquery tiny-edit-reward plan-check clean
 
 help:
+	@echo "make gpu        .venv for NVIDIA GPUs         make tpu        .venv for TPUs (docs/quickstart.md)"
 	@echo "make demo       reinforce the shipped tiny model: editing, then text-to-image (about 10 minutes on 2 cores)"
 	@echo "make test       the default test suite        make test-slow  the long tests"
 	@echo "make lint       style, imports and types      make tiny       retrain the shipped tiny models (2 to 3 hours)"
@@ -30,6 +31,18 @@ $(VENV)/.run: requirements.txt $(VENV)/bin/python
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	$(UV) $(TORCH) -r requirements-dev.txt
+	@touch $@
+
+# What an accelerator needs is in one file, which `pip install ".[cuda]"` and ".[tpu]" read too.
+gpu: $(VENV)/.gpu
+tpu: $(VENV)/.tpu
+
+$(VENV)/.gpu: requirements-cuda.txt $(VENV)/.run
+	$(UV) -r requirements-cuda.txt
+	@touch $@
+
+$(VENV)/.tpu: requirements-tpu.txt $(VENV)/.run
+	$(UV) -r requirements-tpu.txt
 	@touch $@
 
 demo: $(VENV)/.run

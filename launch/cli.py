@@ -17,6 +17,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from unipic2_jax.parallel import xla
+
 OURS = tuple(
     str(Path(__file__).resolve().parents[1] / name) for name in ("unipic2_jax", "launch", "convert", "configs")
 )
@@ -35,6 +37,15 @@ def quiet() -> None:
     """Keeps libraries from telling what they did not find (accelerators, PyTorch); call it before they are imported."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.set_verbosity(logging.WARNING)
+
+
+def tell_compiler(choice: str = "recipe") -> None:
+    """Where there is an NVIDIA GPU, gives XLA's compiler the flags of `parallel.xla`; call it before anything is compiled.
+
+    Elsewhere nothing: libtpu ends the process at a flag that is not its own.
+    """
+    if (find_accelerator() or ("",))[0] == "gpu":
+        xla.set_gpu_flags(choice)
 
 
 class _AboveTheBar(python_logging.Handler):
@@ -181,6 +192,7 @@ def run(main: Callable[[Sequence[str]], Any], prepare: Callable[[Sequence[str]],
 def _sentences() -> Iterator[None]:
     """Ends the process where what the user passed is wrong, with the sentence that says so."""
     quiet()
+    tell_compiler()
     try:
         yield
     except KeyboardInterrupt:

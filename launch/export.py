@@ -14,9 +14,9 @@ from absl import flags
 
 from launch import cli
 
-_MODEL = flags.DEFINE_string("model", None, "Folder or hub id of the model.")
+_MODEL = flags.DEFINE_string("model", None, "Folder, address or hub id of the model.")
 _LORA = cli.lora_flag()
-_OUT = flags.DEFINE_string("out", None, "Folder to write, in the same layout.")
+_OUT = flags.DEFINE_string("out", None, "Folder or address to write, in the same layout.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "float16", "bfloat16"], "Of the written weights; float32, or with --lora the files' own."
 )
@@ -26,22 +26,25 @@ flags.mark_flags_as_required(["model", "out"])
 def main(argv: list[str]) -> None:
     """Loads and saves."""
     del argv
+    from unipic2_jax.core.addresses import local, uploaded
     from unipic2_jax.models.bundle import load_bundle, save_bundle
     from unipic2_jax.models.edit_reward.model import EditRewardModel, is_edit_reward
     from unipic2_jax.pipelines import adapters
 
-    if is_edit_reward(_MODEL.value):
-        if _LORA.value:
-            raise ValueError(f"{_MODEL.value} is an EditReward, which has a LoRA of its own; leave --lora out.")
-        EditRewardModel.load(_MODEL.value).save(_OUT.value, _DTYPE.value or "float32")
-        return
-    loras = adapters.located(_LORA.value)
-    bundle = load_bundle(_MODEL.value)
-    if not _LORA.value:
-        save_bundle(bundle, _OUT.value, _DTYPE.value or "float32")
-        return
-    bundle, changed = adapters.load_fused(bundle, loras)
-    save_bundle(bundle, _OUT.value, _DTYPE.value, changed=changed)
+    model = local(_MODEL.value)
+    with uploaded(_OUT.value) as folder:
+        if is_edit_reward(model):
+            if _LORA.value:
+                raise ValueError(f"{_MODEL.value} is an EditReward, which has a LoRA of its own; leave --lora out.")
+            EditRewardModel.load(model).save(folder, _DTYPE.value or "float32")
+            return
+        loras = adapters.located(_LORA.value)
+        bundle = load_bundle(model)
+        if not _LORA.value:
+            save_bundle(bundle, folder, _DTYPE.value or "float32")
+            return
+        bundle, changed = adapters.load_fused(bundle, loras)
+        save_bundle(bundle, folder, _DTYPE.value, changed=changed)
     print(f"{_OUT.value}: {', '.join(_LORA.value)} merged into {len(changed)} leaves", file=sys.stderr)
 
 

@@ -20,9 +20,9 @@ from launch import cli
 KIND = flags.DEFINE_string(
     "kind", None, "What the source is: jsonl, folder, webdataset, parquet, tfds ... (docs/data.md), or one of your own."
 )
-PATH = flags.DEFINE_string("path", None, "File or folder of the source.")
+PATH = flags.DEFINE_string("path", None, "File, folder or address of the source.")
 OPTIONS = flags.DEFINE_string("options", "{}", 'More options of the kind as JSON: --options=\'{"split": "train"}\'.')
-OUT = flags.DEFINE_string("out", None, "Folder to write, or to go on with.")
+OUT = flags.DEFINE_string("out", None, "Folder or address to write, or to go on with.")
 RESOLUTION = flags.DEFINE_integer("resolution", 512, "Pixels: a square picture's edge; other buckets have as many.")
 MULTIPLE = flags.DEFINE_integer("multiple", 32, "Pixels that every edge is a multiple of.", lower_bound=1)
 ASPECTS = flags.DEFINE_list("aspects", None, "Aspect ratios to sort into, as 1:1,4:3; all of the paper's if not given.")
@@ -57,29 +57,31 @@ def main(argv: list[str]) -> None:
     del argv
     if STORE.value and not MODEL.value:
         raise ValueError("--store needs a model that computes it; give --model.")
+    from unipic2_jax.core.addresses import continued
     from unipic2_jax.data.prepare import describe, prepare
     from unipic2_jax.data.records import make_records
 
     path = {} if PATH.value is None else {"path": PATH.value}
     source = make_records({"kind": KIND.value, **path, **read_options(OPTIONS.value)})
     aspects = {} if ASPECTS.value is None else {"aspects": tuple(ASPECTS.value)}
-    prepare(
-        source,
-        OUT.value,
-        workers=WORKERS.value,
-        max_errors=MAX_ERRORS.value,
-        encode=load_encoder() if MODEL.value else None,
-        resolution=RESOLUTION.value,
-        multiple=MULTIPLE.value,
-        **aspects,
-        min_size=MIN_SIZE.value,
-        max_aspect=MAX_ASPECT.value,
-        max_prompt=MAX_PROMPT.value,
-        image_format=FORMAT.value,
-        quality=QUALITY.value,
-        shard_size=SHARD_SIZE.value,
-    )
-    print(describe(OUT.value))
+    with continued(OUT.value) as folder:
+        prepare(
+            source,
+            folder,
+            workers=WORKERS.value,
+            max_errors=MAX_ERRORS.value,
+            encode=load_encoder() if MODEL.value else None,
+            resolution=RESOLUTION.value,
+            multiple=MULTIPLE.value,
+            **aspects,
+            min_size=MIN_SIZE.value,
+            max_aspect=MAX_ASPECT.value,
+            max_prompt=MAX_PROMPT.value,
+            image_format=FORMAT.value,
+            quality=QUALITY.value,
+            shard_size=SHARD_SIZE.value,
+        )
+        print(describe(folder))
 
 
 def read_options(text: str) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from launch import cli
 from launch.recipe import CONFIG, parse_flags
 from unipic2_jax.core.errors import ConfigError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is continued when it holds one.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder or address (gs://...) of the run; it is continued when it holds one."
+)
 _CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 1, "Devices that a CPU is treated as, for data parallelism: one a core trains faster.", lower_bound=1
 )
@@ -33,10 +35,14 @@ def main(argv: list[str]) -> None:
     cli.quiet()
     cli.show_log()
     cli.keep_freed_memory()
+    try:
+        cli.tell_compiler(CONFIG.value.xla_flags)
+    except ConfigError as error:
+        sys.exit(str(error))
     import jax
 
     from unipic2_jax.parallel import processes
-    from unipic2_jax.perf import split
+    from unipic2_jax.perf import opening, split
     from unipic2_jax.training import loop
 
     with processes.ending():
@@ -51,7 +57,7 @@ def main(argv: list[str]) -> None:
             sys.exit(refused)
         try:
             with processes.together():
-                loop.run(config, _WORKDIR.value, split=split.resolved, own_process=True)
+                loop.run(config, _WORKDIR.value, split=split.resolved, opening=opening.table, own_process=True)
         except (ConfigError, loop.TrainingError, FileNotFoundError) as error:
             sys.exit(str(error))
 

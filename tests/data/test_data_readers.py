@@ -3,11 +3,13 @@
 import io
 import json
 import pickle
+import shutil
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import grain
 import numpy as np
 import pyarrow as pa
@@ -18,6 +20,7 @@ from picture_files import encoded, pixels, reason_of, seed_of
 
 from unipic2_jax.data.buckets import Bucket
 from unipic2_jax.data.prepared import INDEX, PreparedExample, PreparedIndex, Shard, pack
+from unipic2_jax.data.prompts import JSONLSource
 from unipic2_jax.data.readers import fields
 from unipic2_jax.data.records import Record, make_records
 from unipic2_jax.pictures.decode import SUFFIXES, BadRecord, decode
@@ -219,6 +222,27 @@ def test_records_of_every_kind_in_threads_and_in_copies(kind, tmp_path):
 def test_edits_of_every_kind_have_their_references_in_order(kind, tmp_path):
     source = make_records(WRITERS[kind](tmp_path, edit=True))
     check(list(pickle.loads(pickle.dumps(source))), 2)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_records_of_every_kind_at_an_address(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("UNIPIC2_CACHE", str(tmp_path / "cache"))
+    store, here = fsspec.filesystem("memory"), tmp_path / "here"
+    here.mkdir()
+    try:
+        config = WRITERS[kind](here, edit=kind in EDITS)
+        store.put(str(here), f"/{kind}/data", recursive=True)
+        shutil.rmtree(here)
+        there = {k: v.replace(str(here), f"memory://{kind}/data") if type(v) is str else v for k, v in config.items()}
+        check(list(make_records(there)), 2 if kind in EDITS else 0)
+        if kind == "jsonl":  # a file of its own has its pictures too
+            one = make_records({**there, "path": f"memory://{kind}/data/b.jsonl"})
+            assert [seed_of(record.image) for record in one] == [3, 4]
+            store.pipe_file("/jsonl/data/tasks.jsonl", b'{"prompt": "draw", "image": "images/3.png"}')
+            (record,) = JSONLSource(f"memory://{kind}/data/tasks.jsonl").batch(0, 1)
+            assert seed_of(encoded(record.image)) == 3
+    finally:
+        store.store.clear()
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "folder", "webdataset", "parquet", "prepared", "tfds"])

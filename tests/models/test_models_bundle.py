@@ -184,22 +184,17 @@ def test_a_hub_id(saved, monkeypatch):
 
     asked = {}
 
-    def download(name, allow_patterns, ignore_patterns):
-        asked.update(name=name, allow=allow_patterns)
+    def download(name, revision, allow_patterns, ignore_patterns):
+        asked.update(name=name, revision=revision, allow=allow_patterns)
         return str(saved)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert bundles.find_model("someone/some-model") == saved
-    assert asked["name"] == "someone/some-model"
+    assert (asked["name"], asked["revision"]) == ("someone/some-model", None)
     # Nothing executable is fetched; a chat template (jinja) is rendered in a sandbox.
     assert {pattern.rsplit(".")[-1] for pattern in asked["allow"]} == {"json", "txt", "safetensors", "jinja"}
-
-    def refuse(*args, **kwargs):
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(FileNotFoundError, match=r"the hub gave no model of that name \(no route\)"):
-        bundles.find_model("someone/some-model")
+    bundles.find_model("someone/some-model@v2")
+    assert (asked["name"], asked["revision"]) == ("someone/some-model", "v2")
 
 
 def test_what_does_not_fit_a_file_is_not_written(bundle, tmp_path):
@@ -232,3 +227,26 @@ def test_random_weights():
     assert_same_params(first.params, again.params)
     kernel = lambda b: b.params["vae"]["decoder"]["conv_in"]["kernel"]
     assert not np.array_equal(kernel(first), kernel(other))
+
+
+def test_a_model_at_an_address(saved, tmp_path, monkeypatch):
+    """Read from a copy, without what could be executed; an export goes there."""
+    import fsspec
+
+    from unipic2_jax.core.addresses import uploaded
+
+    monkeypatch.setenv("UNIPIC2_CACHE", str(tmp_path))
+    store = fsspec.filesystem("memory")
+    try:
+        store.put(str(saved), "/bucket/model", recursive=True)
+        store.pipe_file("/bucket/model/transformer/run_me.py", b"raise SystemExit")
+        here, there = pipelines.load_bundle(saved), pipelines.load_bundle("memory://bucket/model")
+        assert_same_params(there.params, here.params)
+        assert not list(tmp_path.rglob("run_me.py"))
+        with uploaded("memory://bucket/export") as folder:
+            pipelines.save_bundle(there, folder)
+        assert_same_params(pipelines.load_bundle("memory://bucket/export").params, here.params)
+        with pytest.raises(FileNotFoundError, match=r"There is no file at memory://bucket/none; check the address\."):
+            pipelines.load_bundle("memory://bucket/none")
+    finally:
+        store.store.clear()

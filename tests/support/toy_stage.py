@@ -22,6 +22,7 @@ from unipic2_jax.optim.optimizer import make_optimizer, merge_params, split_para
 from unipic2_jax.training import loop, signals
 from unipic2_jax.training.compiling import BackgroundCompiler
 from unipic2_jax.training.config import make_config
+from unipic2_jax.training.metrics import read_evaluations, read_rows
 from unipic2_jax.training.stage import STAGES, Stage, stage_fields
 
 
@@ -157,6 +158,22 @@ def save(bundle, folder, changed, **options):
     np.savez(folder / "params.npz", **flat)
 
 
+def contents(workdir):
+    """All of a run that must not depend on interruptions."""
+    rows = read_rows(workdir / "metrics.jsonl")
+    with np.load(workdir / "export" / "params.npz") as arrays:
+        params = {name: arrays[name].tobytes() for name in arrays.files}
+    newest = max(int(path.name) for path in (workdir / "checkpoints/states").iterdir())
+    record = json.loads((workdir / f"checkpoints/states/{newest}/record/metadata").read_text())
+    return {
+        "rows": [{k: v for k, v in row.items() if k not in ("seconds_step", "seconds_timeline")} for row in rows],
+        "evaluations": read_evaluations(workdir),
+        "export": params,
+        "state": record["checksums"],
+        "samples": sorted(p.name for p in (workdir / "samples").iterdir()),
+    }
+
+
 def run(workdir, own_process=False, **fields):
     return loop.run(toy_config(**fields), workdir, load=load, save=save, own_process=own_process)
 
@@ -193,4 +210,4 @@ def child(workdir, fields, trouble, output=None, asynchronous=False, grace=None)
 
     loop.Checkpoints._damaged = read
     loop.Checkpoints = functools.partial(loop.Checkpoints, asynchronous=asynchronous)
-    run(Path(workdir), own_process=True, **fields)
+    run(workdir if "://" in workdir else Path(workdir), own_process=True, **fields)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import grain
 import numpy as np
 
+from unipic2_jax.core.addresses import local
 from unipic2_jax.core.registry import Registry
 from unipic2_jax.data.buckets import Bucket
 from unipic2_jax.data.prepared import PreparedBucket, PreparedExample, PreparedIndex
@@ -104,8 +105,8 @@ class PreparedExamples:
     def __init__(self, path: str, seed: int = 0, task: str = "t2i", stored: tuple[str, ...] = ()):
         if not path:
             raise ValueError("There is prepared data without a path; give the folder that launch.prepare_data wrote.")
-        self.path, self.seed, self.stored = path, seed, tuple(stored)
-        self.index = PreparedIndex.read(path)
+        self.path, self.seed, self.stored = local(path), seed, tuple(stored)
+        self.index = PreparedIndex.read(self.path)
         self.resolution, self.multiple = self.index.resolution, self.index.multiple
         wanted = "edit" if task == "edit" else "t2i"
         self.buckets = {b: float(count) for b, count in self.index.buckets().items() if b.task == wanted}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from unipic2_jax.core.addresses import local
 from unipic2_jax.data.prepared import PreparedBucket, PreparedExample, PreparedIndex
 
 
@@ -23,6 +24,7 @@ class LabelledEdits:
 
     @staticmethod
     def _open(folder: str, targets: Sequence[str]) -> list[PreparedBucket]:
+        folder = local(folder)
         index = PreparedIndex.read(folder)
         if any(bucket.task != "edit" for bucket in index.buckets()):
             raise ValueError(

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from unipic2_jax.core.addresses import fetched_files, is_address
 from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.core.registry import Registry
 from unipic2_jax.data.readers.fields import parse_json, parse_task
@@ -160,7 +161,8 @@ class JSONLSource:
     """
 
     def __init__(self, path: str, seed: int = 0, shuffle: bool = True, task: str | None = None):
-        self.path, self.seed, self.shuffle = Path(path), seed, shuffle
+        copied = fetched_files(path, (".jsonl",), beside=True) if is_address(path) else path
+        self.path, self.seed, self.shuffle = Path(copied), seed, shuffle
         if not self.path.is_file():
             raise FileNotFoundError(f"The prompt file {path} does not exist; check the path.")
         text = read_text(self.path).rstrip()

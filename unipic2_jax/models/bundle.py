@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +13,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from unipic2_jax.core import hub
+from unipic2_jax.core.addresses import fetched, is_address, local
 from unipic2_jax.core.errors import ConfigError, nearest
 from unipic2_jax.core.fields import check_fields, hints
 from unipic2_jax.core.files import write_json
@@ -218,7 +219,7 @@ def init_bundle(
         raise ValueError(
             f"The part '{nowhere[0]}' of the model has no folder; name one, as in --config.parts.{nowhere[0]}=DIR."
         )
-    folders = {name: Path(folder) for name, folder in (parts or {}).items()}
+    folders = {name: Path(local(folder)) for name, folder in (parts or {}).items()}
     if unknown := [name for name in folders if name not in sizes.networks]:
         raise ValueError(f"A model of this size has no part {unknown[0]!r}; it has {', '.join(sizes.networks)}.")
     if missing := [folder for folder in folders.values() if not (folder / "config.json").is_file()]:
@@ -387,12 +388,14 @@ def save_bundle(
 
 
 def find_model(source: str | os.PathLike, patterns: Sequence[str] | None = None) -> Path:
-    """The local folder of a model: `source` itself, or the snapshot of a hub id, of which `patterns` are fetched;
-    None: those of a model of any family.
+    """The local folder of a model: `source` itself, the copy of an address, or the snapshot of a hub id ('owner/name',
+    'owner/name@revision'), of which `patterns` are fetched; None: those of a model of any family.
 
     Raises:
-      FileNotFoundError: when there is neither.
+      FileNotFoundError: when there is neither; of a hub id it says why (`core.hub`).
     """
+    if is_address(source):
+        return fetched(os.fspath(source), lambda name: name.endswith(tuple(f".{kind}" for kind in FILES)))
     path = Path(source)
     if path.is_dir():
         return path
@@ -400,23 +403,9 @@ def find_model(source: str | os.PathLike, patterns: Sequence[str] | None = None)
         raise ValueError(io.no_pickles(path))
     if path.exists():
         raise FileNotFoundError(f"{source} is a file, not a model folder; a single checkpoint file must be converted.")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", os.fspath(source)):
+    if not hub.is_id(source):
         raise FileNotFoundError(f"There is no model folder {source}; check the path.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                os.fspath(source), allow_patterns=list(patterns or _hub_patterns()), ignore_patterns=["*.fp16*"]
-            )
-        )
-    # Whatever went wrong between here and the hub (connection, licence, name) is told in the hub's own words.
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise FileNotFoundError(
-            f"There is no model folder {source}, and the hub gave no model of that name ({reason[0]}); "
-            "check the name, or download it and pass the folder."
-        ) from error
+    return hub.snapshot(os.fspath(source), list(patterns or _hub_patterns()), ["*.fp16*"])
 
 
 def _hub_patterns() -> list[str]:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from unipic2_jax.core.errors import ConfigError
 from unipic2_jax.core.files import write_text
 from unipic2_jax.parallel.compat import core
+from unipic2_jax.parallel.xla import gpu_options
 from unipic2_jax.perf.counting import inner_jaxprs
 from unipic2_jax.perf.hlo import Module
 from unipic2_jax.perf.movers import movers
@@ -27,10 +28,6 @@ from unipic2_jax.perf.topology import Topology
 # How hard the compiler for TPUs tries, by name. 'quick' takes a quarter of its time and about the same memory: what it leaves out are
 # searches for faster code, so that more bytes are moved than in a run.
 EFFORTS: dict[str, dict[str, Any]] = {"quick": {"jax_optimization_level": "O0"}, "run": {}}
-
-# Products by cuBLAS, as in a run. Without a GPU nothing can be timed, and tiles of Triton's that were not chosen say little of it.
-GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-
 
 # How the compiler says that a program is too large, in units of GiB or MiB.
 _TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds|Used ([\d.]+)([KMG]) of")
@@ -55,10 +52,10 @@ class Cache:
     def __init__(self, folder: str | os.PathLike | None, effort: str = "quick"):
         self.folder, self.effort = Path(folder) if folder else None, effort
 
-    def key(self, text: str, topology: Topology) -> str:
+    def key(self, text: str, topology: Topology, flags: str) -> str:
         """The key of a lowered program and everything else that decides how it is compiled."""
         libraries = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", *COMPILERS)]
-        options = GPU_OPTIONS if not topology.is_tpu else EFFORTS[self.effort]
+        options = gpu_options(flags) if not topology.is_tpu else EFFORTS[self.effort]
         parts = [str(CACHE_FORMAT), str(topology), json.dumps(options), *libraries, text]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -102,12 +99,20 @@ def _settings(values: Mapping[str, Any]) -> Iterator[None]:
 
 
 def compile_program(
-    traced: jax.stages.Traced, mesh: Mesh, topology: Topology, cache: Cache, log: Callable[[str], None]
+    traced: jax.stages.Traced,
+    mesh: Mesh,
+    topology: Topology,
+    cache: Cache,
+    log: Callable[[str], None],
+    flags: str = "recipe",
 ) -> dict[str, Any]:
     """What the compiler says of a program: bytes of its 'arguments', 'results', 'temporary', 'moved', 'collectives' and 'ports',
     its 'movers' (`perf.movers`) and its 'kernels'.
 
     'moved' and 'collectives' are None where it is too large to be compiled; 'temporary' is then what it would have needed.
+
+    Args:
+      flags: `config.xla_flags`, which a run compiles with as well.
 
     Raises:
       ConfigError: when JAX does not understand what the compiler made.
@@ -116,14 +121,14 @@ def compile_program(
     # Kernels that are split by a rule of their own stand in the text as the address of that rule, which differs from process to
     # process; what they are asked for stands in the jaxpr.
     asked = sorted({str(sorted(eqn.params.items(), key=str)) for eqn in _attention_calls(traced.jaxpr.jaxpr)})
-    key = cache.key("\n".join([_ADDRESS.sub("", lowered.as_text()), *asked]), topology)
+    key = cache.key("\n".join([_ADDRESS.sub("", lowered.as_text()), *asked]), topology, flags)
     if said := cache.read(key):
         log("kept from before")
         return said
     started = time.perf_counter()
     try:
         with _settings(EFFORTS[cache.effort] if topology.is_tpu else {}):
-            compiled = lowered.compile(compiler_options=None if topology.is_tpu else GPU_OPTIONS)
+            compiled = lowered.compile(compiler_options=None if topology.is_tpu else gpu_options(flags))
     except jax.errors.JaxRuntimeError as error:
         if not (too_large := _TOO_LARGE.search(str(error))):
             raise

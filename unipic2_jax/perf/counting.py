@@ -34,6 +34,11 @@ def jaxpr_flops(jaxpr: core.Jaxpr, chosen: Chosen = lambda eqn: True) -> float:
     return total
 
 
+def equations(jaxpr: core.Jaxpr) -> int:
+    """How many there are, those of a loop once: what a compiler has to read."""
+    return sum(1 + sum(map(equations, inner_jaxprs(eqn.params.values()))) for eqn in jaxpr.eqns)
+
+
 def is_single(eqn: core.JaxprEqn) -> bool:
     """Whether a product takes two arrays of float32, which GPUs multiply at half the rate."""
     return all(v.aval.dtype.itemsize == 4 for v in eqn.invars[:2])

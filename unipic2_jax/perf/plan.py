@@ -22,7 +22,7 @@ from unipic2_jax.parallel.mesh import batch_shards, make_mesh
 from unipic2_jax.parallel.rules import RULES, axis_names
 from unipic2_jax.perf.compiler import Cache, compile_program
 from unipic2_jax.perf.cost import Cost
-from unipic2_jax.perf.counting import is_single, jaxpr_flops
+from unipic2_jax.perf.counting import equations, is_single, jaxpr_flops
 from unipic2_jax.perf.described import Planned, held, local, stages
 from unipic2_jax.perf.hlo import BETWEEN_NODES
 from unipic2_jax.perf.liveness import measure
@@ -50,11 +50,17 @@ def _flops(traced: jax.stages.Traced, chips: int) -> dict[str, float]:
 
 
 def compiled_cost(
-    planned: Planned, program: Program, mesh: Mesh, topology: Topology, cache: Cache, log: Callable[[str], None]
+    planned: Planned,
+    program: Program,
+    mesh: Mesh,
+    topology: Topology,
+    cache: Cache,
+    log: Callable[[str], None],
+    flags: str,
 ) -> Cost:
     """The cost of a program compiled for the devices that its arguments are described on."""
     traced = program.function.trace(*program.arguments, **program.keywords)
-    said = compile_program(traced, mesh, topology, cache, log)
+    said = compile_program(traced, mesh, topology, cache, log, flags)
     parameters, optimizer, batch = held(planned, program, mesh)
     # Known when it has been compiled only; a new state takes the place of the old one.
     results = said["results"] or 0.0
@@ -144,6 +150,7 @@ def counted_cost(
         moved=work.moved + 2 * ahead,
         collectives=collectives,
         ports=ports,
+        equations=equations(traced.jaxpr.jaxpr),
         calibrated=kind,
     )
 
@@ -227,7 +234,9 @@ def plan(
                 if not only(planned, program):
                     continue
                 say = lambda found, at=f"{topology} {planned.name}: {program.name}": log(f"{at}: {found}")
-                found.costs[planned.name].append(compiled_cost(planned, program, mesh, topology, cache, say))
+                found.costs[planned.name].append(
+                    compiled_cost(planned, program, mesh, topology, cache, say, config.xla_flags)
+                )
             found.attention[planned.name] = list(calls)
             calls.clear()
     return found

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from unipic2_jax.core import hub
+from unipic2_jax.core.addresses import local
 from unipic2_jax.models.bundle import Bundle, find_model
 from unipic2_jax.models.config import ModelConfig
 from unipic2_jax.models.lora import joined
@@ -56,8 +58,8 @@ def locate(source: str | os.PathLike) -> Path:
     Raises:
       FileNotFoundError, ValueError: one sentence, when there is none.
     """
-    path = Path(source)
-    if not path.exists() and not path.suffix and len(path.parts) == 2:
+    path = Path(local(source))
+    if not path.exists() and path.suffix != ".safetensors" and hub.is_id(source):
         path = find_model(source, HUB_PATTERNS)
     return lora.find_file(path)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from unipic2_jax.core.addresses import as_path, is_address
 from unipic2_jax.core.errors import ConfigError, TrainingError
 from unipic2_jax.parallel.compat import orbax, orbax_v1
 from unipic2_jax.parallel.processes import is_lost_peer, is_main, max_over_processes
@@ -38,20 +39,23 @@ class Checkpoints:
     An asynchronous save copies the state and is written while training goes on; what it could not write is said at the
     next save. On a CPU saves are synchronous unless `asynchronous` says otherwise: the copy costs what writing does there.
     In both cases the first process reads back what was written while training goes on, and the next save waits for it.
+    `written` is called when one is whole. Several processes may write to an address, by Orbax itself.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         keep: int,
         keep_every: int = 0,
         *,
         log: Callable[[str], None] = print,
         asynchronous: bool | None = None,
+        written: Callable[[], None] = lambda: None,
     ):
         # Orbax logs each phase of each save; the loop says itself what was saved.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        self.folder, self.log = Path(folder).absolute(), log
+        self.folder = as_path(folder) if is_address(folder) else Path(folder).absolute()
+        self.log, self.whole = log, written
         (self.folder / "states").mkdir(parents=True, exist_ok=True)
         self.keep, self.keep_every, self.verified = keep, keep_every, set()
         self.written: int | None = None  # a checkpoint that is not being read back yet
@@ -94,6 +98,7 @@ class Checkpoints:
     def read_back(self) -> None:
         """Begins to read back in a thread what has been written, and does nothing while it is; call it between two steps."""
         if self.written is not None and is_main() and not self.saving():
+            self.whole()
             self.readings[self.written] = self.reader.submit(self._damaged, self.written)
             self.written = None
 

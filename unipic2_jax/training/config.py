@@ -51,6 +51,8 @@ def base_config() -> ConfigDict:
             "keep_every": 0,
             # The kernel of the transformer's attention: auto | xla | cudnn | splash.
             "attention": "auto",
+            # What XLA's compiler for GPUs is told beside its own defaults (`parallel.xla`): recipe | none. $XLA_FLAGS has the last word.
+            "xla_flags": "recipe",
             # How the devices share the work: a preset of `parallel.mesh` or 'auto', the fastest one that fits (`perf.split`);
             # devices along single axes instead of its own; and when reinforcement gathers the transformer's frozen weights where
             # they are split: once an 'update' (and once a rollout), or 'layer' by layer in every pass, which takes less memory.
@@ -98,12 +100,14 @@ def validate(config: ConfigDict) -> ConfigDict:
       ConfigError: one sentence that names the field and its nearest match or remedy.
     """
     from unipic2_jax.parallel.mesh import PRESETS
+    from unipic2_jax.parallel.xla import gpu_options
     from unipic2_jax.weights.precision import PRECISIONS
 
     config = make_config(config)
     _fold_seeds(config, "config")
     if config.precision not in PRECISIONS:
         raise ConfigError(f"config.precision is '{config.precision}'" + nearest(config.precision, PRECISIONS))
+    gpu_options(config.xla_flags)
     if not config.schedule:
         raise ConfigError("config.schedule is empty; name at least one of the stages in it.")
     for name in config.schedule:
@@ -202,7 +206,7 @@ def unknown_override(config: ConfigDict, path: str) -> str | None:
 
 # What may differ between two commands that continue the same run: none of these changes its result by more than rounding.
 FREE_FIELDS = (
-    *("save_every", "log_every", "keep_checkpoints", "keep_every", "attention"),
+    *("save_every", "log_every", "keep_checkpoints", "keep_every", "attention", "xla_flags"),
     *("remat", "micro_batch", "accumulation", "batch_branches", "sampling_batches"),
 )
 FREE_GROUPS = ("parallel",)

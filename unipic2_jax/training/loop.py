@@ -30,7 +30,6 @@ from unipic2_jax.training.curves import draw_curves
 from unipic2_jax.training.metrics import Metrics, read_evaluations
 from unipic2_jax.training.report import write_report
 from unipic2_jax.training.setup import (
-    check_writable,
     config_mesh,
     load_model,
     save_model,
@@ -40,6 +39,7 @@ from unipic2_jax.training.setup import (
 )
 from unipic2_jax.training.signals import Signals
 from unipic2_jax.training.stage import Stage, StageContext, stage_class
+from unipic2_jax.training.workdir import Workdir, opened
 from unipic2_jax.weights.precision import PRECISIONS
 
 Load = Callable[[ConfigDict, jax.sharding.Mesh], Model]
@@ -56,8 +56,9 @@ def run(
     load: Load | None = None,
     save: Save | None = None,
     split: Callable[[ConfigDict, Callable[[str], None]], ConfigDict] | None = None,
+    opening: Callable[[ConfigDict, jax.sharding.Mesh, str], str] | None = None,
     own_process: bool = False,
-) -> Path:
+) -> Path | str:
     """Runs the stages of `config.schedule` in `workdir`, continuing what is there, and exports the final model.
 
     A step is a function of (state, step number), checkpoints hold the whole state, and the folder of a finished
@@ -66,41 +67,47 @@ def run(
     Args:
       config: see `config.make_config`; it is validated before anything else.
       workdir: receives config.json, metrics.jsonl, tensorboard/, samples/, evaluations/, checkpoints/, curves.png,
-        report.md and export/ (plus export/ extras of each stage under stages/).
+        report.md and export/ (plus export/ extras of each stage under stages/); a folder, or an address (`training.workdir`).
       mesh: devices; all of them in the shape of `config.parallel` by default.
       load, save: how the model is made from the configuration, and written, with the paths of the leaves that are not as they
         were read; as its kind does it by default.
       split: what puts a split in place of `parallel.preset='auto'` where there are several accelerators: `perf.split.resolved`.
+      opening: what is said before a model is read, of the configuration, its mesh and the workdir: `perf.opening.table`.
       own_process: the process is for this run alone, so that a signal may end it where Python cannot be interrupted, and
         without waiting for what still compiles.
 
     Returns:
-      The folder of the exported model.
+      The folder, or the address, of the exported model.
 
     Raises:
       ConfigError: for a wrong configuration, or one that differs from that of the run in `workdir`.
       TrainingError: when a metric is not finite.
       SystemExit: with 128 + the signal's number after SIGTERM or SIGINT, when the state has been saved.
     """
-    config, workdir = config_lib.validate(config), Path(workdir)
+    config = config_lib.validate(config)
     # Every split shares a batch over all devices, so that stages are checked before one is chosen, which takes a while.
     least = config_lib.unplanned(config)
-    _check(least, mesh or config_mesh(least), workdir)
-    use_compilation_cache(workdir)
-    config = settled(config, split) if mesh is None else least
-    mesh = mesh or config_mesh(config)
-    load, save = load or load_model, save or functools.partial(save_model, config=config)
+    _check(least, mesh or config_mesh(least))
     try:
-        with use_mesh(mesh):
-            return _Run(config, workdir, mesh, load, save, own_process).go()
+        with opened(workdir) as files:
+            _check_files(least, files)
+            use_compilation_cache(files.folder)
+            config = settled(config, split) if mesh is None else least
+            mesh = mesh or config_mesh(config)
+            if opening is not None and is_main():
+                tell(opening(config, mesh, files.shown))
+            load, save = load or load_model, save or functools.partial(save_model, config=config)
+            with use_mesh(mesh):
+                export = _Run(config, files, mesh, load, save, own_process).go()
+            return export if files.mirror is None else files.name(export)
     except SystemExit as left:
         if own_process:
             end(left.code)
         raise
 
 
-def _check(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path) -> None:
-    """Everything that can be known to be wrong before a model is read; makes the folder of the run.
+def _check(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Everything that can be known to be wrong of a configuration before a model is read.
 
     Raises:
       ConfigError: one sentence about the first thing that is.
@@ -113,14 +120,21 @@ def _check(config: ConfigDict, mesh: jax.sharding.Mesh, workdir: Path) -> None:
     for name in config.schedule:
         with _told_of(name):
             stage_class(config.stages[name].kind).check(config.stages[name], mesh)
-    check_writable(workdir)
-    for sentence in config_lib.check_same_run(config, workdir / "config.json"):
+
+
+def _check_files(config: ConfigDict, files: Workdir) -> None:
+    """The same of what is in the workdir, and of what the configuration names.
+
+    Raises:
+      ConfigError: one sentence about the first thing that is.
+    """
+    for sentence in config_lib.check_same_run(config, files.folder / "config.json"):
         tell(sentence)
     # Pictures of prompts come last, since there can be many of them.
     for name in config.schedule:
         with _told_of(name):
             for source in stage_class(config.stages[name].kind).prompt_sources(config.stages[name]):
-                look_through(source, workdir / "looked_through.txt")
+                look_through(source, files.folder / "looked_through.txt")
 
 
 @contextlib.contextmanager
@@ -138,13 +152,14 @@ class _Run:
     def __init__(
         self,
         config: ConfigDict,
-        workdir: Path,
+        files: Workdir,
         mesh: jax.sharding.Mesh,
         load: Load,
         save: Save,
         own_process: bool,
     ):
-        self.config, self.workdir, self.mesh, self.load, self.save_model = config, workdir, mesh, load, save
+        self.config, self.files, self.mesh, self.load, self.save_model = config, files, mesh, load, save
+        self.workdir = files.folder
         self.own_process = own_process
         self.names = list(config.schedule)
         # The model that the current stage's is made of, and what stages before trained that is no part of it.
@@ -153,7 +168,7 @@ class _Run:
         self.offsets = [sum(config.stages[n].steps for n in self.names[:i]) for i in range(len(self.names))]
         self.drawn = time.monotonic()
         self.checkpoints = Checkpoints(
-            workdir / "checkpoints", config.keep_checkpoints, config.keep_every, log=self.say
+            files.checkpoints, config.keep_checkpoints, config.keep_every, log=self.say, written=files.send
         )
 
     def say(self, sentence: str) -> None:
@@ -165,7 +180,7 @@ class _Run:
         """Runs what is left of the schedule; returns the folder of the exported model."""
         stage, step, state = self.begin()
         model = None
-        with self.recorded(), Signals(self.checkpoints.saving, self.own_process) as self.signals:
+        with self.recorded(), Signals(self.saving, self.own_process) as self.signals:
             for index in range(stage.context.index, len(self.names)):
                 # What a stage needs of those before is saved; in memory there is one full-size model at a time.
                 model = None
@@ -175,6 +190,10 @@ class _Run:
                 stage, step, state = None, 0, None
         self.checkpoints.close()
         return self.export(model)
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written, or sent."""
+        return self.checkpoints.saving() or self.files.busy()
 
     def begin(self) -> tuple[Stage, int, Any]:
         """The stage to go on with, from which step, and the state of its newest checkpoint; None where there is none."""
@@ -188,7 +207,7 @@ class _Run:
         if restored := self.checkpoints.restore_newest(like):
             record, state = restored[0], stage.restored(restored[1])
             step = record["step"]
-            self.say(f"Continuing after step {step} of stage '{stage.context.name}' in {self.workdir}.")
+            self.say(f"Continuing after step {step} of stage '{stage.context.name}' in {self.files.shown}.")
             self.put_aside(stage.context.index, step)
         stage = stage or self.stage_at(0)
         # Only now, so that a mistake which shows up while starting can be corrected in the same folder.
@@ -205,7 +224,7 @@ class _Run:
             return
         kept = export.with_name(f"export_{self.offsets[first] + step}")
         export.rename(kept)
-        self.say(f"The model after {self.offsets[first] + step} steps stays in {kept}.")
+        self.say(f"The model after {self.offsets[first] + step} steps stays in {self.files.name(kept)}.")
 
     def load_model(self, name: str | None) -> Model:
         """The run's model, or the one of this name, as it was before any training."""
@@ -295,6 +314,7 @@ class _Run:
                 self.signals.unsaved = True
                 if step % config.log_every == 0 or step == config.steps:
                     self.metrics.train(place(), metrics, timeline.spans)
+                    self.files.send_sometimes()
                     bar.set_postfix(_shown(metrics), refresh=False)
                 bar.update()
                 self.checkpoints.read_back()
@@ -312,8 +332,9 @@ class _Run:
     def save(self, place: dict[str, Any], state: Any, *, last: bool = False) -> None:
         """Saves, unless no step was taken since; `last`: the run leaves then."""
         if self.signals.unsaved:
-            self.checkpoints.save(place["total_step"], state, {**place, "seed": self.config.seed}, last=last)
             self.metrics.flush()
+            self.files.before_checkpoint()
+            self.checkpoints.save(place["total_step"], state, {**place, "seed": self.config.seed}, last=last)
             self.signals.unsaved = False
 
     def evaluate(self, stage: Stage, state: Any, place: dict[str, Any]) -> None:
@@ -368,6 +389,7 @@ class _Run:
         """Saves and leaves after a signal."""
         self.save(place, state, last=True)
         self.checkpoints.wait()
+        self.files.complete()
         self.say(f"Stopped by a signal after step {place['step']} of '{place['stage']}'; the same command continues.")
         raise SystemExit(128 + max_over_processes(self.signals.received))
 
@@ -400,7 +422,8 @@ class _Run:
         if is_main():
             draw_curves(self.workdir)
             report = write_report(self.workdir, f"{', then '.join(self.names)}: {self.workdir.name}")
-            self.say(f"Done: the model is in {export}, the report in {report}.")
+            self.files.complete()
+            self.say(f"Done: the model is in {self.files.name(export)}, the report in {self.files.name(report)}.")
         wait_for_all("export")
         return export
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -18,27 +17,6 @@ from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.parallel.processes import is_main
 from unipic2_jax.training import config as config_lib
 from unipic2_jax.weights.precision import PRECISIONS
-
-
-def check_writable(workdir: Path) -> None:
-    """Makes the folder of a run, before anything is computed.
-
-    Raises:
-      ConfigError: when nothing can be written there, or it is the address of a bucket.
-    """
-    if re.match(r"\w{2,}:/", str(workdir)):  # Path makes one slash of two
-        raise config_lib.ConfigError(
-            f"The workdir {workdir} is an address and not a folder; mount it, and give the path as --workdir."
-        )
-    probe = workdir / f".writable{os.getpid()}"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise config_lib.ConfigError(
-            f"The workdir {workdir} cannot be written ({error.strerror}); repair it or choose another --workdir."
-        ) from error
 
 
 def tell(sentence: str) -> None:

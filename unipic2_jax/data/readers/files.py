@@ -7,19 +7,26 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from unipic2_jax.core.addresses import fetched_files, is_address
+
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
-def find_files(path: Paths, *suffixes: str) -> list[Path]:
+def find_files(path: Paths, *suffixes: str, beside: bool = False) -> list[Path]:
     """The files that `path` names, in order: a file, a folder (what has one of the suffixes below it), a glob with `*`, `?`
-    or `**`, or a list of these.
+    or `**`, or a list of these. Of an address they are local copies.
+
+    Args:
+      beside: copy all that lies in the folder too, as pictures that a manifest names.
 
     Raises:
       FileNotFoundError: when there is no such file or folder, or nothing that matches a glob.
       ValueError: when a folder or a list is empty.
     """
+    if is_address(path):
+        return find_files(fetched_files(path, suffixes, beside), *suffixes)
     if not isinstance(path, (str, os.PathLike)):
-        files = [file for part in path for file in find_files(part, *suffixes)]
+        files = [file for part in path for file in find_files(part, *suffixes, beside=beside)]
     elif os.path.isdir(path := os.path.expanduser(path)):
         files = visible_files(path, *suffixes)
     elif os.path.isfile(path):

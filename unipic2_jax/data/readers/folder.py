@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from unipic2_jax.core.addresses import local
 from unipic2_jax.data.readers.fields import parse_text
 from unipic2_jax.data.readers.files import visible_files
 from unipic2_jax.data.readers.jsonl import JSONLRecords
@@ -37,9 +38,9 @@ class FolderRecords:
     def __init__(
         self, path: str | os.PathLike[str], references: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ()
     ):
-        self.path = Path(path).expanduser()
+        self.path = Path(local(path)).expanduser()
         listed = [references] if isinstance(references, (str, os.PathLike)) else references
-        self.references = [Path(folder).expanduser() for folder in listed]
+        self.references = [Path(local(folder)).expanduser() for folder in listed]
         for folder in (self.path, *self.references):
             if not folder.is_dir():
                 raise FileNotFoundError(f"There is no folder {folder}; check the path.")

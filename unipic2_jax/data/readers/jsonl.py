@@ -28,7 +28,7 @@ class JSONLRecords:
     """
 
     def __init__(self, path: Paths):
-        self.files = find_files(path, ".jsonl")
+        self.files = find_files(path, ".jsonl", beside=True)
         found = [_lines(file) for file in self.files]
         self._lines = np.concatenate(found)
         self._ends = np.cumsum([len(lines) for lines in found])  # which records are of which file

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from unipic2_jax.core.addresses import local
 from unipic2_jax.data.prepared import PreparedIndex, unpack
 from unipic2_jax.data.records import RECORDS, Record
 from unipic2_jax.pictures.decode import BadRecord
@@ -22,7 +23,7 @@ class PreparedRecords:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).expanduser()
+        self.path = Path(local(path)).expanduser()
         files = [str(self.path / shard.file) for shard in PreparedIndex.read(self.path).shards]
         if not files:
             raise ValueError(f"There is no example in {path}; prepare its source again.")

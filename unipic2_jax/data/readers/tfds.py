@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.core.read_only_builder import builder_from_files
 
+from unipic2_jax.core.addresses import local
 from unipic2_jax.data.readers.fields import check_columns, check_edit, parse_text, pick_columns
 from unipic2_jax.data.records import RECORDS, Record
 from unipic2_jax.pictures.decode import BadRecord, Encoded
@@ -49,7 +50,7 @@ class TFDSRecords:
         download: bool = False,
     ):
         self.name, self.split, self.template = name, split, template
-        builder = _builder(name, data_dir, download)
+        builder = _builder(name, local(data_dir), download)
         features = builder.info.features
         fitting = lambda fits: [key for key in sorted(features) if fits(features[key])]
         pictures, where = fitting(_is_picture), f"the data set {name}"

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from unipic2_jax.core.addresses import local
 from unipic2_jax.core.fields import check_fields, hints
 from unipic2_jax.core.files import write_json
 from unipic2_jax.core.strict import read_object
@@ -221,6 +222,7 @@ class EditRewardModel:
           FileNotFoundError: the folder, its vision-language model or a file of either is missing.
           ValueError: it is no EditReward, or its parts do not fit each other.
         """
+        folder = local(folder)
         spec = cls.check(folder)
         made = cls._made(*_vlm_folder(Path(folder), spec), spec, Path(folder), mesh, dtype, scoring)
         if not scoring or "lora" not in made.params:
@@ -231,6 +233,7 @@ class EditRewardModel:
     @classmethod
     def check(cls, folder: str | os.PathLike) -> Spec:
         """What `load` raises, from headers alone."""
+        folder = local(folder)
         spec = Spec.read(folder)
         vlm, config = _vlm_folder(Path(folder), spec)
         native.check_component(vlm, qwen.rules(config), registry.NETWORKS[config.CLASS_NAME].abstract(config))
