@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,7 +41,7 @@ def guided_spans(sigmas: Any, interval: tuple[float, float] | None = None) -> li
     low, high = interval
     guided = [bool(low <= sigma <= high) for sigma in sigmas[:-1]]
     cuts = [0, *(i for i in range(1, total) if guided[i] != guided[i - 1]), total]
-    return [(first, last, guided[first]) for first, last in zip(cuts, cuts[1:])]
+    return [(first, last, guided[first]) for first, last in itertools.pairwise(cuts)]
 
 
 def check_interval(interval: Any, scale: float) -> None:
