@@ -1,6 +1,10 @@
 """What a pipeline compiles and keeps on the device: counts of prompts and steps, solvers, guidance in an interval, residence."""
 
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +15,7 @@ from pipelines_common import small_bundle
 from unipic2_jax import pipelines
 from unipic2_jax.pipelines import Pipeline
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a red circle", "two green crosses", "a blue square", "a red cross", "a black triangle"]
 OPTIONS = {"num_inference_steps": 6, "output_type": "np"}
 SOURCE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8))
@@ -176,3 +181,11 @@ def test_the_dtype_follows_the_device(monkeypatch):
     pipelines.load("x")
     pipelines.load("x", "float16")
     assert asked == ["bfloat16", "float16"]
+
+
+def test_inference_needs_no_torch():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "tests" / "support" / "without_torch.py")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
