@@ -1,6 +1,7 @@
 """Times the transformer's forward pass, training step, rollout and GRPO update, beside PyTorch's where it is installed.
 
     python -m launch.bench
+    python -m launch.bench --works=t2i,edit --num_steps=28 --guidance=3.5       # whole pictures beside diffusers' pipeline
     python -m launch.bench --size=sd35_medium --height=512 --width=512 --text_tokens=333 --attention=cudnn
 
 Printed is a Markdown table of medians. PyTorch needs `torch`, `diffusers` and `peft`, and the device that JAX has.
@@ -8,6 +9,8 @@ Printed is a Markdown table of medians. PyTorch needs `torch`, `diffusers` and `
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 
 from absl import flags
@@ -34,7 +37,10 @@ REMAT = flags.DEFINE_string(
 )
 ATTENTION = flags.DEFINE_string("attention", "auto", "Ours: auto, xla, cudnn (GPU and bfloat16), splash (TPU).")
 WORKS = flags.DEFINE_list(
-    "works", None, "Which: product (a matrix product alone), forward, flow, rollout, update; all if not given."
+    "works",
+    None,
+    "Which: product (a matrix product alone), forward, flow, rollout, update; all of these if not given. "
+    "Whole pictures, encoded, denoised and decoded: t2i, edit.",
 )
 REPEATS = flags.DEFINE_integer("repeats", 5, "How often each is timed, after two warm-ups.", lower_bound=1)
 THREADS = flags.DEFINE_integer("threads", None, "Of both sides on a CPU; all cores if not given.", lower_bound=1)
@@ -47,17 +53,18 @@ def main(argv: list[str]) -> None:
     del argv
     threads = THREADS.value or os.cpu_count()
     cli.keep_freed_memory()
-    # Before JAX is imported: the size of XLA's pool of threads, and memory as it is needed, because PyTorch needs some too.
+    # Before JAX looks for devices: the size of XLA's pool of threads, and memory as it is needed, because PyTorch needs some too.
     os.environ.update(NPROC=str(threads), XLA_PYTHON_CLIENT_PREALLOCATE="false")
     import jax
 
-    from unipic2_jax.perf import bench
+    from unipic2_jax.perf import bench, bench_pictures
+    from unipic2_jax.perf.bench_settings import Settings
     from unipic2_jax.perf.topology import find_chip
 
     device = jax.devices()[0]
     cpu = device.platform == "cpu"
     given = {name: flag.value for name, flag in _fields().items() if flag.value is not None}
-    settings = bench.Settings(**{"dtype": "float32" if cpu else "bfloat16", **given})
+    settings = Settings(**{"dtype": "float32" if cpu else "bfloat16", **given})
     if settings.dtype == "float32":
         # A GPU would round factors to TF32, which PyTorch does not.
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -70,21 +77,27 @@ def main(argv: list[str]) -> None:
         f"{settings.size}: {count / 1e6:.0f}M parameters, {settings.batch} samples of {settings.tokens} + "
         f"{settings.references * settings.tokens} + {settings.text_tokens} tokens, {settings.dtype}, {where}; {why}\n"
     )
-    sides = [bench.Ours(settings, inputs)]
+    sides, theirs = [bench.Ours(settings, inputs)], None
     if torch_device:
         import torch
 
+        from unipic2_jax.perf import bench_pictures_torch
         from unipic2_jax.perf.bench_torch import Theirs
 
         torch.set_num_threads(threads)
         sides.append(Theirs(settings, inputs, torch_device, COMPILE.value))
+        theirs = functools.partial(bench_pictures_torch.Theirs, device=torch_device, compiled=COMPILE.value)
     print(bench.heading([side.name for side in sides], chip), flush=True)
-    for row in bench.measure(settings, sides, REPEATS.value):
+    measured = (
+        bench.measure(settings, sides, REPEATS.value),
+        bench_pictures.measure(settings, theirs, REPEATS.value),
+    )
+    for row in itertools.chain(*measured):
         print(bench.line(row, chip), flush=True)
 
 
 def _fields() -> dict[str, flags.FlagHolder]:
-    """The flags that are fields of `bench.Settings`."""
+    """The flags that are fields of `bench_settings.Settings`."""
     return {
         "size": SIZE,
         "height": HEIGHT,

@@ -29,7 +29,7 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest toke
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens of this total probability.")
 REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: what was said becomes less likely.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of weights and arithmetic.")
+DTYPE = cli.dtype_flag()
 flags.mark_flag_as_required("model")
 
 

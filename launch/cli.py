@@ -25,11 +25,64 @@ OURS = tuple(
 
 flags.DEFINE_bool("traceback", False, "Show the full traceback of an error that would otherwise be one sentence.")
 
+flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder where compiled programs are kept for the next start; empty: nowhere. By default $JAX_COMPILATION_CACHE_DIR, else "
+    "~/.cache/unipic2_jax/programs.",
+)
+
 
 def lora_flag() -> flags.FlagHolder[list[str]]:
     """--lora, of commands that use a model."""
     return flags.DEFINE_list(
         "lora", [], "LoRA on the model: file, folder or hub id, and :SCALE if not 1; several with commas between them."
+    )
+
+
+def dtype_flag() -> flags.FlagHolder[str | None]:
+    """--dtype, of commands that draw or answer."""
+    return flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        "Of weights and arithmetic; bfloat16 if not given, and float32 on a CPU.",
+    )
+
+
+def solver_flag() -> flags.FlagHolder[str]:
+    """--solver, of commands that draw."""
+    return flags.DEFINE_enum(
+        "solver", "euler", ["euler", "dpm2", "unipc"], "Of the sampling; the last two are of second order."
+    )
+
+
+def interval_flag() -> flags.FlagHolder[list[str] | None]:
+    """--guidance_interval, of commands that draw; its values are `numbers`."""
+    return flags.DEFINE_list(
+        "guidance_interval", None, "LOW,HIGH: guidance between these noise levels alone (1: noise, 0: the picture)."
+    )
+
+
+def numbers(name: str, values: Sequence[str] | None) -> tuple[float, ...] | None:
+    """The numbers of a flag that is a list, or None where it is not given.
+
+    Raises:
+      ValueError: when one is no number.
+    """
+    try:
+        return None if values is None else tuple(map(float, values))
+    except ValueError:
+        raise ValueError(f"--{name} is {','.join(values)}; write numbers with commas between them.") from None
+
+
+def resident_flag() -> flags.FlagHolder[str]:
+    """--resident, of commands that draw."""
+    return flags.DEFINE_enum(
+        "resident",
+        "all",
+        ["all", "transformer"],
+        "Networks that stay on the device: all, or the transformer alone, the others while they are used.",
     )
 
 
@@ -167,17 +220,45 @@ def is_user_error(error: BaseException) -> bool:
     return isinstance(error, ValueError) and bool(frames) and frames[-1].filename.startswith(OURS)
 
 
-def run(main: Callable[[Sequence[str]], Any], prepare: Callable[[Sequence[str]], None] | None = None) -> None:
+def keep_programs() -> None:
+    """Compiled programs are kept for the next start, in the folder of --compilation_cache; see there."""
+    if (named := flags.FLAGS.compilation_cache) == "":
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    elif named is not None:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = named
+    import jax
+
+    from unipic2_jax.core.files import user_cache
+    from unipic2_jax.parallel import compat
+
+    if named == "":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if named is not None:
+        jax.config.update("jax_compilation_cache_dir", named)
+    # A picture of a small model needs many programs that take a tenth of a second.
+    compat.keep_programs(user_cache("programs"), 0.0)
+
+
+def run(
+    main: Callable[[Sequence[str]], Any],
+    prepare: Callable[[Sequence[str]], None] | None = None,
+    *,
+    compiles: bool = True,
+) -> None:
     """Runs `main(argv)` under absl; an error of input ends with its sentence on stderr and exit code 2.
 
     Args:
       prepare: called with the command line before it is parsed, to define flags that depend on it.
+      compiles: whether it compiles programs that it runs, which are then kept.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         with _sentences():
             if len(argv) > 1:
                 raise ValueError(f"Unexpected argument {argv[1]!r}: every value needs its flag; see --help.")
+            if compiles:
+                keep_programs()
             main(argv)
 
     def parse(argv: Sequence[str]) -> list[str]:

@@ -40,7 +40,10 @@ NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures per edit.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "At most this many pictures at a time.")
 KEEP_ASPECT = flags.DEFINE_bool("keep_aspect", False, "Keep references in their own aspect ratio instead of resizing.")
 MODE = flags.DEFINE_bool("mode", False, "Use the mean of the references' latents instead of a sample.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of weights and arithmetic.")
+SOLVER = cli.solver_flag()
+INTERVAL = cli.interval_flag()
+RESIDENT = cli.resident_flag()
+DTYPE = cli.dtype_flag()
 
 
 def main(argv: list[str]) -> None:
@@ -62,6 +65,8 @@ def main(argv: list[str]) -> None:
         "height": HEIGHT.value,
         "width": WIDTH.value,
         "num_inference_steps": STEPS.value,
+        "solver": SOLVER.value,
+        "guidance_interval": cli.numbers("guidance_interval", INTERVAL.value),
         "guidance_scale": GUIDANCE.value,
         "seed": SEED.value,
         "num_images_per_prompt": NUM_IMAGES.value,
@@ -70,7 +75,7 @@ def main(argv: list[str]) -> None:
         "resize_references": not KEEP_ASPECT.value,
     }
     work = jobs.load_images(work)
-    pipe = pipelines.load(MODEL.value, DTYPE.value, vlm=VLM.value, loras=LORA.value)
+    pipe = pipelines.load(MODEL.value, DTYPE.value, vlm=VLM.value, loras=LORA.value, resident=RESIDENT.value)
     print(f"{MODEL.value}: {pipe.bundle.conditioner.description}", file=sys.stderr)
     for path in jobs.run(pipe, work, target, progress=True, **options):
         print(path)

@@ -25,6 +25,7 @@ from unipic2_jax.core.assets import TINY
 _SUITE = flags.DEFINE_list("suite", ["shapes"], "What to measure; several with commas between them.")
 _MODEL = flags.DEFINE_string("model", str(TINY), "Folder of the model in diffusers layout, or a hub id.")
 _LORA = cli.lora_flag()
+_DTYPE = cli.dtype_flag()
 _OUT = flags.DEFINE_string(
     "out", None, "Folder that receives works, marks, scores.json, and contact sheets or answers."
 )
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
     check_flags(names)
     made = {name: library.make_benchmark(name, options(library.options_of(name))) for name in names}
     baseline = made[names[0]].read_baseline(_BASELINE.value) if _BASELINE.value else None
-    subject = library.Subject(_MODEL.value, tuple(_LORA.value))
+    subject = library.Subject(_MODEL.value, tuple(_LORA.value), _DTYPE.value)
     steps = {"works": _WORKS.value, "generate": not _SCORE_ONLY.value, "score": not _GENERATE_ONLY.value}
     missed: list[str] = []
     for name, benchmark in made.items():

@@ -35,7 +35,10 @@ SEED = flags.DEFINE_integer("seed", 0, "Picture k has the seed SEED + k.")
 NEGATIVE = flags.DEFINE_string("negative", None, "What not to draw; the model's own if not given.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures per prompt.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "At most this many pictures at a time.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of weights and arithmetic.")
+SOLVER = cli.solver_flag()
+INTERVAL = cli.interval_flag()
+RESIDENT = cli.resident_flag()
+DTYPE = cli.dtype_flag()
 
 
 def main(argv: list[str]) -> None:
@@ -53,12 +56,14 @@ def main(argv: list[str]) -> None:
         "height": HEIGHT.value,
         "width": WIDTH.value,
         "num_inference_steps": STEPS.value,
+        "solver": SOLVER.value,
+        "guidance_interval": cli.numbers("guidance_interval", INTERVAL.value),
         "guidance_scale": GUIDANCE.value,
         "seed": SEED.value,
         "num_images_per_prompt": NUM_IMAGES.value,
         "batch_size": BATCH_SIZE.value,
     }
-    pipe = pipelines.load(MODEL.value, DTYPE.value, vlm=VLM.value, loras=LORA.value)
+    pipe = pipelines.load(MODEL.value, DTYPE.value, vlm=VLM.value, loras=LORA.value, resident=RESIDENT.value)
     print(f"{MODEL.value}: {pipe.bundle.conditioner.description}", file=sys.stderr)
     for path in jobs.run(pipe, work, target, progress=True, **options):
         print(path)

@@ -45,4 +45,4 @@ def read_counts(parts: list[str]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, compiles=False)

@@ -20,7 +20,7 @@ NAME = flags.DEFINE_string("name", "", "Name that clients ask for; by default th
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: all of this machine's.")
 PORT = flags.DEFINE_integer("port", 0, "Port to listen on; 0: a free one.", lower_bound=0, upper_bound=65535)
 API_KEY_ENV = flags.DEFINE_string("api_key_env", "", "Environment variable with the key that clients must send.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of weights and arithmetic.")
+DTYPE = cli.dtype_flag()
 flags.mark_flag_as_required("model")
 
 

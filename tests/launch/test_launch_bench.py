@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from unipic2_jax.models.sd3.flops import forward_flops
-from unipic2_jax.perf import bench
+from unipic2_jax.perf import bench, bench_pictures, bench_settings
 from unipic2_jax.perf.topology import CHIPS, find_chip
 
 ROOT = Path(__file__).parents[2]
@@ -44,13 +44,34 @@ def test_prints_ratios_to_pytorch_of_equal_work():
     check_ratios(run(*SMALL, "works=forward,flow"), ["forward", "flow"])
 
 
+@pytest.mark.skipif(not HAS_TORCH, reason="ratios need PyTorch, diffusers and peft")
+def test_whole_pictures_equal_diffusers():
+    from unipic2_jax.perf.bench_pictures_torch import Theirs
+
+    settings = bench_settings.Settings(
+        size="tiny", height=32, width=48, batch=2, num_steps=3, guidance_scale=3.5, works=("t2i", "edit")
+    )
+    seen = {}
+    theirs = lambda *given: Theirs(*given, device="cpu")
+    keep = lambda work, outputs, tolerance: seen.update({work: outputs["JAX"]["pictures"]})
+    for row in bench_pictures.measure(settings, theirs, 1):  # refuses pictures that differ
+        assert set(row.seconds) == {"JAX", "diffusers"} and row.flops > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "compare", keep)
+        list(bench_pictures.measure(settings, None, 1))
+    # The comparison would mean nothing for pictures that are all alike.
+    drawn, edited = seen["t2i"], seen["edit"]
+    assert drawn.shape == (2, 32, 48, 3) and drawn.std() > 0.02 and np.abs(drawn[0] - drawn[1]).max() > 0.02
+    assert np.linalg.norm(drawn - edited) / np.linalg.norm(drawn) > 2 * bench.TOLERANCE["float32"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TORCH, reason="ratios need PyTorch, diffusers and peft")
 @pytest.mark.parametrize(
     "more", [(), ("references=0", "guidance=2", "remat=full", "micro_batch=1"), ("references=2", "dtype=bfloat16")]
 )
 def test_every_work_under_every_setting_equals_pytorch(more):
-    check_ratios(run(*SMALL, *more), list(bench.WORKS))
+    check_ratios(run(*SMALL, *more), list(bench_settings.WORKS))
 
 
 def test_without_pytorch_ours_stands_alone_and_flops_are_the_models():
@@ -58,15 +79,15 @@ def test_without_pytorch_ours_stands_alone_and_flops_are_the_models():
     assert done.returncode == 0 and "JAX alone" in done.stdout, done.stderr
     _, found = rows(done.stdout)
     assert set(found) == {"flow", "rollout"} and all(len(row) == 3 for row in found.values())
-    forward = forward_flops(bench.TRANSFORMERS["tiny"], 6, 5, 6)
+    forward = forward_flops(bench_settings.TRANSFORMERS["tiny"], 6, 5, 6)
     for work, evaluations in {"flow": 2 * 3, "rollout": 2 * 2}.items():
         assert found[work][0] == pytest.approx(evaluations * forward / 1e12, rel=1e-3)
 
 
 def test_flops_of_guidance_reference_policy_and_product():
-    plain, guided = bench.Settings(), bench.Settings(guidance_scale=3.5)
+    plain, guided = bench_settings.Settings(), bench_settings.Settings(guidance_scale=3.5)
     forward = plain.flops()["forward"]
-    assert forward == 4 * forward_flops(bench.MID, 256, 154, 256)
+    assert forward == 4 * forward_flops(bench_settings.MID, 256, 154, 256)
     # Two of three steps are trained; each is a pass of the reference, and two passes' worth of the policy's own.
     assert plain.flops()["update"] == 2 * 3 * forward and plain.flops()["rollout"] == 3 * forward
     assert all(guided.flops()[work] == 2 * plain.flops()[work] for work in ("rollout", "update"))
@@ -75,7 +96,7 @@ def test_flops_of_guidance_reference_policy_and_product():
 
 def test_unequal_work_is_refused_and_the_table_knows_the_peak():
     side = lambda name, loss: SimpleNamespace(name=name, runner=lambda work: lambda: {"loss": np.float32(loss)})
-    settings = bench.Settings(works=("flow",))
+    settings = bench_settings.Settings(works=("flow",))
     (row,) = bench.measure(settings, [side("JAX", 1.0), side("PyTorch", 1.0005)], repeats=1)
     assert set(row.seconds) == {"JAX", "PyTorch"}
     for wrong in (1.01, np.nan):
@@ -110,7 +131,7 @@ def test_devices_find_their_data_sheets(kind, name):
 )
 def test_impossible_settings_are_one_sentence(change, message):
     with pytest.raises(ValueError, match=message):
-        bench.Settings(**change)
+        bench_settings.Settings(**change)
 
 
 def test_the_command_says_it_without_a_traceback():

@@ -119,3 +119,35 @@ def test_the_command_that_trains_asks_for_the_plugin(tmp_path):
     done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 1 and not (tmp_path / "run").exists()
     assert done.stderr.strip().splitlines()[-1].startswith("The model 'sd35_medium' would train on the CPU")
+
+
+PROGRAM = """
+import jax
+from launch import cli
+
+def main(argv):
+    print(jax.jit(lambda x: 2 * x)(3.0), jax.config.jax_compilation_cache_dir)
+
+cli.run(main)
+"""
+
+
+def kept(home, *arguments, **environment):
+    """The cached programs below `home` after a command that compiles one."""
+    named = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
+    environment = {**named, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(home), **environment}
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("6.0"), done.stderr
+    return {str(file.parent.relative_to(home)) for file in home.rglob("*-cache")}
+
+
+def test_compiled_programs_are_kept_where_the_user_says(tmp_path):
+    folders = [tmp_path / name for name in ("user", "named", "flag", "off")]
+    for folder in folders:
+        folder.mkdir()
+    user, named, flag, off = folders
+    assert kept(user) == {".cache/unipic2_jax/programs"}
+    assert kept(named, JAX_COMPILATION_CACHE_DIR=str(named / "mine")) == {"mine"}
+    assert kept(flag, f"--compilation_cache={flag}/x", JAX_COMPILATION_CACHE_DIR=str(flag / "mine")) == {"x"}
+    assert kept(off, "--compilation_cache=", JAX_COMPILATION_CACHE_DIR=str(off / "mine")) == set()

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unipic2_jax.models.sd3 import vae
+from unipic2_jax.models import sampling
+from unipic2_jax.models.sd3 import vae, vae_tiles
 from unipic2_jax.models.sd3.vae import AutoencoderKL, VAEConfig
 from unipic2_jax.models.sd3.vae_names import rules
 from unipic2_jax.weights import table
@@ -272,3 +273,42 @@ def test_bfloat16_arithmetic_keeps_float32_doors(small):
     assert mean.dtype == logvar.dtype == jnp.float32
     assert decode(low, params, mean).dtype == jnp.float32
     assert 0 < relative_error(mean, encode(module, params, images)[0]) < 0.1
+
+
+@pytest.mark.parametrize("height, width", [(40, 72), (72, 32)])
+def test_tiles_equal_diffusers(libraries, height, width):
+    torch, _ = libraries
+    theirs, module = their_model(libraries, SMALL), AutoencoderKL(SMALL)
+    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    params = table.to_flax(rules(SMALL), state, abstract_params(SMALL))
+    theirs.enable_tiling()
+    assert theirs.tile_sample_min_size == SMALL.sample_size == 32
+    images = images_of(height, width)
+    mean, logvar = jax.jit(lambda p, x: vae_tiles.encode_tiled(module, p, x, 32, 3))(params, images)
+    with torch.no_grad():
+        wanted = theirs.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
+        decoded = theirs.decode(wanted.mean).sample
+    ours = lambda tensor: tensor.permute(0, 2, 3, 1).numpy()
+    assert relative_error(mean, ours(wanted.mean)) < 1e-5 and relative_error(logvar, ours(wanted.logvar)) < 1e-5
+    pictures = jax.jit(lambda p, z: vae_tiles.decode_tiled(module, p, z, 32, 3))(params, ours(wanted.mean))
+    assert relative_error(pictures, ours(decoded)) < 1e-5
+    # It is not what the whole picture gives, or the comparison would show nothing.
+    assert relative_error(encode(module, params, images)[0], mean) > 1e-3
+
+
+def test_large_pictures_go_through_in_tiles(small, monkeypatch):
+    module, params = small
+    monkeypatch.setattr(sampling, "TILE_PIXELS", 32)
+    images = images_of(32, 48)
+    for got, tiled in zip(
+        sampling.encode_moments(module, params, images), vae_tiles.encode_tiled(module, params, images, 32, 4)
+    ):
+        np.testing.assert_array_equal(got, tiled)
+    small_enough = sampling.encode_moments(module, params, images[:, :, :32])
+    np.testing.assert_array_equal(
+        small_enough[0], module.apply({"params": params}, images[:, :, :32], method="encode")[0]
+    )
+    latents = np.asarray(got)
+    assert sampling.decode_latents(module, params, latents).shape == (2, 32, 48, 3)
+    with pytest.raises(ValueError, match="A tile of the VAE is 36 pixels wide; it must be a multiple of 8"):
+        vae_tiles.decode_tiled(module, params, latents, 36, 1)

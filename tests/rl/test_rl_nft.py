@@ -284,7 +284,7 @@ def test_toy_policy_learns(change):
 def test_config_refuses_what_cannot_work():
     for fields, words in (
         ({"guidance_scale": 3.5}, "without guidance"),
-        ({"solver": "heun"}, "choose one of euler, dpm2"),
+        ({"solver": "heun"}, "choose one of euler, dpm2, unipc"),
         ({"beta": 0.0}, "beta is 0"),
         ({"old_max": 1.0}, r"old_max is 1\.0"),
         ({"old_rate": -1.0}, "old_rate"),

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
+def user_cache(name: str) -> Path:
+    """Where a folder of this project is among the user's caches: $XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unipic2_jax" / name
+
+
 def write_bytes(path: Path, content: bytes, durable: bool = False) -> None:
     """Writes a file that is either the old one or the new one, whenever the process dies.
 

@@ -6,6 +6,7 @@ the group `unipic2_jax`. Nothing else has to name it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -18,22 +19,44 @@ from unipic2_jax.core.errors import nearest
 T = TypeVar("T")
 
 PACKAGE = Path(__file__).parents[1]
-# How a module says that it registers something.
-_REGISTERS = re.compile(r"^@?[A-Z_]+\.(register|adopt)\(", re.MULTILINE)
-_discovered = False
+# How a module says that it registers something, and how a registry is made.
+_REGISTERS = re.compile(r"^@?([A-Z_]+)\.(?:register|adopt)\(", re.MULTILINE)
+_MAKES = re.compile(r'^([A-Z_]+) = Registry\("(.+)"\)', re.MULTILINE)
+_discovered: set[str | None] = set()
 
 
-def discover() -> None:
-    """Imports every module of the library that registers something, and the installed packages that name themselves its plug-ins."""
-    global _discovered
-    if _discovered:
-        return
-    _discovered = True  # first: what is imported here may look something up itself
+@functools.cache
+def _registering() -> tuple[dict[str, str], dict[str, list[str]]]:
+    """What a registry holds -> the name of its variable, and such a name -> the modules that register something there."""
+    variables: dict[str, str] = {}
+    modules: dict[str, list[str]] = {}
     for file in sorted(PACKAGE.rglob("*.py")):
-        if _REGISTERS.search(file.read_text(encoding="utf-8")):
-            importlib.import_module(".".join((PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts)))
-    for plugin in entry_points(group=PACKAGE.name):
-        plugin.load()
+        text = file.read_text(encoding="utf-8")
+        variables |= {what: variable for variable, what in _MAKES.findall(text)}
+        module = ".".join((PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts))
+        for variable in dict.fromkeys(_REGISTERS.findall(text)):
+            modules.setdefault(variable, []).append(module)
+    return variables, modules
+
+
+def discover(what: str | None = None) -> None:
+    """Imports the modules of the library that register something in the registry of `what`, None: in any, and the installed packages
+    that name themselves its plug-ins.
+
+    Some of these modules bring libraries that take a second to import, and a picture needs no data readers.
+    """
+    if what in _discovered or None in _discovered:
+        return
+    first = not _discovered
+    _discovered.add(what)  # first: what is imported here may look something up itself
+    variables, modules = _registering()
+    # A registry that is made elsewhere, as by a plug-in, may hold what any module says.
+    wanted = modules.get(variables[what], []) if what in variables else [m for own in modules.values() for m in own]
+    for module in sorted(set(wanted)):
+        importlib.import_module(module)
+    if first:
+        for plugin in entry_points(group=PACKAGE.name):
+            plugin.load()
 
 
 class Registry(MutableMapping[str, Any]):
@@ -88,7 +111,7 @@ class Registry(MutableMapping[str, Any]):
             ) from error
 
     def __getitem__(self, name: str) -> Any:
-        discover()
+        discover(self.what)
         if name not in self._entries:
             for other, make in self._adopted:
                 if name in other:
@@ -102,7 +125,7 @@ class Registry(MutableMapping[str, Any]):
         del self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
-        discover()
+        discover(self.what)
         return iter(dict.fromkeys([*self._entries, *(name for other, _ in self._adopted for name in other)]))
 
     def __len__(self) -> int:

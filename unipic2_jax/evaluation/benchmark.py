@@ -38,6 +38,7 @@ from unipic2_jax.models.bundle import Bundle, load_bundle
 from unipic2_jax.parallel.processes import is_main, wait_for_all
 from unipic2_jax.pipelines import adapters
 from unipic2_jax.pipelines.chat import ChatModel
+from unipic2_jax.weights.precision import inference_dtype
 
 # Names for --suite; a class is a `Benchmark`. A variant has a name of its own behind a colon: 'geneval:rewritten'.
 BENCHMARKS = Registry("benchmark")
@@ -49,23 +50,24 @@ class Subject:
 
     Attributes:
       source: folder or hub id.
-      loras: as of `pipelines.load`.
+      loras, dtype: as of `pipelines.load`.
     """
 
     source: str
     loras: tuple[str, ...] = ()
+    dtype: str | None = None
 
     @functools.cached_property
     def bundle(self) -> Bundle:
         """What draws and edits, its LoRAs merged into it."""
         wanted = adapters.located(self.loras)
-        bundle, _ = adapters.load_fused(load_bundle(self.source), wanted)
+        bundle, _ = adapters.load_fused(load_bundle(self.source, inference_dtype(self.dtype)), wanted)
         return bundle
 
     @functools.cached_property
     def chat(self) -> ChatModel:
         """What answers questions."""
-        return ChatModel.load(self.source)
+        return ChatModel.load(self.source, self.dtype)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -73,6 +75,7 @@ class Subject:
         return {
             "model": _digest_of(Path(self.source)) or self.source,
             "loras": [[_digest_of(Path(one.source)), one.scale] for one in adapters.located(self.loras)],
+            **({} if (dtype := inference_dtype(self.dtype)) == "float32" else {"dtype": dtype}),
         }
 
 

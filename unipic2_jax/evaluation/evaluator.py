@@ -13,6 +13,8 @@ from unipic2_jax.core.errors import ConfigError, nearest
 from unipic2_jax.data.prompts import PromptRecord, PromptSource, make_source
 from unipic2_jax.evaluation import marks
 from unipic2_jax.evaluation.maker import PictureMaker
+from unipic2_jax.flow.guidance import check_interval
+from unipic2_jax.flow.ode import SOLVERS
 from unipic2_jax.models.bundle import Bundle
 from unipic2_jax.rewards.scoring import Scorer, check_tasks, make_entries
 from unipic2_jax.weights.precision import PRECISIONS, Precision
@@ -30,6 +32,10 @@ def evaluation_fields() -> ConfigDict:
             "width": 512,
             "num_steps": 40,
             "guidance_scale": 3.5,  # 1 and less: no guidance
+            "guidance_interval": config_dict.placeholder(
+                tuple
+            ),  # noise levels (low, high) of guidance; None: everywhere
+            "solver": "euler",  # one of flow.ode.SOLVERS
             "negative_prompt": config_dict.placeholder(str),  # None: the model's own for the task
             "seed": 0,  # of the prompts and of the noise: the same before and after
             "batch_size": 64,
@@ -69,6 +75,12 @@ def check_evaluation(name: str, values: Mapping[str, Any]) -> None:
             f"evaluations.{name}.negative_prompt changes nothing at guidance_scale {config.guidance_scale:g}, which is no guidance; "
             "raise it, or leave negative_prompt out."
         )
+    try:
+        check_interval(config.guidance_interval, config.guidance_scale)
+    except ValueError as error:
+        raise ConfigError(f"evaluations.{name}: {error}") from error
+    if config.solver not in SOLVERS:
+        raise ConfigError(f"evaluations.{name}.solver is {config.solver!r}; choose one of {', '.join(SOLVERS)}.")
     if not is_wanted(config):
         return
     if not config.source:

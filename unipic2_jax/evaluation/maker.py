@@ -30,7 +30,7 @@ class PictureMaker:
         factor = bundle.vae.config.downsampling
         pictures.check_size(config.height, config.width, factor * bundle.transformer.config.patch_size)
         self.shape = (config.height // factor, config.width // factor, bundle.transformer.config.in_channels)
-        self.sigmas = bundle.scheduler.sigmas(config.num_steps)
+        self.sigmas = bundle.scheduler.sigmas(config.num_steps, config.solver)
         devices = batch_shards(mesh)
         self.batch = math.ceil(min(config.batch_size, len(records) * config.samples) / devices) * devices
         self._sample = jax.jit(self._images)
@@ -48,6 +48,8 @@ class PictureMaker:
             reference_images=sources,
             reference_keys=keys,
             lora=lora,
+            solver=self.config.solver,
+            guidance_interval=self.config.guidance_interval,
         )
         return pictures.to_uint8(images)
 

@@ -23,7 +23,7 @@ from unipic2_jax.core.files import write_bytes, write_text
 from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.evaluation import marks as told
 from unipic2_jax.evaluation.benchmark import Benchmark, Item, Mark, Report, Subject, digest
-from unipic2_jax.evaluation.evaluator import check_evaluation, held_out, read_evaluation
+from unipic2_jax.evaluation.evaluator import check_evaluation, evaluation_fields, held_out, read_evaluation
 from unipic2_jax.evaluation.maker import PictureMaker
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.parallel.processes import is_main
@@ -32,13 +32,23 @@ from unipic2_jax.rewards.scoring import CALL_FIELDS, Scorer, make_entries
 
 # Fields of an evaluation that decide nothing about its pictures.
 FREE = ("rewards", "batch_size", "pictures")
+# Fields that came later.
+LATER = ("solver", "guidance_interval")
 # Pictures that are marked between two writings of what was found.
 MARKED_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class PictureBenchmark(Benchmark):
-    """A subclass has `evaluations`; what follows it is to be overridden where the benchmark is unlike others."""
+    """A subclass has `evaluations`; what follows it is to be overridden where the benchmark is unlike others.
+
+    Attributes:
+      solver: of the sampling: euler, dpm2 or unipc.
+      guidance_interval: LOW,HIGH: guidance between these noise levels alone; empty: everywhere.
+    """
+
+    solver: str = "euler"
+    guidance_interval: str = ""
 
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """Part -> fields of `evaluator.evaluation_fields`, as a stage of training takes them too: prompts, sampler, rewards, size."""
@@ -85,9 +95,15 @@ class PictureBenchmark(Benchmark):
 
     # ---- What a benchmark of pictures need not say.
 
+    def _fields(self) -> dict[str, dict[str, Any]]:
+        """`evaluations`, with the sampler's options that all these benchmarks have."""
+        interval = tuple(map(_as_number, filter(None, self.guidance_interval.split(","))))
+        own = {"solver": self.solver, "guidance_interval": interval or None}
+        return {part: {**own, **fields} for part, fields in self.evaluations().items()}
+
     @functools.cached_property
     def _configs(self) -> dict[str, ConfigDict]:
-        return {part: read_evaluation(part, fields) for part, fields in self.evaluations().items()}
+        return {part: read_evaluation(part, fields) for part, fields in self._fields().items()}
 
     @functools.cached_property
     def _records(self) -> dict[str, list[PromptRecord]]:
@@ -106,12 +122,15 @@ class PictureBenchmark(Benchmark):
         ]
 
     def check(self, subject: Subject | None) -> None:
-        for part, fields in self.evaluations().items():
+        for part, fields in self._fields().items():
             check_evaluation(part, fields)
 
     def settings(self) -> dict[str, Any]:
+        plain = evaluation_fields().to_dict()
+        # Not told where they are as they were before there were others: works of then go on.
+        said = lambda name, value: name not in FREE and (name not in LATER or value != plain[name])
         return {
-            part: {name: value for name, value in config.to_dict().items() if name not in FREE}
+            part: {name: value for name, value in config.to_dict().items() if said(name, value)}
             for part, config in self._configs.items()
         }
 
@@ -211,6 +230,13 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
     content = io.BytesIO()
     Image.fromarray(picture).save(content, format="PNG")
     write_bytes(path, content.getvalue())
+
+
+def _as_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"guidance_interval holds {text!r}; write LOW,HIGH, as in 0.2,0.9.") from None
 
 
 def _number(value: float) -> float | None:

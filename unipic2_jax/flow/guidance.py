@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,37 @@ def combine(
 def needs_uncond(scale: float | jax.Array) -> bool:
     """Whether guidance evaluates the unconditional branch: always, but for a scale known to be exactly 1."""
     return not (isinstance(scale, (int, float)) and scale == 1)
+
+
+def guided_spans(sigmas: Any, interval: tuple[float, float] | None = None) -> list[tuple[int, int, bool]]:
+    """A sampler's steps, cut where guidance begins and ends (arXiv 2404.07724): (first, behind the last, whether they are guided).
+
+    Args:
+      sigmas: [T + 1], falling.
+      interval: (low, high); a step is guided where the noise level at which it begins lies in it, its ends included. None: all are.
+    """
+    total = len(sigmas) - 1
+    if interval is None:
+        return [(0, total, True)]
+    low, high = interval
+    guided = [bool(low <= sigma <= high) for sigma in sigmas[:-1]]
+    cuts = [0, *(i for i in range(1, total) if guided[i] != guided[i - 1]), total]
+    return [(first, last, guided[first]) for first, last in itertools.pairwise(cuts)]
+
+
+def check_interval(interval: Any, scale: float) -> None:
+    """Raises ValueError, one sentence, for an interval of guidance that is none, or that changes nothing."""
+    if interval is None:
+        return
+    ends = tuple(interval) if isinstance(interval, Iterable) and not isinstance(interval, str) else ()
+    numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends)
+    if len(ends) != 2 or not numbers or not 0 <= ends[0] <= ends[1] <= 1:
+        raise ValueError(f"guidance_interval is {interval!r}; give two noise levels, 0 <= low <= high <= 1.")
+    if scale <= 1:
+        raise ValueError(
+            f"guidance_interval changes nothing at guidance_scale {scale:g}, which is no guidance; raise it, or leave "
+            "guidance_interval out."
+        )
 
 
 def guided_velocity(

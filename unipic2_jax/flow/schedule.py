@@ -96,9 +96,11 @@ class FlowMatchConfig:
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_json(Path(folder) / FILE_NAME, self.to_dict())
 
-    def sigmas(self, num_steps: int) -> np.ndarray:
-        """`sigmas(num_steps, shift)` with this config's values."""
-        return sigmas(num_steps, self.shift, self.num_train_timesteps)
+    def sigmas(self, num_steps: int, solver: str = "euler") -> np.ndarray:
+        """`sigmas` with this config's values, or, for a solver of second order, `solver_sigmas`."""
+        if solver == "euler":
+            return sigmas(num_steps, self.shift, self.num_train_timesteps)
+        return solver_sigmas(num_steps, solver, self.shift, self.num_train_timesteps)
 
 
 def sigmas(num_steps: int, shift: float = 3.0, num_train_timesteps: int = 1000) -> np.ndarray:
@@ -118,3 +120,25 @@ def sigmas(num_steps: int, shift: float = 3.0, num_train_timesteps: int = 1000) 
     high, low = (float(end) * num_train_timesteps for end in ends)
     spaced = np.linspace(high, low, num_steps) / num_train_timesteps
     return np.append(shift_sigma(spaced, shift), 0.0).astype(np.float32)
+
+
+def solver_sigmas(num_steps: int, solver: str, shift: float = 3.0, num_train_timesteps: int = 1000) -> np.ndarray:
+    """Noise levels of diffusers' schedulers of second order with `use_flow_sigmas`: float32 [num_steps + 1], down to 0.
+
+    They shift once, and neither begins at 1: `DPMSolverMultistepScheduler` ('dpm2') at the shifted 1 - 1 / num_train_timesteps,
+    `UniPCMultistepScheduler` ('unipc') a millionth below 1.
+
+    Raises:
+      ValueError: for another solver, or when `num_steps` is below 1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; a sampler needs at least 1 step.")
+    spaced = np.linspace(1, 1 / num_train_timesteps, num_steps + 1)
+    if solver == "dpm2":
+        levels = shift_sigma(1.0 - spaced, shift)[:0:-1]
+    elif solver == "unipc":
+        levels = shift_sigma(spaced, shift)[:-1]
+        levels[0] -= 1e-6
+    else:
+        raise ValueError(f"The solver {solver!r} has no noise levels of its own; choose 'dpm2' or 'unipc'.")
+    return np.append(levels, 0.0).astype(np.float32)

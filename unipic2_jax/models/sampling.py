@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from unipic2_jax.flow.guidance import VelocityFn, guided_velocity_batched
-from unipic2_jax.flow.ode import sample_ode
+from unipic2_jax.flow.guidance import VelocityFn, guided_spans, guided_velocity_batched
+from unipic2_jax.flow.ode import State, Steps, advance, make_steps, start
 from unipic2_jax.flow.seeds import folded
 from unipic2_jax.models.registry import backbone_of
 from unipic2_jax.models.sd3.vae import AutoencoderKL, decode_chunked, denormalize, encode_chunked, normalize
+from unipic2_jax.models.sd3.vae_tiles import decode_tiled, encode_tiled
 from unipic2_jax.parallel.compat import current_mesh
 from unipic2_jax.parallel.rules import RULES, devices_along
 from unipic2_jax.pictures.resize import to_uint8
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # Pixels of images that the VAE works on at a time, on each device: 16 images of 512 x 512, 4 of 1024 x 1024.
 VAE_PIXELS = 2**22
+# Pictures with a longer edge go through it in tiles of this one, which is diffusers' for this VAE.
+TILE_PIXELS = 1024
 
 # What conditions the transformer: context [B, S, J] and pooled [B, P].
 Conditioning = tuple[jax.Array, jax.Array]
@@ -109,6 +112,8 @@ def initial_noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
 
 def encode_moments(vae: AutoencoderKL, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images [N, H, W, 3] in [-1, 1] -> the VAE's (mean, logvar), each [N, h, w, C], in chunks of bounded memory."""
+    if max(images.shape[1:3]) > TILE_PIXELS:
+        return encode_tiled(vae, params, images, TILE_PIXELS, vae_chunk(TILE_PIXELS, TILE_PIXELS))
     return encode_chunked(vae, params, images, vae_chunk(*images.shape[1:3]))
 
 
@@ -133,9 +138,11 @@ def encode_images(vae: AutoencoderKL, params: Any, images: jax.Array, keys: jax.
 
 def decode_latents(vae: AutoencoderKL, params: Any, latents: jax.Array) -> jax.Array:
     """Normalised latents [N, h, w, C] -> images float32 [N, H, W, 3], about [-1, 1] (not clipped)."""
-    factor = vae.config.downsampling
-    chunk = vae_chunk(latents.shape[1] * factor, latents.shape[2] * factor)
-    return decode_chunked(vae, params, denormalize(latents, vae.config), chunk)
+    height, width = (edge * vae.config.downsampling for edge in latents.shape[1:3])
+    latents = denormalize(latents, vae.config)
+    if max(height, width) > TILE_PIXELS:
+        return decode_tiled(vae, params, latents, TILE_PIXELS, vae_chunk(TILE_PIXELS, TILE_PIXELS))
+    return decode_chunked(vae, params, latents, vae_chunk(height, width))
 
 
 def decode_pictures(vae: AutoencoderKL, params: Any, latents: jax.Array) -> jax.Array:
@@ -143,20 +150,27 @@ def decode_pictures(vae: AutoencoderKL, params: Any, latents: jax.Array) -> jax.
     return to_uint8(decode_latents(vae, params, latents))
 
 
-def denoise(
+def denoise_steps(
     transformer: nn.Module,
     params: Any,
-    noise: jax.Array,
-    sigmas: jax.Array,
+    state: State,
+    steps: Steps,
+    first: int | jax.Array,
+    last: int | jax.Array,
     conditioning: Conditioning,
     unconditional: Conditioning | None = None,
     guidance_scale: float | jax.Array = 1.0,
     references: jax.Array | None = None,
     reference_sizes: jax.Array | None = None,
     lora: Any = None,
+    *,
+    solver: str = "euler",
     num_train_timesteps: int = 1000,
-) -> jax.Array:
-    """Euler ODE from `noise` [B, h, w, C] along `sigmas` [T + 1] to latents float32 [B, h, w, C]."""
+) -> State:
+    """The sampler's state after the steps `first` to `last - 1` of `steps`; see `flow.ode.advance`.
+
+    With traced `first` and `last` it is one program for any number of steps that `steps` has room for.
+    """
     velocity = guided_velocity_fn(
         transformer,
         params,
@@ -168,7 +182,35 @@ def denoise(
         lora=lora,
         num_train_timesteps=num_train_timesteps,
     )
-    return sample_ode(velocity, noise, sigmas)
+    return advance(velocity, state, steps, first, last, solver)
+
+
+def denoise(
+    transformer: nn.Module,
+    params: Any,
+    noise: jax.Array,
+    sigmas: Any,
+    conditioning: Conditioning,
+    unconditional: Conditioning | None = None,
+    *options: Any,
+    solver: str = "euler",
+    guidance_interval: tuple[float, float] | None = None,
+    **named: Any,
+) -> jax.Array:
+    """From `noise` [B, h, w, C] along `sigmas` [T + 1] to latents float32 [B, h, w, C].
+
+    Args:
+      options, named: what follows `unconditional` in `denoise_steps`.
+      guidance_interval: see `flow.guidance.guided_spans`; outside of it the unconditional branch is not evaluated. With one,
+        `sigmas` cannot be traced.
+    """
+    state, steps = start(noise, solver), make_steps(sigmas, solver)
+    for first, last, guided in guided_spans(sigmas, guidance_interval):
+        branches = (conditioning, unconditional if guided else None)
+        state = denoise_steps(
+            transformer, params, state, steps, first, last, *branches, *options, solver=solver, **named
+        )
+    return state[0]
 
 
 def sample_images(
@@ -183,6 +225,8 @@ def sample_images(
     reference_images: jax.Array | None = None,
     reference_keys: jax.Array | None = None,
     lora: Any = None,
+    solver: str = "euler",
+    guidance_interval: tuple[float, float] | None = None,
 ) -> jax.Array:
     """Everything from token ids to pictures in one program, for evaluation inside a training loop.
 
@@ -194,6 +238,7 @@ def sample_images(
       negative_tokens: as `tokens`, or one row for all; None switches guidance off.
       reference_images: [B, R, H, W, 3] in [-1, 1], or None.
       reference_keys: one key per image [B] for a VAE sample; None takes the mode.
+      solver, guidance_interval: see `denoise`.
 
     Returns:
       Images float32 [B, H, W, 3], about [-1, 1] (not clipped).
@@ -222,6 +267,8 @@ def sample_images(
         guidance_scale,
         references,
         lora=lora,
+        solver=solver,
+        guidance_interval=guidance_interval,
         num_train_timesteps=bundle.scheduler.num_train_timesteps,
     )
     return decode_latents(bundle.vae, params["vae"], latents)

@@ -5,6 +5,7 @@ Seen with JAX 0.10.2 to 0.12 and orbax-checkpoint 0.12.8.
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 
 import jax
@@ -17,6 +18,7 @@ __all__ = [
     "auto_axes",
     "core",
     "current_mesh",
+    "keep_programs",
     "mesh_utils",
     "multihost_utils",
     "orbax",
@@ -35,6 +37,21 @@ shard_map = jax.shard_map
 def auto_axes(count: int) -> tuple[AxisType, ...]:
     """Axes over which the compiler splits; linen's logical partitioning fails on the explicit ones, which are JAX's default."""
     return (AxisType.Auto,) * count
+
+
+def keep_programs(folder: str | os.PathLike, seconds: float) -> None:
+    """Compiled programs that took so many seconds, and those of the processes that this one starts, are kept in a folder.
+
+    What the environment or JAX's configuration says otherwise stays.
+    """
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": os.fspath(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": seconds,
+    }
+    for name, value in environment.items():
+        if not os.environ.get(name):
+            os.environ[name] = str(value)
+            jax.config.update(name.lower(), value)
 
 
 def topologies() -> ModuleType:

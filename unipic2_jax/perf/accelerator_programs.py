@@ -18,7 +18,8 @@ from unipic2_jax.models.sampling import decode_latents, denoise, encode_images
 from unipic2_jax.models.sd3.flops import forward_flops
 from unipic2_jax.models.sd3.vae import AutoencoderKL
 from unipic2_jax.perf import bench
-from unipic2_jax.perf.bench import Inputs, Ours, Settings, Work
+from unipic2_jax.perf.bench import Inputs, Ours, Work
+from unipic2_jax.perf.bench_settings import Settings
 from unipic2_jax.perf.counting import count_flops
 from unipic2_jax.perf.liveness import measure
 from unipic2_jax.perf.topology import GB, Chip, find_chip

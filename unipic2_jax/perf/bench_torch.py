@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from unipic2_jax.models.sd3 import mmdit_names as mmdit_weights
 from unipic2_jax.models.sd3.lora import LORA_TARGETS
 from unipic2_jax.models.sd3.lora_writing import updates
-from unipic2_jax.perf.bench import ALPHA, Inputs, Runner, Settings, draw_weights, flow_optimizer, grpo_optimizer
+from unipic2_jax.perf.bench import Inputs, Runner, draw_weights, flow_optimizer, grpo_optimizer
+from unipic2_jax.perf.bench_settings import ALPHA, Settings
 from unipic2_jax.weights import table
 
 
@@ -97,21 +98,11 @@ class Theirs:
 
         `rows` are those of the whole batch that `latents` belong to.
         """
-        batch, _, height, width = latents.shape
-        patch, (context, pooled) = model.config.patch_size, (given[rows] for given in branch)
+        context, pooled = (given[rows] for given in branch)
+        recomputed = self.settings.remat == "full" and torch.is_grad_enabled()
         with self._autocast():
-            target = model.pos_embed(latents)
-            x = torch.cat([*(model.pos_embed(reference[rows]) for reference in self.references), target], dim=1)
-            emb = model.time_text_embed((1000 * sigma).expand(batch), pooled)
-            text = model.context_embedder(context)
-            for block in model.transformer_blocks:
-                if self.settings.remat == "full" and torch.is_grad_enabled():
-                    text, x = checkpoint(block, x, text, emb, use_reentrant=False)
-                else:
-                    text, x = block(hidden_states=x, encoder_hidden_states=text, temb=emb)
-            x = model.proj_out(model.norm_out(x[:, -target.shape[1] :], emb))
-        x = x.float().reshape(batch, height // patch, width // patch, patch, patch, model.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, model.out_channels, height, width)
+            references = [reference[rows] for reference in self.references]
+            return joint_velocity(model, latents, 1000 * sigma, context, pooled, references, recomputed)
 
     def _guided(
         self, model: SD3Transformer2DModel, latents: torch.Tensor, sigma: torch.Tensor, rows: slice = slice(None)
@@ -238,3 +229,35 @@ class Theirs:
             return {"gradient_norm": step(), "loss": loss, "kl": kl}
 
         return run
+
+
+def joint_velocity(
+    model: SD3Transformer2DModel,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    context: torch.Tensor,
+    pooled: torch.Tensor,
+    references: list[torch.Tensor],
+    recomputed: bool = False,
+) -> torch.Tensor:
+    """Velocity [B, C, h, w], float32: diffusers' own parts, with the references before the target as Kontext has it.
+
+    Args:
+      timestep: scalar or [B], of 1000.
+      references: [B, C, h, w] each.
+      recomputed: blocks are checkpointed.
+    """
+    batch, _, height, width = latents.shape
+    patch = model.config.patch_size
+    target = model.pos_embed(latents)
+    x = torch.cat([*(model.pos_embed(reference) for reference in references), target], dim=1)
+    emb = model.time_text_embed(timestep.expand(batch), pooled)
+    text = model.context_embedder(context)
+    for block in model.transformer_blocks:
+        if recomputed:
+            text, x = checkpoint(block, x, text, emb, use_reentrant=False)
+        else:
+            text, x = block(hidden_states=x, encoder_hidden_states=text, temb=emb)
+    x = model.proj_out(model.norm_out(x[:, -target.shape[1] :], emb))
+    x = x.float().reshape(batch, height // patch, width // patch, patch, patch, model.out_channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, model.out_channels, height, width)

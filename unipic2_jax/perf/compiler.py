@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from unipic2_jax.core.errors import ConfigError
-from unipic2_jax.core.files import write_text
+from unipic2_jax.core.files import user_cache, write_text
 from unipic2_jax.parallel.compat import core
 from unipic2_jax.parallel.xla import gpu_options
 from unipic2_jax.perf.counting import inner_jaxprs
@@ -75,7 +75,7 @@ class Cache:
 def default_cache() -> Path:
     """Beside JAX's own cache where the environment names one, else in the user's."""
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    return Path(named) / "plans" if named else Path.home() / ".cache" / "unipic2_jax" / "plans"
+    return Path(named) / "plans" if named else user_cache("plans")
 
 
 def _version(package: str) -> str:

@@ -19,7 +19,7 @@ from unipic2_jax.models.qwen.generation import GREEDY, SamplingConfig, generate
 from unipic2_jax.models.qwen.processor import Message, VLMProcessor
 from unipic2_jax.pictures.decode import to_pil
 from unipic2_jax.weights import native
-from unipic2_jax.weights.precision import check_dtype
+from unipic2_jax.weights.precision import check_dtype, inference_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,9 @@ class ChatModel:
     def load(cls, source: str | os.PathLike, dtype: Any = None) -> Self:
         """Reads a Qwen2.5-VL folder or hub id, or the `vlm/` of a MetaQuery model's folder.
 
+        Args:
+          dtype: None: that of `weights.precision.inference_dtype`.
+
         Raises:
           FileNotFoundError: when there is none, or a part of it is missing.
           ValueError: when the folder holds a model without a vision-language model, or a file is damaged.
@@ -84,7 +87,7 @@ class ChatModel:
         if (name := registry.class_name(folder)) != Qwen2_5_VLConfig.CLASS_NAME:
             raise ValueError(f"{folder} holds {name or 'a model without a class'}; chat needs a Qwen2.5-VL.")
         network, config = registry.read_network(folder)
-        dtype = check_dtype(dtype)
+        dtype = check_dtype(inference_dtype(dtype))
         processor = VLMProcessor.load(folder, config)
         params = native.load_component(folder, qwen.rules(config), network.abstract(config), None, dtype)
         return cls(Qwen2_5_VL(config, dtype=dtype, param_dtype=dtype), params, processor, is_part)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
+from unipic2_jax.flow.guidance import check_interval, guided_spans
+from unipic2_jax.flow.ode import make_steps, start
 from unipic2_jax.models import sampling
 from unipic2_jax.models.bundle import Bundle
 from unipic2_jax.models.lora import joined
@@ -25,9 +27,12 @@ from unipic2_jax.parallel.mesh import batch_shards, shard_batch
 from unipic2_jax.pictures import resize as pictures
 from unipic2_jax.pipelines import adapters
 from unipic2_jax.pipelines.request import Request, check_options, make_requests
+from unipic2_jax.pipelines.residence import Residence
 
 # A progress bar moves about this often during one sampling loop.
 SEGMENTS = 10
+# The program of the sampling loop has room for so many steps, or for the next power of two.
+LEAST_STEPS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +49,12 @@ class _Settings:
     params: dict[str, Any]
     lora: Any
     sigmas: np.ndarray
+    solver: str
     guidance_scale: float
+    guidance_interval: tuple[float, float] | None
     sample_references: bool
     resize_references: bool
     output_type: str
-    segments: int  # into how many programs the sampling loop is cut
     # What `_text` has encoded so far in this call.
     encoded: dict[Any, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
@@ -62,6 +68,18 @@ class _Settings:
         """The number of steps of the sampling loop."""
         return len(self.sigmas) - 1
 
+    @property
+    def guided(self) -> bool:
+        """Whether there is guidance in any step."""
+        return self.guidance_scale > 1
+
+    def spans(self, progress: bool) -> Iterator[tuple[int, int, bool]]:
+        """The steps as they are asked for: (first, behind the last, whether they are guided), short ones to show progress."""
+        stride = max(1, self.steps // SEGMENTS) if progress else self.steps
+        for first, last, guided in guided_spans(self.sigmas, self.guidance_interval):
+            for begin in range(first, last, stride):
+                yield begin, min(begin + stride, last), guided and self.guided
+
 
 class Pipeline:
     """Text-to-image and editing with one model. The jitted programs are compiled once per shape and kept.
@@ -69,10 +87,12 @@ class Pipeline:
     Attributes:
       bundle: the model.
       mesh: pictures are spread over this mesh's 'data' axis (parameters must live on it); None: the default device.
+      residence: what stays on the device, see `residence.RESIDENT`.
     """
 
-    def __init__(self, bundle: Bundle, mesh: Mesh | None = None):
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, mesh: Mesh | None = None, resident: str = "all"):
+        self.residence = Residence(resident, bundle.params)
+        self.bundle = bundle = self._released(bundle)
         self.mesh = mesh
         vae = bundle.vae
         self._encode_text = jax.jit(bundle.conditioner.apply)
@@ -80,7 +100,9 @@ class Pipeline:
         self._references = jax.jit(functools.partial(sampling.reference_latents, vae))
         self._noise = jax.jit(sampling.initial_noise, static_argnums=1)
         steps = bundle.scheduler.num_train_timesteps
-        self._denoise = jax.jit(functools.partial(sampling.denoise, bundle.transformer, num_train_timesteps=steps))
+        denoise = functools.partial(sampling.denoise_steps, bundle.transformer, num_train_timesteps=steps)
+        self._denoise = jax.jit(denoise, static_argnames="solver")
+        self._start = jax.jit(start, static_argnames="solver")
         self._decode = jax.jit(functools.partial(_decoded, vae), static_argnames="whole")
         self._plain = bundle
         self._loras: dict[str, tuple[Adapter, float]] = {}
@@ -120,12 +142,15 @@ class Pipeline:
 
     def fuse_lora(self) -> None:
         """Merges all LoRAs into the model's weights, for good: they are as fast as no LoRA."""
-        self._plain, _ = adapters.fused(self._plain, list(self._loras.values()))
+        self._plain = self._released(adapters.fused(self._plain, list(self._loras.values()))[0])
         self._use({})
 
     def _use(self, loras: dict[str, tuple[Adapter, float]]) -> None:
-        self.bundle, self._lora = adapters.applied(self._plain, list(loras.values()))
-        self._loras = loras
+        bundle, self._lora = adapters.applied(self._plain, list(loras.values()))
+        self.bundle, self._loras = self._released(bundle), loras
+
+    def _released(self, bundle: Bundle) -> Bundle:
+        return bundle.replace(params=self.residence.released(bundle.params))
 
     def __call__(
         self,
@@ -141,6 +166,8 @@ class Pipeline:
         latents: Any = None,
         output_type: str = "pil",
         *,
+        solver: str = "euler",
+        guidance_interval: tuple[float, float] | None = None,
         reference_mode: str = "sample",
         resize_references: bool = True,
         params: dict[str, Any] | None = None,
@@ -160,12 +187,16 @@ class Pipeline:
             published quality string for edits. Without guidance there is no place for one.
           height, width: pixels. Without them a generated picture has the model's default size, which is 512 for a model of
             full size, and an edit follows its first reference: that for its longer edge, edges rounded to 32.
-          num_inference_steps: Euler steps.
+          num_inference_steps: evaluations of the transformer, twice that under guidance.
           guidance_scale: 1 and less switch guidance off.
           seed: picture k of this call uses `seed + k`; or one seed per picture: whole numbers of any size and sign, modulo 2**32.
             A picture depends on its own seed only, not on the batch it is made in.
           latents: initial noise [N, C, height / 8, width / 8] as in diffusers, instead of the seed's.
           output_type: 'pil', 'np' or 'latent'; see `PipelineOutput`.
+          solver: 'euler', or of second order 'dpm2' or 'unipc', which need fewer steps: diffusers' FlowMatchEulerDiscreteScheduler,
+            and its DPMSolverMultistepScheduler and UniPCMultistepScheduler with flow sigmas. See `flow.ode`.
+          guidance_interval: (low, high) noise levels between which there is guidance, as (0.2, 0.9); outside of them the
+            unconditional branch is not evaluated. None: everywhere.
           reference_mode: 'sample' draws reference latents from the VAE's posterior as the published pipeline does;
             'mode' takes its mean.
           resize_references: True resizes references to the target's size (the published rule); False keeps each one's
@@ -179,16 +210,20 @@ class Pipeline:
         Raises:
           ValueError, TypeError, FileNotFoundError: one sentence about the argument, before anything is computed.
         """
-        check_options(output_type, reference_mode, negative_prompt, guidance_scale, num_images_per_prompt, batch_size)
+        check_options(
+            output_type, reference_mode, solver, negative_prompt, guidance_scale, num_images_per_prompt, batch_size
+        )
+        check_interval(guidance_interval, guidance_scale)
         settings = _Settings(
             {**self.bundle.params, **(params or {})},
             joined(trees) if (trees := [tree for tree in (self._lora, lora) if tree is not None]) else None,
-            np.asarray(self.bundle.scheduler.sigmas(num_inference_steps)),
+            np.asarray(self.bundle.scheduler.sigmas(num_inference_steps, solver)),
+            solver,
             guidance_scale,
+            guidance_interval,
             sample_references=reference_mode == "sample",
             resize_references=resize_references,
             output_type=output_type,
-            segments=_segments(num_inference_steps) if progress else 1,
         )
         given = (prompt, image, negative_prompt, height, width, seed, num_images_per_prompt, latents, output_type)
         requests = make_requests(self.bundle, *given)
@@ -210,13 +245,19 @@ class Pipeline:
         Raises:
           ValueError: when a value is not finite.
         """
-        batches = _batches(requests, batch_size)
+        # Filled up to few sizes, so that another number of prompts and a short last batch cost no compilation.
+        batches = [
+            (members, [requests[i] for i in members + [members[-1]] * (self._padded(size, batch_size) - len(members))])
+            for members, size in _batches(requests, batch_size)
+        ]
         made: list[Any] = [None] * len(requests)
+        # All at once, so that the encoders need to be on the device once.
+        with self.residence.on_device("conditioner", settings.params) as params:
+            for _, padded in batches:
+                self._text(padded, dataclasses.replace(settings, params=params))
         with tqdm(total=len(batches) * settings.steps, unit="step", disable=not progress) as bar:
-            for members, size in batches:
-                # A short last batch is filled up, so that it does not cost another compilation.
-                padded = members + [members[-1]] * (self._padded(size) - len(members))
-                for index, picture, finite in zip(members, *self._make([requests[i] for i in padded], settings, bar)):
+            for members, padded in batches:
+                for index, picture, finite in zip(members, *self._make(padded, settings, bar)):
                     if not finite:
                         raise ValueError(
                             f"The model gave NaN or infinite values for the prompt {requests[index].prompt!r}; "
@@ -228,9 +269,10 @@ class Pipeline:
                         on_image(index, pil)
         return made
 
-    def _padded(self, count: int) -> int:
-        """`count`, or the next multiple of the number of devices."""
+    def _padded(self, count: int, most: int | None) -> int:
+        """The next power of two, or `most` if that is less, as a multiple of the number of devices."""
         devices = 1 if self.mesh is None else batch_shards(self.mesh)
+        count = _power_of_two(count) if most is None else min(most, _power_of_two(count))
         return math.ceil(count / devices) * devices
 
     def _place(self, tree: Any) -> Any:
@@ -248,55 +290,67 @@ class Pipeline:
         given = requests[0].noise is not None
         noise = np.stack([request.noise for request in requests]) if given else self._noise(keys, shape)
 
-        guided = settings.guidance_scale > 1
-        texts = [(request.prompt, request) for request in requests]
-        if guided:
-            texts += [(request.negative, request) for request in requests]
-        both = self._text(texts, settings)
+        both = self._text(requests, settings)
         conditioning = jax.tree.map(lambda x: x[: len(requests)], both)
-        unconditional = jax.tree.map(lambda x: x[len(requests) :], both) if guided else None
+        unconditional = jax.tree.map(lambda x: x[len(requests) :], both) if settings.guided else None
         references, sizes = self._reference_latents(requests, settings, keys)
 
-        latents, conditioning, unconditional, references, sizes = self._place(
+        noise, conditioning, unconditional, references, sizes = self._place(
             (noise, conditioning, unconditional, references, sizes)
         )
-        stride = settings.steps // settings.segments
-        for i in range(0, settings.steps, stride):
-            latents = self._denoise(
+        state = self._start(noise, solver=settings.solver)
+        steps = make_steps(settings.sigmas, settings.solver, max(LEAST_STEPS, _power_of_two(settings.steps)))
+        for first, last, guided in settings.spans(progress=not bar.disable):
+            state = self._denoise(
                 settings.params["transformer"],
-                latents,
-                settings.sigmas[i : i + stride + 1],
+                state,
+                steps,
+                np.int32(first),
+                np.int32(last),
                 conditioning,
-                unconditional,
+                unconditional if guided else None,
                 jnp.float32(settings.guidance_scale),
                 references,
                 sizes,
                 settings.lora,
+                solver=settings.solver,
             )
             if not bar.disable:
-                latents.block_until_ready()
-            bar.update(stride)
+                state[0].block_until_ready()
+            bar.update(last - first)
         if settings.as_latents:
-            made = np.asarray(latents)
+            made = np.asarray(state[0])
             return made, np.isfinite(made).all(axis=(1, 2, 3))
         whole = settings.output_type == "pil"
-        made, finite = map(np.asarray, self._decode(settings.params["vae"], latents, whole=whole))
+        with self.residence.on_device("vae", settings.params) as params:
+            made, finite = map(np.asarray, self._decode(params["vae"], state[0], whole=whole))
         return made if whole else pictures.to_unit(made), finite
 
-    def _text(self, texts: list[tuple[str, Request]], settings: _Settings) -> sampling.Conditioning:
-        """(context [B, S, J], pooled [B, P]); each different text, with what it is about, is encoded once in a call."""
+    def _text(self, requests: list[Request], settings: _Settings) -> sampling.Conditioning:
+        """(context [B, S, J], pooled [B, P]) of the prompts, and of the negative prompts behind them where there is guidance.
+
+        Each different text, with what it is about, is encoded once in a call.
+        """
         conditioner, encoded = self.bundle.conditioner, settings.encoded
+        texts = [(request.prompt, request) for request in requests]
+        if settings.guided:
+            texts += [(request.negative, request) for request in requests]
         read = lambda request: request.references if conditioner.reads_images else ()
         keys = [(text, *map(id, read(request)), *(request.size if read(request) else ())) for text, request in texts]
 
         def encode(new: dict[Any, tuple[str, Request]]) -> None:
-            items, _ = _unique(list(new.values()), key=id)
+            # As many rows whether three prompts or four come with one negative prompt: few shapes are compiled.
+            prompts = sum(key in new for key in dict.fromkeys(keys[: len(requests)]))
+            rows = _power_of_two(sum(_power_of_two(n) for n in (prompts, len(new) - prompts) if n))
+            items = list(new.values())
+            items += items[-1:] * (rows - len(items))
             images = [
                 [pictures.resized(image, *self._seen_size(request, image, settings)) for image in read(request)]
                 for _, request in items
             ]
             tokens = conditioner.tokenize([text for text, _ in items], images)
-            encoded.update(zip(new, zip(*map(np.asarray, self._encode_text(settings.params["conditioner"], tokens)))))
+            with self.residence.on_device("conditioner", settings.params) as params:
+                encoded.update(zip(new, zip(*map(np.asarray, self._encode_text(params["conditioner"], tokens)))))
 
         if new := {key: item for key, item in zip(keys, texts) if key not in encoded}:
             encode(new)
@@ -336,8 +390,9 @@ class Pipeline:
         for (height, width), places in slots.items():
             rows, columns = np.asarray(places).T
             # Several pictures share a reference: it is encoded once.
-            unique, index = _unique([requests[i].references[r] for i, r in places], key=id)
-            moments = self._encode_images(settings.params["vae"], pictures.to_model(unique, height, width))
+            unique, index = _unique([requests[i].references[r] for i, r in places])
+            with self.residence.on_device("vae", settings.params) as params:
+                moments = self._encode_images(params["vae"], pictures.to_model(unique, height, width))
             mean, logvar = (moment[index] for moment in moments)
             latents = self._references(mean, logvar, keys[rows] if settings.sample_references else None, columns)
             h, w = latents.shape[1:3]
@@ -369,22 +424,18 @@ def _batches(requests: list[Request], batch_size: int | None) -> list[tuple[list
     return batches
 
 
-def _unique(items: list[Any], key: Any = None) -> tuple[list[Any], np.ndarray]:
-    """Different items, filled up to a power of two so that few shapes are compiled, and where each item is in them."""
-    positions: dict[Any, int] = {}
+def _unique(items: list[Any]) -> tuple[list[Any], np.ndarray]:
+    """Different objects, filled up to a power of two so that few shapes are compiled, and where each item is in them."""
+    positions: dict[int, int] = {}
     unique = []
-    index = []
     for item in items:
-        name = item if key is None else key(item)
-        if name not in positions:
-            positions[name] = len(unique)
+        if id(item) not in positions:
+            positions[id(item)] = len(unique)
             unique.append(item)
-        index.append(positions[name])
-    unique += unique[-1:] * (2 ** math.ceil(math.log2(len(unique))) - len(unique))
-    return unique, np.asarray(index)
+    index = np.asarray([positions[id(item)] for item in items])
+    return unique + unique[-1:] * (_power_of_two(len(unique)) - len(unique)), index
 
 
-def _segments(num_steps: int) -> int:
-    """Into how many equal parts (one compiled program) a sampling loop is cut to show progress."""
-    wanted = max(1, num_steps // SEGMENTS)
-    return num_steps // max(length for length in range(1, wanted + 1) if num_steps % length == 0)
+def _power_of_two(count: int) -> int:
+    """The least power of two that is not below `count`, which is 1 or more."""
+    return 1 << (count - 1).bit_length()

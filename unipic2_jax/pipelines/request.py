@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unipic2_jax.flow.ode import SOLVERS
 from unipic2_jax.flow.seeds import folded
 from unipic2_jax.models.bundle import Bundle
 from unipic2_jax.models.conditioner import check_prompts
@@ -35,6 +36,7 @@ class Request:
 def check_options(
     output_type: str,
     reference_mode: str,
+    solver: str,
     negative_prompt: Any,
     guidance_scale: float,
     num_images_per_prompt: int,
@@ -44,6 +46,7 @@ def check_options(
     for name, value, known in (
         ("output_type", output_type, OUTPUT_TYPES),
         ("reference_mode", reference_mode, REFERENCE_MODES),
+        ("solver", solver, SOLVERS),
     ):
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(repr, known))}.")

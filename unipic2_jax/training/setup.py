@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from unipic2_jax.models.bundle import Bundle
 from unipic2_jax.models.model import MODELS, Model, Start
+from unipic2_jax.parallel.compat import keep_programs
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.parallel.processes import is_main
 from unipic2_jax.training import config as config_lib
@@ -79,6 +80,4 @@ def _plain(value: Any) -> Any:
 
 def use_compilation_cache(workdir: str | os.PathLike) -> None:
     """Keeps compiled programs in $JAX_COMPILATION_CACHE_DIR, else beside the runs, so that a second start is quick."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute().parent / ".cache" / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    keep_programs(Path(workdir).absolute().parent / ".cache" / "jax", 0.3)

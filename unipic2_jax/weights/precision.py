@@ -20,6 +20,14 @@ def check_dtype(dtype: Any) -> np.dtype:
     return jnp.dtype(name)
 
 
+def inference_dtype(dtype: Any = None) -> Any:
+    """The dtype itself, or where there is none that in which a model draws and answers here: bfloat16, and float32 on a CPU, which has
+    no arithmetic of its own for it."""
+    if dtype is not None:
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """A policy. Norms, softmax, log-probabilities and losses are float32 in every one of them.

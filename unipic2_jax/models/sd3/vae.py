@@ -292,6 +292,10 @@ class AutoencoderKL(nn.Module):
         Raises:
           ValueError: the images' shape does not fit.
         """
+        return split_moments(self.moments(images))
+
+    def moments(self, images: jax.Array) -> jax.Array:
+        """What `split_moments` takes apart, [B, h, w, 2 * latent_channels]; arguments and errors as `encode`."""
         factor = self.config.downsampling
         *_, height, width, channels = images.shape
         if (
@@ -308,8 +312,7 @@ class AutoencoderKL(nn.Module):
         moments = self.encoder(images)
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
-        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+        return moments
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Latents [B, h, w, latent_channels] (not normalised) to float32 images [B, H, W, out_channels], unclipped."""
@@ -327,6 +330,12 @@ class AutoencoderKL(nn.Module):
         mean, logvar = self.encode(images)
         latents = mean if key is None else sample_latents(mean, logvar, key)
         return self.decode(latents), mean, logvar
+
+
+def split_moments(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., 2 * C] -> mean and clipped log-variance, float32 [..., C]."""
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
 
 def sample_latents(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
