@@ -27,7 +27,7 @@ class Cost:
       ports: of `collectives`, through a chip's own port to the network between nodes.
       kernels: of libraries, in the compiled program, and in how many places.
       movers: of `moved`, where it was compiled.
-      equations: of the program, those of a loop once; 0: not counted.
+      products: that stand in the program, those of a loop once; 0: not counted.
       calibrated: the class of `CALIBRATION` that counted activations are multiplied for; empty: they are compiled ones.
     """
 
@@ -47,7 +47,7 @@ class Cost:
     ports: float = 0.0
     kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
     movers: Sequence[Mover] = ()
-    equations: int = 0
+    products: int = 0
     calibrated: str = ""
 
     @property

@@ -34,9 +34,10 @@ def jaxpr_flops(jaxpr: core.Jaxpr, chosen: Chosen = lambda eqn: True) -> float:
     return total
 
 
-def equations(jaxpr: core.Jaxpr) -> int:
-    """How many there are, those of a loop once: what a compiler has to read."""
-    return sum(1 + sum(map(equations, inner_jaxprs(eqn.params.values()))) for eqn in jaxpr.eqns)
+def product_count(jaxpr: core.Jaxpr) -> int:
+    """How many matrix products and convolutions stand in a jaxpr, those of a loop once: what a compiler has most to do with."""
+    inside = lambda eqn: sum(map(product_count, inner_jaxprs(eqn.params.values())))
+    return sum((eqn.primitive.name in _PRODUCTS) + inside(eqn) for eqn in jaxpr.eqns)
 
 
 def is_single(eqn: core.JaxprEqn) -> bool:

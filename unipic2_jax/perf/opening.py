@@ -17,9 +17,9 @@ from unipic2_jax.perf.topology import GB, Topology, of_devices
 from unipic2_jax.rl.algorithm import algorithm_fields
 from unipic2_jax.weights.precision import PRECISIONS
 
-# Seconds that XLA takes for an equation of a program, loops counted once. Compiled for 8 H100s on two cores: 122 s for the 7,622 of
-# PDTR's editing update, 38 s for the 1,171 of its rollout, 3 s for the 1,135 of its decoder.
-COMPILE = 1 / 60
+# Seconds that XLA takes for a matrix product of a program, loops counted once. Compiled for 8 H100s on two cores: 122 s for the 419 of
+# PDTR's editing update, 28 s for the 106 of its rollout, 3 s for the 41 of its decoder.
+COMPILE = 0.3
 
 
 def table(config: ConfigDict, mesh: Mesh, workdir: str) -> str:
@@ -104,7 +104,7 @@ def _programs(config: ConfigDict, made: Plan | None) -> Iterator[tuple[str, str]
     if made is None:
         return
     every = [cost for costs in made.costs.values() for cost in costs]
-    minutes = max(1, round(sum(cost.equations for cost in every) * COMPILE / 60))
+    minutes = max(1, round(sum(cost.products for cost in every) * COMPILE / 60))
     names = "; ".join(f"{stage} {', '.join(cost.name for cost in costs)}" for stage, costs in made.costs.items())
     kept = f", kept in {jax.config.jax_compilation_cache_dir}" if jax.config.jax_compilation_cache_dir else ""
     flow = any(config.stages[stage].kind == "flow" for stage in made.costs)

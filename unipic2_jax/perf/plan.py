@@ -22,7 +22,7 @@ from unipic2_jax.parallel.mesh import batch_shards, make_mesh
 from unipic2_jax.parallel.rules import RULES, axis_names
 from unipic2_jax.perf.compiler import Cache, compile_program
 from unipic2_jax.perf.cost import Cost
-from unipic2_jax.perf.counting import equations, is_single, jaxpr_flops
+from unipic2_jax.perf.counting import is_single, jaxpr_flops, product_count
 from unipic2_jax.perf.described import Planned, held, local, stages
 from unipic2_jax.perf.hlo import BETWEEN_NODES
 from unipic2_jax.perf.liveness import measure
@@ -150,7 +150,7 @@ def counted_cost(
         moved=work.moved + 2 * ahead,
         collectives=collectives,
         ports=ports,
-        equations=equations(traced.jaxpr.jaxpr),
+        products=product_count(traced.jaxpr.jaxpr),
         calibrated=kind,
     )
 
