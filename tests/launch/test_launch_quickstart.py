@@ -2,10 +2,12 @@
 and with the shipped tiny model under the ids of the real ones. Sizes are made small by flags behind the page's own, and `:tiny` is `:tiny,smoke`.
 """
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -26,6 +28,7 @@ TOKEN = "hf_" + "a" * 34
 PATHS = ("A node with NVIDIA GPUs", "A TPU slice", "A laptop")
 DRAW = ["--steps=2", "--guidance=1"]
 PICTURE = ["--height=48", "--width=48"]
+CLAUSE = {"tag": "colors", "include": [{"class": "cup", "count": 1, "color": "red"}], "prompt": "a photo of a red cup"}
 MARKS = {"following": 9, "overediting": 8, "naturalness": 7, "artifacts": 6}
 
 
@@ -40,10 +43,12 @@ def stage(name, **fields):
     return [f"--config.stages.{name}.{field.replace('__', '.')}={value}" for field, value in fields.items()]
 
 
-def reinforced(*names, judge=""):
-    """A step of two pictures of 48 pixels for stages of the full-size recipe, in float32 as other tests compile it."""
+def reinforced(*names, judge="", detector=""):
+    """A step of two pictures of 48 pixels for stages of the full-size recipe, in float32 as other tests compile it. `detector`: the address
+    of a server's; '' is the process's own."""
     flags = ["--config.precision=float32", f"--config.stages.edit.rewards.judge.base_url={judge}/v1"]
-    flags += ["--config.stages.edit.evaluations.t2i.rewards.geneval.detector.kind=blind"]
+    own = "--config.stages.edit.evaluations.t2i.rewards.geneval.detector.kind=blind"
+    flags += [f"--config.stages.t2i.rewards.geneval.url={detector}" if detector else own]
     for name in names:
         flags += stage(name, steps=1, num_prompts=1, height=48, width=48, audit_every=0, optimizer__warmup=0)
         flags += stage(name, grpo__group_size=2, grpo__num_steps=2, grpo__updates_per_rollout=1, grpo__guidance_scale=1)
@@ -53,11 +58,11 @@ def reinforced(*names, judge=""):
     return flags
 
 
-def small(words, judge):
+def small(words, judge, detector=""):
     """Flags behind those of a command that make it small."""
     text = " ".join(words)
     if "launch.generate" in words or "launch.edit" in words:
-        return [*DRAW, *((*PICTURE, "--dtype=float32") if "--dtype=bfloat16" in words else ())]
+        return [*DRAW, *(PICTURE if any(name in text for name in (SD, KONTEXT)) else ())]
     if "launch.prepare_data" in words:
         return ["--resolution=48", "--multiple=16"]
     if "launch.geneval_prompts" in words:
@@ -71,7 +76,7 @@ def small(words, judge):
         return [f"--config.schedule=('{name}',)", *stage(name, steps=1, optimizer__warmup=0, **scored, **sizes)]
     if "configs/finetune.py" in text:
         return ["--config.precision=float32", *stage("finetune", steps=1, batch_size=2, optimizer__warmup=0)]
-    return reinforced("edit", *(() if "t2i=none" in text else ("t2i",)), judge=judge)
+    return reinforced("edit", "t2i", judge=judge, detector=detector)
 
 
 @pytest.fixture
@@ -86,6 +91,7 @@ def world(tmp_path, monkeypatch):
     for folder in (home, bucket):
         Image.fromarray(noise).save(folder / "before.png")
         Image.fromarray(255 - noise).save(folder / "after.png")
+        (folder / "prompts.jsonl").write_text(json.dumps(CLAUSE) + "\n")
         (folder / "tasks.jsonl").write_text(json.dumps({"image": "before.png", "prompt": "make it red"}) + "\n")
     edit = {"input_images": ["before.png"], "instruction": "make it red", "output_image": "after.png"}
     (home / "edits.jsonl").write_text((json.dumps(edit) + "\n") * 2)
@@ -103,15 +109,18 @@ def world(tmp_path, monkeypatch):
         yield home, bucket, environment, judge
 
 
-def run(world, work, accelerator="none"):
+RUNNER = (sys.executable, "-m", "quickstart_commands")
+
+
+def run(world, work, accelerator="none", detector=""):
     home, _, environment, judge = world
     environment = {**environment, "ACCELERATOR": accelerator}
     lines = [
-        [word.replace(":tiny", ":tiny,smoke") for word in (*words[2:], *small(words, judge.url))] for words in work
+        [word.replace(":tiny", ":tiny,smoke") for word in (*words[2:], *small(words, judge.url, detector))]
+        for words in work
     ]
-    runner = [sys.executable, "-m", "quickstart_commands"]
     done = subprocess.run(
-        runner, cwd=home, env=environment, input=json.dumps(lines), capture_output=True, text=True, timeout=600
+        RUNNER, cwd=home, env=environment, input=json.dumps(lines), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
     print(done.stdout)
@@ -135,7 +144,8 @@ def test_every_path_has_commands_that_are_checked_here():
     for path in PATHS:
         assert commands(path) and all(re.fullmatch(known, shlex.join(words)) for words in commands(path)), path
     assert {words[2] for path in PATHS for words in programs(path)} == {
-        *("launch.generate", "launch.prepare_data", "launch.train", "launch.edit", "launch.geneval_prompts")
+        *("launch.generate", "launch.prepare_data", "launch.train", "launch.edit", "launch.geneval_prompts"),
+        "launch.serve_reward",
     }
 
 
@@ -172,9 +182,34 @@ def test_a_gpu_node(world):
     assert "workdir    runs/pdtr: a checkpoint every" in said
 
 
+@contextlib.contextmanager
+def served(world, words):
+    """The address of the page's reward server, on a machine with a GPU."""
+    options = ["--host=127.0.0.1", "--port=0", '--options={"detector": {"kind": "blind"}}']
+    home, _, environment, _ = world
+    process = subprocess.Popen(
+        RUNNER,
+        cwd=home,
+        env={**environment, "ACCELERATOR": "gpu", "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        process.stdin.write(json.dumps([[*words[2:], *options]]))
+        process.stdin.close()
+        yield re.search(r"http://[\d.:]+", process.stdout.readline())[0]
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
 def test_a_tpu_slice(world):
     login(world)
-    run(world, programs(PATHS[1]), "tpu")
+    serve, *others = programs(PATHS[1])
+    with served(world, serve) as address:
+        run(world, others, "tpu", address)
     assert (world[1] / "runs/pdtr/export/model_index.json").is_file()
     assert (world[1] / "runs/pdtr/report.md").is_file() and not (world[0] / "runs").exists()
 
