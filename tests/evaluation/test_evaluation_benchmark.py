@@ -239,3 +239,24 @@ def test_the_command_says_what_is_wrong(tmp_path):
     }.items():
         done = evaluate(*arguments)
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_benchmarks_of_pictures_take_a_solver_and_an_interval_of_guidance():
+    from unipic2_jax.core.errors import ConfigError
+    from unipic2_jax.shapes.benchmark import ShapesBenchmark
+
+    plain = ShapesBenchmark(prompts=2, guidance=3.5)
+    # Works that were made before there was a choice go on.
+    assert all(not {"solver", "guidance_interval"} & set(fields) for fields in plain.settings().values())
+    chosen = ShapesBenchmark(prompts=2, guidance=3.5, solver="unipc", guidance_interval="0.2,0.9")
+    chosen.check(None)
+    for fields in chosen.settings().values():
+        assert fields["solver"] == "unipc" and tuple(fields["guidance_interval"]) == (0.2, 0.9)
+    for options, message in (
+        ({"solver": "heun"}, "solver is 'heun'; choose one of euler, dpm2, unipc"),
+        ({"guidance_interval": "0.9,0.2"}, "give two noise levels"),
+        ({"guidance_interval": "a,1"}, "guidance_interval holds 'a'"),
+        ({"guidance_interval": "0.1,0.9", "guidance": 1.0}, "changes nothing at guidance_scale 1"),
+    ):
+        with pytest.raises((ConfigError, ValueError), match=message):
+            ShapesBenchmark(**{"guidance": 3.5, **options}).check(None)
