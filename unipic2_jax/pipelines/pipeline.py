@@ -245,9 +245,13 @@ class Pipeline:
         Raises:
           ValueError: when a value is not finite.
         """
+        devices = 1 if self.mesh is None else batch_shards(self.mesh)
         # Filled up to few sizes, so that another number of prompts and a short last batch cost no compilation.
         batches = [
-            (members, [requests[i] for i in members + [members[-1]] * (self._padded(size, batch_size) - len(members))])
+            (
+                members,
+                [requests[i] for i in members + [members[-1]] * (_padded(size, batch_size, devices) - len(members))],
+            )
             for members, size in _batches(requests, batch_size)
         ]
         made: list[Any] = [None] * len(requests)
@@ -268,12 +272,6 @@ class Pipeline:
                     if on_image is not None and pil is not None:
                         on_image(index, pil)
         return made
-
-    def _padded(self, count: int, most: int | None) -> int:
-        """The next power of two, or `most` if that is less, as a multiple of the number of devices."""
-        devices = 1 if self.mesh is None else batch_shards(self.mesh)
-        count = _power_of_two(count) if most is None else min(most, _power_of_two(count))
-        return math.ceil(count / devices) * devices
 
     def _place(self, tree: Any) -> Any:
         """Splits arrays with a leading batch axis over the mesh."""
@@ -345,7 +343,7 @@ class Pipeline:
             items = list(new.values())
             items += items[-1:] * (rows - len(items))
             images = [
-                [pictures.resized(image, *self._seen_size(request, image, settings)) for image in read(request)]
+                [pictures.resized(image, *_seen_size(self.bundle, request, image, settings)) for image in read(request)]
                 for _, request in items
             ]
             tokens = conditioner.tokenize([text for text, _ in items], images)
@@ -360,16 +358,6 @@ class Pipeline:
         context, pooled = zip(*(encoded[key] for key in keys))
         return np.stack(context), np.stack(pooled)
 
-    def _reference_size(self, request: Request, reference: Image.Image, settings: _Settings) -> tuple[int, int]:
-        """(height, width) at which a reference's latents are made."""
-        if settings.resize_references:
-            return request.size
-        return pictures.fit_longer_edge(reference.size[::-1], self.bundle.default_size, self.bundle.patch_pixels)
-
-    def _seen_size(self, request: Request, reference: Image.Image, settings: _Settings) -> tuple[int, int]:
-        """(height, width) at which a conditioner reads a reference."""
-        return self._reference_size(request, reference, settings) if self.bundle.conditioner.own_sizes else request.size
-
     def _reference_latents(
         self, requests: list[Request], settings: _Settings, keys: jax.Array
     ) -> tuple[jax.Array | None, np.ndarray | None]:
@@ -382,7 +370,7 @@ class Pipeline:
         slots: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for i, request in enumerate(requests):
             for r, reference in enumerate(request.references):
-                slots.setdefault(self._reference_size(request, reference, settings), []).append((i, r))
+                slots.setdefault(_reference_size(bundle, request, reference, settings), []).append((i, r))
         scale = bundle.vae_scale
         grid = tuple(max(size[axis] for size in slots) // scale for axis in (0, 1))
         out = jnp.zeros((len(requests), count, *grid, bundle.vae.config.latent_channels), jnp.float32)
@@ -422,6 +410,24 @@ def _batches(requests: list[Request], batch_size: int | None) -> list[tuple[list
         chunk = batch_size or len(members)
         batches += [(members[i : i + chunk], min(chunk, len(members))) for i in range(0, len(members), chunk)]
     return batches
+
+
+def _padded(count: int, most: int | None, devices: int) -> int:
+    """The next power of two, or `most` if that is less, as a multiple of the number of devices."""
+    count = _power_of_two(count) if most is None else min(most, _power_of_two(count))
+    return math.ceil(count / devices) * devices
+
+
+def _reference_size(bundle: Bundle, request: Request, reference: Image.Image, settings: _Settings) -> tuple[int, int]:
+    """(height, width) at which a reference's latents are made."""
+    if settings.resize_references:
+        return request.size
+    return pictures.fit_longer_edge(reference.size[::-1], bundle.default_size, bundle.patch_pixels)
+
+
+def _seen_size(bundle: Bundle, request: Request, reference: Image.Image, settings: _Settings) -> tuple[int, int]:
+    """(height, width) at which a conditioner reads a reference."""
+    return _reference_size(bundle, request, reference, settings) if bundle.conditioner.own_sizes else request.size
 
 
 def _unique(items: list[Any]) -> tuple[list[Any], np.ndarray]:

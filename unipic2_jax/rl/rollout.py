@@ -64,6 +64,15 @@ def rows_of(draw: Callable[[int], jax.Array], count: int, number: jax.Array, par
     return jax.lax.dynamic_slice_in_dim(draw(count * parts), number * count, count)
 
 
+def _deterministic(
+    velocity_fn: VelocityFn, x: jax.Array, key: jax.Array, sigma: jax.Array, sigma_next: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A step outside of the window: where it leads, its log-probability, which is 0, and its mean."""
+    del key
+    x_next = euler_step(velocity_fn(x, sigma), x, sigma, sigma_next)
+    return x_next, jnp.zeros(x.shape[:1], jnp.float32), x_next
+
+
 def rollout(
     velocity_fn: VelocityFn,
     initial_noise: jax.Array,
@@ -110,20 +119,14 @@ def rollout(
         x_next, mean, _, log_prob = sde_step(key, velocity, x, sigma, sigma_next, sigmas[1], config.sde, noise)
         return x_next, log_prob, mean
 
-    def deterministic(
-        velocity_fn: VelocityFn, x: jax.Array, key: jax.Array, sigma: jax.Array, sigma_next: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x_next = euler_step(velocity_fn(x, sigma), x, sigma, sigma_next)
-        return x_next, jnp.zeros(x.shape[:1], jnp.float32), x_next
-
     end = start + config.trained_steps
-    inside, outside = functools.partial(stochastic, velocity_fn), functools.partial(deterministic, outside_fn)
+    inside, outside = functools.partial(stochastic, velocity_fn), functools.partial(_deterministic, outside_fn)
     # Where a step stands to the window, and what it does there; the first that is so counts.
     cases = [(lambda index: (index >= start) & (index < end), inside)]
     if shared_fns is not None:
         first_fn, before_fn = shared_fns
         cases = [
-            (lambda index: index < start, functools.partial(deterministic, before_fn)),
+            (lambda index: index < start, functools.partial(_deterministic, before_fn)),
             (lambda index: index == start, functools.partial(stochastic, first_fn)),
             # A window of one step has nothing behind its first: one network less to compile.
             *(cases if config.trained_steps > 1 else []),

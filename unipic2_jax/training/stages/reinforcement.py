@@ -140,11 +140,9 @@ class ReinforcementStage(Stage):
         config.reference_mode = "sample"  # of the source image's latents: sample | mode
         config.same_latent = False  # a group starts from one noise: rewards then differ by the stochastic steps alone
         config.use_ema = True  # evaluate and keep the moving average rather than the last LoRA
-        config.batch_branches = (
-            False  # both branches of guidance in one call: faster to compile, and weights are read once for both
-        )
-        # What the backward pass finds of the forward pass: full | attention | dots | none, or auto: as the plan finds it fastest, and then
-        # `micro_batch` 0 is as many samples as fit (`perf.split`).
+        # Both branches of guidance in one call: faster to compile, and weights are read once for both.
+        config.batch_branches = False
+        # See models.remat; or auto: the plan chooses, and then `micro_batch` 0 is as many samples as fit (`perf.split`).
         config.remat = "full"
         # Parts in which a step's prompts are sampled; one is scored while the next is sampled. None: see rl.algorithm.sampling_batches.
         config.sampling_batches = config_dict.placeholder(int)
