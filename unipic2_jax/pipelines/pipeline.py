@@ -273,10 +273,6 @@ class Pipeline:
                         on_image(index, pil)
         return made
 
-    def _place(self, tree: Any) -> Any:
-        """Splits arrays with a leading batch axis over the mesh."""
-        return tree if self.mesh is None else jax.tree.map(lambda x: shard_batch(x, self.mesh), tree)
-
     def _make(self, requests: list[Request], settings: _Settings, bar: tqdm) -> tuple[np.ndarray, np.ndarray]:
         """For requests of one size pictures [B, H, W, 3], of 8 bits or as floats in [0, 1], or latents [B, h, w, C]; and which of
         them are finite, bool [B]."""
@@ -293,9 +289,10 @@ class Pipeline:
         unconditional = jax.tree.map(lambda x: x[len(requests) :], both) if settings.guided else None
         references, sizes = self._reference_latents(requests, settings, keys)
 
-        noise, conditioning, unconditional, references, sizes = self._place(
-            (noise, conditioning, unconditional, references, sizes)
-        )
+        batch = (noise, conditioning, unconditional, references, sizes)
+        if self.mesh is not None:
+            batch = jax.tree.map(lambda x: shard_batch(x, self.mesh), batch)
+        noise, conditioning, unconditional, references, sizes = batch
         state = self._start(noise, solver=settings.solver)
         steps = make_steps(settings.sigmas, settings.solver, max(LEAST_STEPS, _power_of_two(settings.steps)))
         for first, last, guided in settings.spans(progress=not bar.disable):
@@ -366,11 +363,7 @@ class Pipeline:
         count = max(len(request.references) for request in requests)
         if not count or not bundle.conditioner.latent_references:
             return None, None
-        # (picture, reference) -> the size it is encoded at.
-        slots: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for i, request in enumerate(requests):
-            for r, reference in enumerate(request.references):
-                slots.setdefault(_reference_size(bundle, request, reference, settings), []).append((i, r))
+        slots = _reference_slots(bundle, requests, settings)
         scale = bundle.vae_scale
         grid = tuple(max(size[axis] for size in slots) // scale for axis in (0, 1))
         out = jnp.zeros((len(requests), count, *grid, bundle.vae.config.latent_channels), jnp.float32)
@@ -423,6 +416,17 @@ def _reference_size(bundle: Bundle, request: Request, reference: Image.Image, se
     if settings.resize_references:
         return request.size
     return pictures.fit_longer_edge(reference.size[::-1], bundle.default_size, bundle.patch_pixels)
+
+
+def _reference_slots(
+    bundle: Bundle, requests: list[Request], settings: _Settings
+) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """Size -> the (request, reference) whose latents are made at it."""
+    slots: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for i, request in enumerate(requests):
+        for r, reference in enumerate(request.references):
+            slots.setdefault(_reference_size(bundle, request, reference, settings), []).append((i, r))
+    return slots
 
 
 def _seen_size(bundle: Bundle, request: Request, reference: Image.Image, settings: _Settings) -> tuple[int, int]:
