@@ -54,15 +54,20 @@ _MARKDOWN = flags.DEFINE_bool("markdown", False, "For a document: the command co
 flags.mark_flags_as_required(["topology"])
 
 
+def parse(argv: list[str]) -> list[str]:
+    """The flags, with JAX on the CPU: reading a recipe imports it, and later it does not look at the environment again."""
+    # Nothing runs here: the TPU compiler is not to look for a TPU, and other processes may use it at the same time.
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    # At a flag of another platform's compiler it ends the process.
+    os.environ.pop("XLA_FLAGS", None)
+    return parse_flags(argv)
+
+
 def main(argv: list[str]) -> None:
     """Prints a table for each topology, the smallest slice that fits, and what to change where nothing does."""
     if len(argv) > 1:
         sys.exit(f"The argument {argv[1]} is not a flag; write --config.field=value.")
     cli.quiet()
-    # Nothing runs here: the TPU compiler is not to look for a TPU, and other processes may use it at the same time.
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    # At a flag of another platform's compiler it ends the process.
-    os.environ.pop("XLA_FLAGS", None)
     from unipic2_jax.perf import compiler, plan, plan_report, split, topology
     from unipic2_jax.training import config as config_lib
 
@@ -108,4 +113,4 @@ def _command(machine: str) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=parse)

@@ -304,6 +304,17 @@ def test_a_micro_batch_has_a_sample_for_every_chip():
     assert update.gradients == 16 * 16 // 16  # samples, of which 16 are computed at once
 
 
+def test_a_plan_keeps_jax_on_the_cpu_before_a_recipe_imports_it():
+    """Without that JAX looks for the GPUs that its plugin is for, finds none, and then compiles for none."""
+    code = (
+        "from launch import plan; plan.parse(['plan', '--config=configs/kontext.py:tiny', '--topology=gpu:8xh100']); "
+        "import jax; print(jax.config.jax_platforms)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "cpu\n", done.stderr
+
+
 def test_the_command_of_the_readme_is_one():
     assert "python -m launch.plan --config=configs/pdtr.py --topology=gpu:8xh100`" in (ROOT / "README.md").read_text()
 
