@@ -122,7 +122,7 @@ class GenEvalBenchmark(PictureBenchmark):
         if not by_tag:
             return f"GenEval on {self.prompts_are()}: no picture has a mark"
         lines = [f"{tag:16}{value:10.3f}" for tag, value in by_tag.items()]
-        asked = f"{self.limit or PROMPTS} prompts x {self.samples} samples, detector {self.detector}"
+        asked = f"{min(self.limit or PROMPTS, PROMPTS)} prompts x {self.samples} samples, detector {self.detector}"
         failed = scores["geneval"].get(f"geneval/{PARTIAL}_failed", 0)
         over = [f"{failed} pictures have no mark, and the means are over the others"] if failed else []
         total = f"{'overall':16}{overall(scores['geneval']):10.3f}"
