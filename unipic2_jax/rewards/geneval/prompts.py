@@ -99,10 +99,11 @@ def digests(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 @SOURCES.register("geneval")
 class OfficialSource(JSONLSource):
-    """GenEval's official prompts, for measuring. `shuffle`: fewer than all are then of all tags."""
+    """GenEval's official prompts, for measuring. `shuffle`: fewer than all are then of all tags; `rewritten`: the same at length."""
 
-    def __init__(self, seed: int = 0, shuffle: bool = True, task: str | None = "t2i"):
-        super().__init__(str(GENEVAL / "evaluation_metadata.jsonl"), seed, shuffle, task)
+    def __init__(self, seed: int = 0, shuffle: bool = True, task: str | None = "t2i", rewritten: bool = False):
+        file = "rewritten_metadata.jsonl" if rewritten else "evaluation_metadata.jsonl"
+        super().__init__(str(GENEVAL / file), seed, shuffle, task)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import numpy as np
 from unipic2_jax.data.prompts import PromptRecord
 from unipic2_jax.rewards.base import REWARDS, Calls, Reward, Scores, mix_scores
 from unipic2_jax.rewards.geneval.detectors.base import Wanted, make_detector
-from unipic2_jax.rewards.geneval.rules import Rules, check_metadata, score
+from unipic2_jax.rewards.geneval.rules import Detection, GenEvalScore, Rules, check_metadata, counted, score
 
 
 def geneval_tasks(records: Sequence[PromptRecord]) -> list[dict[str, Any]]:
@@ -55,15 +55,21 @@ class GenEvalReward(Reward):
         self.detector.check([self._wanted(task) for task in geneval_tasks(records)])
 
     def score(self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]) -> Scores:
-        tasks = geneval_tasks(records)
-        found = self.detector.detect(images, [self._wanted(task) for task in tasks])
-        verdicts = [
-            score(detections, task, exact=self.exact, rules=self.rules)
-            for detections, task in zip(found, tasks, strict=True)
-        ]
+        verdicts = [verdict for verdict, _ in self.judged(images, records)]
         extras = np.asarray([verdict.extras for verdict in verdicts], np.float64)
         partial, correct = [verdict.reward for verdict in verdicts], [verdict.correct for verdict in verdicts]
         return mix_scores(self.strict_weight, partial, correct, {"extras": extras})
+
+    def judged(
+        self, images: Sequence[np.ndarray], records: Sequence[PromptRecord]
+    ) -> list[tuple[GenEvalScore, dict[str, list[Detection]]]]:
+        """Of each image the verdict, and the detections that counted for it, by class."""
+        tasks = geneval_tasks(records)
+        found = self.detector.detect(images, [self._wanted(task) for task in tasks]) if tasks else []
+        return [
+            (score(detections, task, exact=self.exact, rules=self.rules), counted(detections, task, self.rules))
+            for detections, task in zip(found, tasks, strict=True)
+        ]
 
     def _wanted(self, metadata: Mapping[str, Any]) -> Wanted:
         include, exclude = metadata["include"], metadata.get("exclude", ())

@@ -96,8 +96,8 @@ class JudgeReward(Reward):
         requests_per_minute: float = 0.0,
         cache: str = "",
     ):
-        base_url = base_url or _from_environment("base_url", "OPENAI_BASE_URL")
-        self.model = model or _from_environment("model", "OPENAI_MODEL")
+        base_url = base_url or from_environment("base_url", "OPENAI_BASE_URL")
+        self.model = model or from_environment("model", "OPENAI_MODEL")
         self.endpoint = Endpoint("judge", base_url.rstrip("/") + "/chat/completions", request_timeout, api_key_env)
         self.groupwise = groupwise
         self.template = read_template(template) if template else None
@@ -156,12 +156,12 @@ class JudgeReward(Reward):
         if not known:
             self.pace.wait()
             response = self.endpoint.post_json(json.dumps(question).encode())
-            cost = _cost(response)
+            cost = cost_of(response)
         with self._counting:
             self._usage += cost
         try:
             if not known:
-                answer = _content(response)
+                answer = content_of(response)
             marks = read_marks(answer, record.image is not None, len(images) if self.groupwise else None)
         except ValueError as error:
             raise RewardError(str(error)) from None
@@ -170,7 +170,12 @@ class JudgeReward(Reward):
         return marks, cost.tokens
 
 
-def _from_environment(option: str, variable: str) -> str:
+def from_environment(option: str, variable: str) -> str:
+    """What the environment says in place of an option of a judge.
+
+    Raises:
+      ValueError: when it says nothing.
+    """
     if value := os.environ.get(variable, "").strip():
         return value
     raise ValueError(f"The judge has no {option}; give it, or set {variable}.")
@@ -180,14 +185,15 @@ def _data_url(image: np.ndarray) -> str:
     return f"data:image/png;base64,{to_base64(encode_picture(image))}"
 
 
-def _cost(response: Any) -> Usage:
+def cost_of(response: Any) -> Usage:
+    """What one answer of a chat endpoint cost."""
     counted = response.get("usage") if isinstance(response, dict) else None
     counted = counted if isinstance(counted, dict) else {}
     number = lambda name: counted[name] if type(counted.get(name)) is int and counted[name] > 0 else 0
     return Usage(1, 0, number("prompt_tokens"), number("completion_tokens"))
 
 
-def _content(response: Any) -> str:
+def content_of(response: Any) -> str:
     """The text of a chat's answer.
 
     Raises:
