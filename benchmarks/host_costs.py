@@ -38,11 +38,6 @@ from unipic2_jax.shapes.pool import WORDS
 from unipic2_jax.shapes.sources import ShapesSource
 from unipic2_jax.shapes.vlm_processor import build_vlm_processor, vocabulary
 
-SAMPLES = flags.DEFINE_integer("samples", 256, "Pictures of a step.", lower_bound=1)
-SIZE = flags.DEFINE_integer("size", 512, "Edge of the pictures in pixels.", lower_bound=32)
-GROUP = flags.DEFINE_integer("group", 16, "Samples of a prompt, which share its source.", lower_bound=1)
-FEW = flags.DEFINE_integer("few", 8, "Pictures for rewards that run a network on the host.", lower_bound=1)
-
 STANDARD = (256, 512)  # samples and size for which the bounds are
 BOUNDS = {"pictures": 0.5, "editreward": 4.0, "unipic2_metaquery": 3.0}
 INSTRUCTION = "make the mug on the left red, and leave everything else in the picture as it is"
@@ -196,11 +191,12 @@ def rows(samples: int, size: int, group: int, few: int) -> Iterator[Row]:
 
 def main(argv: list[str]) -> None:
     del argv
+    samples, size, group, few = (flags.FLAGS[name].value for name in ("samples", "size", "group", "few"))
     exceeded = []
     print(f"{platform.machine()}, {platform.python_version()}, JAX {jax.__version__}\n")
     print("| what | CPU s | of | bound |\n|---|---:|---|---:|")
-    for row in rows(SAMPLES.value, SIZE.value, GROUP.value, FEW.value):
-        bound = BOUNDS.get(row.what) if (SAMPLES.value, SIZE.value) == STANDARD else None
+    for row in rows(samples, size, group, few):
+        bound = BOUNDS.get(row.what) if (samples, size) == STANDARD else None
         cost = "-" if row.seconds is None else f"{row.seconds:.2f}"
         print(f"| {row.what} | {cost} | {row.per or row.reason} | {bound or ''} |", flush=True)
         if bound is not None and row.seconds is not None and row.seconds > bound:
@@ -210,4 +206,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_integer("samples", STANDARD[0], "Pictures of a step.", lower_bound=1)
+    flags.DEFINE_integer("size", STANDARD[1], "Edge of the pictures in pixels.", lower_bound=32)
+    flags.DEFINE_integer("group", 16, "Samples of a prompt, which share its source.", lower_bound=1)
+    flags.DEFINE_integer("few", 8, "Pictures for rewards that run a network on the host.", lower_bound=1)
     app.run(main)

@@ -10,13 +10,13 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from unipic2_jax.models import attention
 from unipic2_jax.parallel.mesh import make_mesh
 from unipic2_jax.perf import described
-from unipic2_jax.training.config import validate
+from unipic2_jax.training.config import unplanned, validate
 
 
 def traced(name, arg, devices, *programs):
     """The attention calls of a recipe's programs for one chip's rows, as JAX traces them for a GPU: its rules of shapes are
     asked, also those of gradients."""
-    config = validate(importlib.import_module(f"configs.{name}").get_config(arg))
+    config = unplanned(validate(importlib.import_module(f"configs.{name}").get_config(arg)))
     mesh = make_mesh(jax.devices()[:1], "fsdp")
     platform = mock.patch.object(attention, "platform", return_value="gpu")
     version = mock.patch.object(cudnn, "check_cudnn_version", return_value=91000)

@@ -1,7 +1,5 @@
 """The host benchmark runs, small, and names everything that is registered."""
 
-from absl import flags
-
 from benchmarks import host_costs
 from unipic2_jax.models.registry import SIZES
 from unipic2_jax.rewards.base import REWARDS
@@ -13,7 +11,3 @@ def test_every_reward_and_conditioner_is_measured_or_has_a_reason():
     assert all((row.seconds is None) == bool(row.reason) for row in rows)
     measured = {row.what for row in rows if row.seconds is not None}
     assert measured >= host_costs.BOUNDS.keys() | {"judge", "remote", "shapes_edit", "deepgen", "tiny_metaquery"}
-    assert (
-        flags.FLAGS["samples"].default == host_costs.STANDARD[0]
-        and flags.FLAGS["size"].default == host_costs.STANDARD[1]
-    )

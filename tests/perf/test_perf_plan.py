@@ -255,8 +255,8 @@ def test_the_smallest_slice(counted):
 
 def test_what_is_kept_between_plans(tmp_path):
     cache, tpu = plan.Cache(tmp_path), read_topology("v5p:2x2x1")
-    key = cache.key("text", tpu)
-    assert key != cache.key("another", tpu) and key != cache.key("text", read_topology("v5p:2x2x2"))
+    key = cache.key("text", tpu, "recipe")
+    assert key != cache.key("another", tpu, "recipe") and key != cache.key("text", read_topology("v5p:2x2x2"), "recipe")
     assert cache.read(key) is None
     cache.write(key, {"temporary": 1.0})
     assert plan.Cache(tmp_path).read(key) == {"temporary": 1.0} and plan.Cache("").read(key) is None

@@ -117,8 +117,8 @@ def test_a_tiny_recipe_at_an_address_has_the_bits_of_one_in_a_folder(tmp_path, m
     config.init = "memory://bucket/tiny"
     train = Metrics.train
 
-    def interrupted(self, place, values):
-        train(self, place, values)
+    def interrupted(self, place, *values):
+        train(self, place, *values)
         if place["step"] == 3:
             raise KeyboardInterrupt
 
