@@ -14,7 +14,7 @@ UV := $(RUN) -m uv pip install --quiet --compile-bytecode --python $(RUN)
 
 help:
 	@echo "make gpu        .venv for NVIDIA GPUs         make tpu        .venv for TPUs (docs/quickstart.md)"
-	@echo "make demo       reinforce the shipped tiny model: editing, then text-to-image (10 to 15 minutes on 2 idle cores)"
+	@echo "make demo       reinforce the shipped tiny model: editing, then text-to-image (5 to 15 minutes on 2 idle cores)"
 	@echo "make test       the default test suite        make test-slow  the long tests"
 	@echo "make lint       style, imports and types      make tiny       retrain the shipped tiny models (2 to 3 hours)"
 	@echo "make plan-check compile every full-size program for GPUs and TPUs (hours on 2 cores; cached)"
