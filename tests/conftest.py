@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from importlib.metadata import version
 
+import pytest
+
 # Tests compile many small programs and run each of them once or twice: with a backend that optimises nothing the suite takes half
 # the time. It must be set before JAX is imported; commands that tests start inherit it. XLA ends at once at a flag that it does
 # not know, and later releases have lost the emitters of the last one.
@@ -30,3 +32,15 @@ LONG = ("test_parallel_processes", "test_training_resume", "test_training_flow_d
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+@pytest.fixture
+def memory(monkeypatch, tmp_path):
+    """fsspec's store in memory, empty, and a cache of its own for what comes from addresses."""
+    import fsspec
+
+    monkeypatch.setenv("UNIPIC2_CACHE", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    yield store
+    store.store.clear()

@@ -12,15 +12,6 @@ from unipic2_jax.core import addresses
 KIND = "memory://bucket"
 
 
-@pytest.fixture
-def memory(monkeypatch, tmp_path):
-    monkeypatch.setenv("UNIPIC2_CACHE", str(tmp_path / "cache"))
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    yield store
-    store.store.clear()
-
-
 def test_what_is_an_address():
     assert all(map(addresses.is_address, ("gs://bucket/run", "s3://b", "memory://x", "abfs+x://y", "hf://datasets/a")))
     assert not any(map(addresses.is_address, ("runs/a", "/a", "C:/a", "owner/name", "gs:/b", None, "gs://")))

@@ -1,12 +1,12 @@
 """A Hugging Face hub on this machine: what huggingface_hub asks of one, for a few folders under ids, and nothing else."""
 
-import contextlib
 import hashlib
 import json
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from scripted_http import running
 
 COMMIT = hashlib.sha1(b"the only commit").hexdigest()
 
@@ -111,13 +111,6 @@ def _etag(file):
     return hashlib.sha1(file.read_bytes()).hexdigest()
 
 
-@contextlib.contextmanager
 def loopback_hub(folders, **options):
     """A hub that serves these folders under these ids."""
-    hub = LoopbackHub(folders, **options)
-    threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield hub
-    finally:
-        hub.shutdown()
-        hub.server_close()
+    return running(LoopbackHub(folders, **options))

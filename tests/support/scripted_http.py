@@ -79,12 +79,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def scripted(*steps):
-    """A server that takes these steps."""
-    server = ScriptedServer(steps)
+def running(server):
+    """The server while it answers, in a thread."""
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield server
     finally:
         server.shutdown()
         server.server_close()
+
+
+def scripted(*steps):
+    """A server that takes these steps."""
+    return running(ScriptedServer(steps))

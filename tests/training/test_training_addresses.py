@@ -2,7 +2,6 @@
 
 import multiprocessing
 
-import fsspec
 import jax
 import pytest
 import toy_stage
@@ -12,15 +11,6 @@ from unipic2_jax.core.errors import ConfigError, TrainingError
 from unipic2_jax.training import loop, workdir
 
 FIELDS = {"save_every": 1, "eval_every": 5}
-
-
-@pytest.fixture
-def memory(monkeypatch, tmp_path):
-    monkeypatch.setenv("UNIPIC2_CACHE", str(tmp_path / "cache"))
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    yield store
-    store.store.clear()
 
 
 @pytest.fixture(scope="module")
